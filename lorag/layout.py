@@ -1,0 +1,159 @@
+"""The layout of an adapter: which modules of a base model it changes, in model order, and their sizes.
+
+PEFT itself decides which modules a target names: it is asked on a copy of the base model on the meta device, so no
+weight is allocated and no module path is ever taken apart here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorag.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["LoraLayout", "ModuleShape"]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """One adapted module: its path in the base model and the sizes of its weight."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """The ordered modules that adapters of a bank change.
+
+    Attributes:
+        target_modules: The names given to PEFT, sorted; for an expression, the full paths that it matched.
+        modules: All modules that these names match, in the order of the base model.
+        fan_in_fan_out: Whether the base stores its weights as (in, out), as GPT-2 does.
+    """
+
+    target_modules: tuple[str, ...]
+    modules: tuple[ModuleShape, ...]
+    fan_in_fan_out: bool = False
+
+    @classmethod
+    def from_model(cls, model: nn.Module, target_modules: Sequence[str] | str) -> LoraLayout:
+        """Asks PEFT which modules of a base model the targets name.
+
+        Args:
+            model: A base model, on any device; it is not changed. Built by a transformers class with a config.
+            target_modules: PEFT's target names, a regular expression, or "all-linear".
+
+        Raises:
+            LayoutError: If nothing matches, or something other than a linear layer does.
+        """
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        try:
+            with warnings.catch_warnings():
+                # PEFT warns that it corrects fan_in_fan_out for Conv1D; the corrected value is recorded below.
+                warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+                config = LoraConfig(r=1, target_modules=targets)
+                wrapped = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise LayoutError(
+                f"no module of {type(model).__name__} can be adapted as asked",
+                got=f"target_modules {target_modules!r}: {str(error)[:160]}",
+                remedy="Name linear layers of the base model, such as q_proj and v_proj.",
+            ) from error
+        modules, transposed = [], set()
+        for name, module in wrapped.base_model.model.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            if "default" not in module.lora_A:
+                raise LayoutError(
+                    f"module {name} is no linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only"
+                )
+            rows, columns = module.lora_A["default"].weight, module.lora_B["default"].weight
+            if rows.dim() != 2:
+                raise LayoutError(f"module {name} is a convolution", expected="Linear or Conv1D layers only")
+            modules.append(ModuleShape(name, int(rows.shape[1]), int(columns.shape[0])))
+            transposed.add(bool(getattr(module, "fan_in_fan_out", False)))
+        if len(transposed) != 1:
+            raise LayoutError("a layout mixes layers that store weights in both orders")
+        named = wrapped.peft_config["default"].target_modules
+        # An expression would be taken literally in the list of names that adapters are saved with.
+        names = sorted([module.name for module in modules] if isinstance(named, str) else named)
+        return cls(tuple(names), tuple(modules), transposed.pop())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Module paths in order."""
+        return tuple(module.name for module in self.modules)
+
+    def values(self, rank: int) -> int:
+        """Number of values in an adapter of this layout."""
+        return sum(rank * (module.in_features + module.out_features) for module in self.modules)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that any change of module names, order or sizes alters."""
+        return hashlib.sha256(json.dumps(self.to_dict()["modules"]).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "target_modules": list(self.target_modules),
+            "modules": [[m.name, m.in_features, m.out_features] for m in self.modules],
+            "fan_in_fan_out": self.fan_in_fan_out,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> LoraLayout:
+        """Reads the JSON form.
+
+        Raises:
+            LayoutError: If a part is missing or of the wrong type.
+        """
+        try:
+            modules = tuple(ModuleShape(str(n), int(i), int(o)) for n, i, o in value["modules"])
+            layout = cls(tuple(map(str, value["target_modules"])), modules, bool(value["fan_in_fan_out"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise LayoutError("a stored layout cannot be read", got=repr(error)[:120]) from error
+        if not modules or len(set(layout.names)) != len(modules) or any(min(m.in_features, m.out_features) < 1 for m in modules):
+            raise LayoutError("a stored layout is empty, repeats a module or has an impossible size")
+        return layout
+
+    def check_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Checks that there are factors A (r, i) and B (o, r) for each module and nothing else.
+
+        Raises:
+            LayoutError: Naming the first module that does not fit.
+        """
+        extra, missing = set(factors) - set(self.names), [name for name in self.names if name not in factors]
+        if extra or missing:
+            raise LayoutError(
+                "an adapter's modules differ from the layout's",
+                got=f"missing {missing[:3]}, extra {sorted(extra)[:3]}",
+                expected=f"{len(self)} modules",
+            )
+        for module in self.modules:
+            rows, columns = factors[module.name]
+            rank = rows.shape[0] if rows.dim() == 2 else -1
+            if tuple(rows.shape) != (rank, module.in_features) or tuple(columns.shape) != (module.out_features, rank):
+                raise LayoutError(
+                    f"factors of {module.name} have the wrong shape",
+                    got=f"A {tuple(rows.shape)}, B {tuple(columns.shape)}",
+                    expected=f"A (r, {module.in_features}), B ({module.out_features}, r)",
+                )

@@ -1,0 +1,72 @@
+"""Resumable training: parameters, optimizer moments and counters in one safetensors file, never pickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorag.artifacts import load_tensors, read_header, save_tensors
+from lorag.errors import ArtifactError
+
+__all__ = ["load_training_state", "save_training_state"]
+
+
+def save_training_state(
+    path: Path,
+    module: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    rng: torch.Generator,
+    counters: Mapping[str, object],
+) -> None:
+    """Writes everything that a loop needs to go on as if it had not stopped.
+
+    Args:
+        path: The file.
+        module: The module, or named tensors, being trained.
+        optimizers: Their per-parameter tensors are written; their hyperparameters belong to the config.
+        rng: The loop's source of randomness.
+        counters: JSON values: step, best score, a fingerprint of the settings.
+    """
+    tensors = {f"parameter.{name}": value for name, value in _named(module).items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors["rng"] = rng.get_state()
+    save_tensors(path, tensors, {"counters": json.dumps(counters, sort_keys=True)})
+
+
+def _named(module: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers; tied ones once, because a safetensors file holds no shared memory."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())} if isinstance(module, nn.Module) else dict(module)
+
+
+def load_training_state(
+    path: Path, module: nn.Module | Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], rng: torch.Generator
+) -> dict[str, object]:
+    """Puts back what `save_training_state` wrote and returns the counters.
+
+    Raises:
+        ArtifactError: If the file does not fit the module and optimizers.
+    """
+    _, metadata = read_header(path)
+    tensors = load_tensors(path)
+    parameters = {name.removeprefix("parameter."): value for name, value in tensors.items() if name.startswith("parameter.")}
+    own = _named(module)
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in parameters.items()}:
+        raise ArtifactError(f"{path} belongs to another model or setting", remedy="Delete it to start afresh.")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(parameters[name])
+    for number, optimizer in enumerate(optimizers):
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".", 3)
+                moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    rng.set_state(tensors["rng"])
+    return json.loads(metadata["counters"])

@@ -1,0 +1,374 @@
+"""Weight spaces: adapters to codes and back.
+
+ΔW = B·A does not change when B becomes B·G and A becomes G⁻¹·A, so raw factors of independently trained adapters cannot
+be compared, averaged or regressed. `SharedSubspace` describes an adapter by its cores U_outᵀ ΔW U_in in bases shared by
+the bank, which are free of that gauge and of rank and alpha. `FlatFactors` keeps the raw factors, as published methods do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lorag.adapter import Factors, LoraAdapter
+from lorag.artifacts import parse_json
+from lorag.errors import GeneratorError
+from lorag.layout import LoraLayout
+
+__all__ = ["Cores", "FlatFactors", "SharedSubspace", "WeightSpace", "weight_space_from_tensors"]
+
+Adapters = Callable[[], Iterable[LoraAdapter]]  # called anew for each pass, so that a bank need not be held in memory
+
+
+@dataclass(frozen=True)
+class Cores:
+    """ΔW of n adapters in shared bases: module -> U_in (i, k), M (n, k, k), U_out (o, k), with ΔW = U_out M U_inᵀ."""
+
+    bases_in: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    bases_out: Mapping[str, Tensor]
+
+
+class WeightSpace(Protocol):
+    """Maps adapters of one layout to flat vectors and back."""
+
+    layout: LoraLayout
+
+    @property
+    def size(self) -> int:
+        """Length c of a code."""
+        ...
+
+    def encode(self, adapter: LoraAdapter) -> Tensor:
+        """Code (c,) of an adapter, in fp32."""
+        ...
+
+    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
+        """Factors for ΔW = B·A (scaling 1) of each code (b, c)."""
+        ...
+
+    def differentiable(self, codes: Tensor) -> Cores | dict[str, tuple[Tensor, Tensor]]:
+        """What `RowAdapters` runs for codes (b, c); gradients reach the codes."""
+        ...
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which `weight_space_from_tensors` builds the space again."""
+        ...
+
+
+def _reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64.
+
+    QR first, so that the only dense decomposition is of an r x r matrix.
+    """
+    rows, columns = adapter.factors[module]
+    q_out, r_out = torch.linalg.qr(columns.double())
+    q_in, r_in = torch.linalg.qr(rows.double().T)
+    left, values, right = torch.linalg.svd(adapter.scaling * r_out @ r_in.T)
+    return q_out @ left, values, q_in @ right.T
+
+
+class _Span:
+    """Leading left singular vectors of many columns, in bounded memory: the buffer is compressed when it is full."""
+
+    def __init__(self, size: int) -> None:
+        self.keep = size
+        self.columns: list[Tensor] = []
+        self.held = 0
+
+    def add(self, columns: Tensor) -> None:
+        self.columns.append(columns)
+        self.held += columns.shape[1]
+        if self.held > 16 * self.keep + 4096:
+            left, values = self._svd()
+            self.columns = [left[:, : 8 * self.keep] * values[: 8 * self.keep]]
+            self.held = self.columns[0].shape[1]
+
+    def _svd(self) -> tuple[Tensor, Tensor]:
+        stacked = torch.cat(self.columns, 1)
+        if stacked.shape[1] > stacked.shape[0]:  # the Gram matrix is smaller, and fp64 leaves room for squaring
+            values, left = torch.linalg.eigh(stacked @ stacked.T)
+            return left.flip(1), values.flip(0).clamp_min(0).sqrt()
+        left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
+        return left, values
+
+    def basis(self) -> Tensor:
+        """Orthonormal columns (size, k) in fp32, their signs fixed against a fixed direction."""
+        left, _ = self._svd()
+        left = left[:, : self.keep]
+        if left.shape[1] < self.keep:  # fewer directions than k: complete them, so that all modules share one k
+            rng = torch.Generator().manual_seed(0)
+            extra = torch.randn(left.shape[0], self.keep, generator=rng, dtype=left.dtype)
+            left = torch.linalg.qr(torch.cat([left, extra], 1))[0][:, : self.keep]
+        probe = torch.randn(left.shape[0], generator=torch.Generator().manual_seed(1), dtype=left.dtype)
+        signs = torch.where(probe @ left < 0, -1.0, 1.0)
+        return (left * signs).float().contiguous()  # as it will be when read from a file: products round by layout
+
+
+@dataclass(frozen=True)
+class SharedSubspace:
+    """Codes are standardised cores M = U_outᵀ ΔW U_in in orthonormal bases shared by all experts of a bank.
+
+    Attributes:
+        layout: The adapters' layout.
+        bases_in: U_in (i, k) of each module.
+        bases_out: U_out (o, k) of each module.
+        mean: Mean core of the experts (m, k, k).
+        scale: Standard deviation of the experts' cores, one value a module (m,).
+    """
+
+    layout: LoraLayout
+    bases_in: tuple[Tensor, ...]
+    bases_out: tuple[Tensor, ...]
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, adapters: Adapters, layout: LoraLayout, size: int = 32) -> SharedSubspace:
+        """Finds bases and normaliser from experts, module by module, without holding the bank.
+
+        Args:
+            adapters: Returns an iterator over the training experts each time it is called.
+            layout: Their layout.
+            size: k, the dimensions kept on each side; less where a module is smaller.
+        """
+        size = min([size, *(min(m.in_features, m.out_features) for m in layout.modules)])
+        spans = [(_Span(size), _Span(size)) for _ in layout.modules]
+        count = 0
+        for adapter in adapters():
+            count += 1
+            for module, (out_span, in_span) in zip(layout.modules, spans, strict=True):
+                left, values, right = _reduced(adapter, module.name)
+                out_span.add(left * values)
+                in_span.add(right * values)
+        if count == 0:
+            raise GeneratorError("a weight space needs at least one expert", got="an empty bank")
+        bases_out = tuple(out_span.basis() for out_span, _ in spans)
+        bases_in = tuple(in_span.basis() for _, in_span in spans)
+        bare = cls(layout, bases_in, bases_out, torch.zeros(len(layout), size, size), torch.ones(len(layout)))
+        total, square = torch.zeros(len(layout), size, size, dtype=torch.float64), torch.zeros(len(layout), dtype=torch.float64)
+        for adapter in adapters():
+            cores = bare.cores(adapter).double()
+            total += cores
+            square += cores.square().sum((1, 2))
+        mean = total / count
+        variance = (square / count - mean.square().sum((1, 2))) / size**2
+        # A module that no two experts change differently, but for rounding, has nothing to standardise.
+        varied = variance > 1e-10 * square / (count * size**2)
+        scale = torch.where(varied, variance.clamp_min(0).sqrt(), torch.ones_like(variance))
+        return cls(layout, bases_in, bases_out, mean.float(), scale.float())
+
+    @property
+    def k(self) -> int:
+        """Dimensions kept on each side of a module."""
+        return self.mean.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Length c = m·k² of a code."""
+        return self.mean.numel()
+
+    def cores(self, adapter: LoraAdapter) -> Tensor:
+        """Cores (m, k, k) of an adapter, in fp32."""
+        found = []
+        for module, u_in, u_out in zip(self.layout.modules, self.bases_in, self.bases_out, strict=True):
+            rows, columns = (factor.to(u_in.device).double() for factor in adapter.factors[module.name])
+            found.append(adapter.scaling * (u_out.double().T @ columns) @ (rows @ u_in.double()))
+        return torch.stack(found).float()
+
+    def encode(self, adapter: LoraAdapter) -> Tensor:
+        """Code (c,) of an adapter."""
+        return self.standardise(self.cores(adapter))
+
+    def standardise(self, cores: Tensor) -> Tensor:
+        """Codes (..., c) of cores (..., m, k, k)."""
+        return rearrange((cores - self.mean) / self.scale[:, None, None], "... m p q -> ... (m p q)")
+
+    def restore(self, codes: Tensor) -> Tensor:
+        """Cores (..., m, k, k) of codes (..., c)."""
+        cores = rearrange(codes, "... (m p q) -> ... m p q", m=len(self.layout), p=self.k)
+        return cores * self.scale[:, None, None] + self.mean
+
+    def energy(self, adapter: LoraAdapter) -> float:
+        """Share of ‖ΔW‖² over all modules that lies in the bases, from 0 to 1."""
+        whole = sum(norm**2 for norm in adapter.norms().values())
+        return min(1.0, float(self.cores(adapter).double().square().sum() / whole)) if whole else 1.0
+
+    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
+        """Best rank-r factors of each code (b, c), singular values shared evenly by A and B."""
+        if codes.dim() != 2 or codes.shape[1] != self.size:
+            raise GeneratorError("codes do not fit the weight space", got=tuple(codes.shape), expected=f"(b, {self.size})")
+        if not 1 <= rank <= self.k:
+            raise GeneratorError("the weight space has no adapters of this rank", got=rank, expected=f"1 to {self.k}")
+        # One decomposition a code: a batched one may round differently with the batch, and each adapter's bytes must not.
+        factors: list[Factors] = []
+        for code in codes.detach():
+            left, values, right = torch.linalg.svd(self.restore(code))
+            root = values[:, :rank].sqrt()
+            columns, rows = left[:, :, :rank] * root[:, None, :], right[:, :rank] * root[:, :, None]
+            factors.append(
+                {
+                    module.name: (rows[index] @ u_in.T, u_out @ columns[index])
+                    for index, (module, u_in, u_out) in enumerate(
+                        zip(self.layout.modules, self.bases_in, self.bases_out, strict=True)
+                    )
+                }
+            )
+        return factors
+
+    def differentiable(self, codes: Tensor) -> Cores:
+        """The cores of codes (b, c) with the shared bases: no decomposition, so that gradients are cheap."""
+        cores = self.restore(codes)
+        names = self.layout.names
+        return Cores(
+            dict(zip(names, self.bases_in, strict=True)),
+            {name: cores[:, index] for index, name in enumerate(names)},
+            dict(zip(names, self.bases_out, strict=True)),
+        )
+
+    def to(self, device: torch.device | str) -> SharedSubspace:
+        """The same space on a device."""
+        return SharedSubspace(
+            self.layout,
+            tuple(u.to(device) for u in self.bases_in),
+            tuple(u.to(device) for u in self.bases_out),
+            self.mean.to(device),
+            self.scale.to(device),
+        )
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which the space can be built again."""
+        tensors = {"mean": self.mean, "scale": self.scale}
+        for index, (u_in, u_out) in enumerate(zip(self.bases_in, self.bases_out, strict=True)):
+            tensors |= {f"bases_in.{index}": u_in, f"bases_out.{index}": u_out}
+        return tensors, {"kind": "shared_subspace", "layout": self.layout.to_dict()}
+
+
+@dataclass(frozen=True)
+class FlatFactors:
+    """Codes are raw factors, scaled so that ΔW = B·A, padded to one rank, flattened and standardised module by module.
+
+    Attributes:
+        layout: The adapters' layout.
+        rank: Rank to which all are padded.
+        mean: Mean of each value (c,).
+        scale: Standard deviation, one value a factor, spread over it (c,).
+    """
+
+    layout: LoraLayout
+    rank: int
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, adapters: Adapters, layout: LoraLayout) -> FlatFactors:
+        """Finds rank and normaliser from experts."""
+        rank = max((adapter.rank for adapter in adapters()), default=0)
+        if rank == 0:
+            raise GeneratorError("a weight space needs at least one expert", got="an empty bank")
+        bare = cls(layout, rank, torch.zeros(layout.values(rank)), torch.ones(layout.values(rank)))
+        codes = torch.stack([bare.encode(adapter) for adapter in adapters()])
+        mean = codes.mean(0)
+        deviation = (codes - mean).square().mean(0)
+        scale = torch.ones_like(mean)
+        for start, end in bare._bounds():
+            spread = deviation[start:end].mean().sqrt()
+            scale[start:end] = spread if spread > 1e-8 else 1.0
+        return cls(layout, rank, mean, scale)
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        bounds, start = [], 0
+        for module in self.layout.modules:
+            for size in (module.in_features, module.out_features):
+                bounds.append((start, start + self.rank * size))
+                start += self.rank * size
+        return bounds
+
+    @property
+    def size(self) -> int:
+        """Length c of a code: the number of values of a rank-r adapter."""
+        return self.mean.numel()
+
+    def encode(self, adapter: LoraAdapter) -> Tensor:
+        """Code (c,) of an adapter."""
+        if adapter.rank > self.rank:
+            raise GeneratorError("an adapter's rank exceeds the weight space's", got=adapter.rank, expected=f"at most {self.rank}")
+        parts = []
+        for name in self.layout.names:
+            rows, columns = adapter.factors[name]
+            pad = self.rank - adapter.rank
+            parts.append(torch.nn.functional.pad(rows.float(), (0, 0, 0, pad)).flatten())
+            parts.append(torch.nn.functional.pad(columns.float() * adapter.scaling, (0, pad)).flatten())
+        return (torch.cat(parts) - self.mean) / self.scale
+
+    def differentiable(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Factors A (b, r, i) and B (b, o, r) of codes (b, c)."""
+        values = codes * self.scale + self.mean
+        parts = iter(values[:, start:end] for start, end in self._bounds())
+        return {
+            module.name: (
+                rearrange(next(parts), "b (r i) -> b r i", r=self.rank),
+                rearrange(next(parts), "b (o r) -> b o r", r=self.rank),
+            )
+            for module in self.layout.modules
+        }
+
+    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
+        """Factors of each code; `rank` must be the space's own."""
+        if rank != self.rank:
+            raise GeneratorError("flat factors have a fixed rank", got=rank, expected=self.rank)
+        stacked = self.differentiable(codes.detach())
+        return [{name: (rows[i], columns[i]) for name, (rows, columns) in stacked.items()} for i in range(len(codes))]
+
+    def to(self, device: torch.device | str) -> FlatFactors:
+        """The same space on a device."""
+        return FlatFactors(self.layout, self.rank, self.mean.to(device), self.scale.to(device))
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which the space can be built again."""
+        return {"mean": self.mean, "scale": self.scale}, {
+            "kind": "flat_factors",
+            "layout": self.layout.to_dict(),
+            "rank": self.rank,
+        }
+
+
+def weight_space_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | str) -> SharedSubspace | FlatFactors:
+    """Builds a stored weight space again.
+
+    Raises:
+        GeneratorError: If kind, names or shapes are not those of a weight space.
+    """
+    try:
+        values = parse_json(values, "a stored weight space") if isinstance(values, str) else values
+        layout = LoraLayout.from_dict(values["layout"])
+        if values["kind"] == "flat_factors":
+            space = FlatFactors(layout, int(values["rank"]), tensors["mean"].float(), tensors["scale"].float())
+            fits = space.mean.shape == space.scale.shape == (layout.values(space.rank),)
+        elif values["kind"] == "shared_subspace":
+            indices = range(len(layout))
+            space = SharedSubspace(
+                layout,
+                tuple(tensors[f"bases_in.{i}"].float() for i in indices),
+                tuple(tensors[f"bases_out.{i}"].float() for i in indices),
+                tensors["mean"].float(),
+                tensors["scale"].float(),
+            )
+            k = space.mean.shape[-1]
+            fits = space.mean.shape == (len(layout), k, k) and space.scale.shape == (len(layout),)
+            for module, u_in, u_out in zip(layout.modules, space.bases_in, space.bases_out, strict=True):
+                fits = fits and u_in.shape == (module.in_features, k) and u_out.shape == (module.out_features, k)
+        else:
+            raise KeyError(f"kind {values['kind']!r}")
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:  # LayoutError and ArtifactError are ValueErrors
+        raise GeneratorError("a stored weight space cannot be read", got=repr(error)[:120]) from error
+    if not fits:
+        raise GeneratorError("a stored weight space has tensors that do not fit its layout")
+    if not (space.mean.isfinite().all() and space.scale.isfinite().all() and (space.scale > 0).all()):
+        raise GeneratorError("a stored weight space has a mean or scale that is no number, or a scale of 0")
+    return space
