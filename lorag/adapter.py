@@ -95,7 +95,7 @@ class LoraAdapter:
 
     @property
     def scaling(self) -> float:
-        """alpha / r."""
+        """The factor alpha / r."""
         return self.alpha / self.rank
 
     def delta(self, module: str) -> Tensor:
@@ -176,9 +176,7 @@ class LoraAdapter:
         config = read_json(folder / CONFIG)
         scalings = _check_config(config, layout, folder)
         if not (folder / WEIGHTS).is_file():
-            raise AdapterError(
-                f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read."
-            )
+            raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
         spec, _ = read_header(folder / WEIGHTS)
         found = _check_spec(spec, layout, scalings, folder, allow_missing)
         tensors = load_tensors(folder / WEIGHTS)
@@ -342,9 +340,7 @@ def _check_spec(
     return found
 
 
-def _fold(
-    pairs: Factors, scalings: Mapping[str, tuple[int, float]], layout: LoraLayout
-) -> tuple[Factors, float]:
+def _fold(pairs: Factors, scalings: Mapping[str, tuple[int, float]], layout: LoraLayout) -> tuple[Factors, float]:
     """Brings mixed ranks and scalings to one rank and one alpha; ΔW stays the same."""
     used = {scalings[name] for name in pairs}
     if len(used) == 1 and len(pairs) == len(layout):

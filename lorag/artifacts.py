@@ -197,9 +197,7 @@ def read_header(path: Path) -> tuple[TensorSpec, dict[str, str]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ArtifactError(
-                f"{path} is not a safetensors file", got=f"a first word of {start!r}", expected="the length of its header"
-            )
+            raise ArtifactError(f"{path} is not a safetensors file", got=f"a first word of {start!r}", expected="the length of its header")
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise ArtifactError(f"{path} is not a safetensors file", got=f"a header starting {raw[:8]!r}")
@@ -295,7 +293,12 @@ def check_manifest(folder: Path, name: str, kind: str, version: int) -> dict[str
         raise ArtifactError(f"{folder / name} lists no files")
     for file, entry in files.items():
         path = resolve_inside(folder, file)
-        if not isinstance(entry, dict) or not path.is_file() or path.stat().st_size != entry.get("bytes") or sha256(path) != entry.get("sha256"):
+        if (
+            not isinstance(entry, dict)
+            or not path.is_file()
+            or path.stat().st_size != entry.get("bytes")
+            or sha256(path) != entry.get("sha256")
+        ):
             raise ArtifactError(f"{path} is missing or differs from its manifest", remedy="Copy or build the folder again.")
     return manifest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorag.adapter import LoraAdapter
-from lorag.artifacts import check_manifest, read_header, require_name, resolve_inside, save_tensors, write_manifest
+from lorag.artifacts import TensorSpec, check_manifest, read_header, require_name, resolve_inside, save_tensors, write_manifest
 from lorag.base_model import TASK_TYPES, BaseModel
 from lorag.errors import BankError, BaseModelError, LoragError
 from lorag.hub import fetch
@@ -28,6 +29,7 @@ from lorag.tasks import check_description
 __all__ = ["AdapterBank", "BankBase", "Expert"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
+_STORED = ("F32", "F16", "I8")
 _PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -60,6 +62,19 @@ class Expert:
     license: str = "unknown"
     score: float | None = None
     examples: int | None = None
+
+    def __post_init__(self) -> None:
+        require_name(self.name, "an expert's name")
+        texts = (self.file, self.suite, self.license, *self.descriptions)
+        whole = (self.rank, self.checkpoints, self.index)
+        numbers = (self.alpha, 0.0 if self.score is None else self.score, 0 if self.examples is None else self.examples)
+        if (
+            not self.descriptions
+            or not all(isinstance(text, str) for text in texts)
+            or not all(type(value) is int and value >= least for value, least in zip(whole, (1, 1, 0), strict=True))
+            or not all(type(value) in (int, float) for value in numbers)
+        ):
+            raise BankError(f"the entry of expert {self.name!r} cannot be used", got=str(asdict(self))[:200])
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,19 @@ class BankBase:
             raise BaseModelError(
                 f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy="Restore it, or rebuild the bank."
             )
+
+
+def _details(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = set(given) - {"suite", "license", "score", "examples"}
+    if unknown:
+        raise BankError("a detail of an expert is unknown", got=min(unknown), expected="suite, license, score or examples")
+    return given
+
+
+def _texts(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"descriptions {value!r}")
+    return value
 
 
 def _quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +173,10 @@ class AdapterBank:
         bank = cls(folder, base, ())
         folder.mkdir(parents=True, exist_ok=True)
         with bank._lock():
-            bank._write()
-        return bank
+            made = (folder / _MANIFEST).exists()  # by another process, while this one waited
+            if not made:
+                bank._write()
+        return cls.create(folder, base) if made else bank
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> AdapterBank:
@@ -159,18 +189,25 @@ class AdapterBank:
         folder = fetch(path, "bank", revision)
         manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
         try:
-            experts = [Expert(**{**entry, "descriptions": tuple(entry["descriptions"])}) for entry in manifest["experts"]]
+            experts = [Expert(**{**entry, "descriptions": tuple(_texts(entry["descriptions"]))}) for entry in manifest["experts"]]
         except (KeyError, TypeError) as error:
             raise BankError(f"{folder / _MANIFEST} has an unreadable entry", got=repr(error)[:120]) from error
         bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts)
         if len(bank._by_name) != len(experts):
             raise BankError(f"{folder / _MANIFEST} names an expert twice")
-        for file in {expert.file for expert in experts}:
+        for file in sorted({expert.file for expert in experts}):
+            if file not in manifest["files"]:
+                raise BankError(f"{folder / _MANIFEST} has no checksum of a shard", got=file[:80])
             bank._check_shard(file)
         return bank
 
-    def _lock(self) -> FileLock:
-        return FileLock(self.folder / ".lock", timeout=120)
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            with FileLock(self.folder / ".lock", timeout=120):
+                yield
+        except Timeout as error:
+            raise BankError(f"{self.folder} is locked by another process", remedy="Wait for it to finish.") from error
 
     def _write(self) -> None:
         entries = [{**asdict(expert), "descriptions": list(expert.descriptions)} for expert in self.experts]
@@ -185,11 +222,22 @@ class AdapterBank:
         if len(shapes) != 1:
             raise BankError(f"{file} mixes ranks or numbers of checkpoints")
         late, rank = shapes.pop()
+        count = spec.get("0.A", ("", (0,)))[1][:1]
+        expected: TensorSpec = {}
         for number, module in enumerate(self.base.layout.modules):
-            for factor, tail in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
-                shape = spec.get(f"{number}.{factor}", ("", ()))[1]
-                if len(shape) != 4 or shape[1:] != (late, *tail) or any(not 0 <= e.index < shape[0] for e in mine):
-                    raise BankError(f"{file} does not hold what its entries say", got=f"{number}.{factor} {shape}")
+            sides = (("A", (rank, module.in_features), (rank, 1)), ("B", (module.out_features, rank), (1, rank)))
+            for factor, tail, scale in sides:
+                key = f"{number}.{factor}"
+                dtype = spec.get(key, ("", ()))[0]
+                expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, late, *tail))
+                if dtype == "I8":
+                    expected[f"{key}.scale"] = ("F32", (*count, late, *scale))
+        strange = sorted(key for key in spec.keys() | expected.keys() if spec.get(key) != expected.get(key))
+        if strange:
+            key = strange[0]
+            raise BankError(f"{file} does not hold what its entries say", got=f"{key[:40]} {spec.get(key)}", expected=expected.get(key))
+        if any(expert.index >= count[0] for expert in mine):
+            raise BankError(f"{file} holds fewer experts than its entries say", got=count[0])
 
     # --- read ----------------------------------------------------------------------------------------------------
 
@@ -254,7 +302,8 @@ class AdapterBank:
         """
         if precision not in _PRECISIONS:
             raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(_PRECISIONS))
-        first = experts[0][2][-1]
+        if not experts or not all(late for _, _, late in experts):
+            raise BankError("there is nothing to add", got="no expert, or one without a checkpoint")
         shapes = {(adapter.rank, adapter.alpha, len(late)) for _, _, late in experts for adapter in late}
         if len(shapes) != 1:
             raise BankError("experts of one shard must share rank, alpha and number of checkpoints", got=sorted(shapes))
@@ -265,33 +314,33 @@ class AdapterBank:
             for adapter in late:
                 if adapter.layout != self.base.layout:
                     raise BankError(f"adapter {name!r} does not fit the bank's layout", remedy="A bank has one base model and layout.")
+        names = [name for name, _, _ in experts]
+        if len(set(names)) != len(names):
+            raise BankError("an expert's name is given twice", got=max(names, key=names.count))
+        digest = hashlib.sha256("/".join(names).encode()).hexdigest()[:8]
+        file = f"experts/{names[0]}-{digest}.safetensors"
+        entries = [
+            Expert(
+                name=name,
+                descriptions=tuple(check_description(text) for text in descriptions),
+                rank=late[-1].rank,
+                alpha=late[-1].alpha,
+                checkpoints=len(late),
+                file=file,
+                index=index,
+                **_details((details or {}).get(name, {})),
+            )
+            for index, (name, descriptions, late) in enumerate(experts)
+        ]
         tensors = self._stack([late for _, _, late in experts], precision)
-        digest = hashlib.sha256("/".join(name for name, _, _ in experts).encode()).hexdigest()[:8]
-        file = f"experts/{experts[0][0]}-{digest}.safetensors"
-        try:
-            with self._lock():
-                now = AdapterBank.from_pretrained(self.folder)
-                taken = [name for name, _, _ in experts if name in now]
-                if taken:
-                    raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
-                save_tensors(self.folder / file, tensors)
-                entries = [
-                    Expert(
-                        name=name,
-                        descriptions=tuple(check_description(text) for text in descriptions),
-                        rank=first.rank,
-                        alpha=first.alpha,
-                        checkpoints=len(late),
-                        file=file,
-                        index=index,
-                        **(details or {}).get(name, {}),
-                    )
-                    for index, (name, descriptions, late) in enumerate(experts)
-                ]
-                bank = AdapterBank(self.folder, self.base, [*now.experts, *entries])
-                bank._write()
-        except Timeout as error:
-            raise BankError(f"{self.folder} is locked by another process", remedy="Wait for it to finish.") from error
+        with self._lock():
+            now = AdapterBank.from_pretrained(self.folder)
+            taken = [name for name in names if name in now]
+            if taken:
+                raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
+            save_tensors(self.folder / file, tensors)
+            bank = AdapterBank(self.folder, self.base, [*now.experts, *entries])
+            bank._write()
         return bank
 
     def _stack(self, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:

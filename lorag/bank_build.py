@@ -122,5 +122,3 @@ def _score(
         return [None] * len(tasks)
     stacked = stack_adapters([own[-1] for own in late], rows.model.device)
     return [score[objective.metric] for score in objective.scores(rows, stacked, tasks, limit=config.test_limit)]
-
-

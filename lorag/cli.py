@@ -23,6 +23,7 @@ app.add_typer(tasks_app, name="tasks")
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}
+_INTERRUPTED = 130
 
 
 def _quiet(flag: bool) -> bool:
@@ -244,9 +245,11 @@ def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits
             raise
         print(f"lorag: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and stopped.code != _INTERRUPTED:  # typer turns an interruption into an exit, silently
+            raise
         print("lorag: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Conditioner:
         similarities = self.centroids @ embedding.pooled
         if exclude is not None:
             similarities[exclude] = -1.0
-        best = similarities.topk(min(keep, len(self.names)))
+        best = similarities.topk(max(1, min(keep, len(self.names) - (exclude is not None))))
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorag.errors import ConfigError
 
-__all__ = ["load_config", "preset_names", "to_plain"]
+__all__ = ["from_plain", "load_config", "preset_names", "to_plain"]
 
 T = TypeVar("T")
 _MAX_BYTES = 1_000_000
@@ -21,7 +21,9 @@ _MAX_BYTES = 1_000_000
 
 def preset_names() -> list[str]:
     """Names of the presets that ship in lorag/configs."""
-    return sorted(path.name.removesuffix(".yaml") for path in resources.files("lorag").joinpath("configs").iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in resources.files("lorag").joinpath("configs").iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def _read(preset: str) -> dict[str, Any]:
@@ -62,13 +64,29 @@ def load_config(schema: type[T], preset: str | None = None, overrides: Sequence[
         if "${" in override:
             raise ConfigError("a setting uses interpolation", got=repr(override)[:80], expected="a plain value")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(schema), OmegaConf.create(_read(preset) if preset else {}), OmegaConf.from_dotlist(list(overrides))
-        )
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        given = OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        raise ConfigError("a setting cannot be read", got=" ".join(overrides)[:80], expected="KEY=VALUE, the value in YAML") from error
+    return _merge(schema, _read(preset) if preset else {}, given)
+
+
+def from_plain(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Builds a config dataclass from its JSON form; what is left out has its default.
+
+    Raises:
+        ConfigError: Naming the key that is unknown or has a value of the wrong type.
+    """
+    return _merge(schema, dict(values))
+
+
+def _merge(schema: type[T], *parts: Any) -> T:  # noqa: ANN401 - dictionaries and OmegaConf's own
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
-        raise ConfigError(str(error).strip().splitlines()[0], expected=f"settings among {known}") from error
+        what = str(error).strip().splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {what}" if key else what, expected=f"settings among {known}") from error
 
 
 def to_plain(config: object) -> dict[str, Any]:

@@ -90,7 +90,9 @@ class SentenceEmbedder:
                 for start in range(0, len(same), 64):
                     chunk = same[start : start + 64]
                     features = self._model.preprocess(chunk)
-                    features = {key: value.to(self._model.device) if isinstance(value, Tensor) else value for key, value in features.items()}
+                    features = {
+                        key: value.to(self._model.device) if isinstance(value, Tensor) else value for key, value in features.items()
+                    }
                     with torch.inference_mode():
                         output = self._model(features)
                     pooled = torch.nn.functional.normalize(output["sentence_embedding"].float(), dim=-1).cpu()

@@ -28,9 +28,7 @@ class LoragError(Exception):
         remedy: What the user can do about it.
     """
 
-    def __init__(
-        self, what: str, *, got: object = None, expected: object = None, remedy: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
         parts = [what]
         if got is not None:
             parts.append(f"got {got}")

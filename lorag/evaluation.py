@@ -97,12 +97,14 @@ def evaluate(
         raise ConfigError("generators must share one base model, layout and objective")
     base = everything[0].base
     base.check()
-    known = _names(generators, oracles)
+    known = [name for name in _names(generators, oracles) if len(tasks) > 1 or not name.endswith("_shuffled")]
     chosen = list(methods) if methods else known
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join(known))
     if oracles is not None:
+        if (oracles.base.identity, oracles.base.layout) != (base.identity, base.layout):
+            raise BankError("the oracles are of another base model or layout", got=oracles.base.model.name, expected=base.model.name)
         lost = [task.name for task in tasks if task.key not in oracles]
         if lost:
             raise BankError("the oracle bank lacks tasks", got=f"{len(lost)} such as {lost[0]}")

@@ -89,10 +89,7 @@ def train_group(
     if start is None:
         seeds = [zlib.crc32(f"{config.seed}/{task.name}".encode()) for task in tasks]
         start = [LoraAdapter(layout, _initial(layout, rank, seed), float(rank)) for seed in seeds]
-    trained = {
-        name: (a.clone().requires_grad_(), b.clone().requires_grad_())
-        for name, (a, b) in stack_adapters(start, device).items()
-    }
+    trained = {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in stack_adapters(start, device).items()}
     parameters = [tensor for pair in trained.values() for tensor in pair]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
     warmup = max(1, config.steps // 10)

@@ -102,7 +102,10 @@ class LoraGenerator:
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes generator.safetensors, with the settings in its metadata too, and the manifest last."""
+        """Writes generator.safetensors, with the settings in its metadata too, and the manifest last.
+
+        Stored values are rounded; this generator takes them over, so that it goes on as the opened one does.
+        """
         folder = Path(folder)
         space, space_values = self.space.tensors()
         tensors = {f"space.{name}": value for name, value in space.items()}
@@ -110,7 +113,7 @@ class LoraGenerator:
         for name, value in self.method.tensors().items():
             # Matrices in half precision: the experts that they imitate are no more precise.
             half = value.dtype == torch.float32 and value.dim() >= 2 and value.abs().max() < 6e4
-            tensors[f"method.{name}"] = value.half() if half else value
+            tensors[f"method.{name}"] = (value.half() if half else value).contiguous()
         fields = {
             "kind": _KIND,
             "format": _FORMAT,
@@ -127,6 +130,7 @@ class LoraGenerator:
         }
         save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
         write_manifest(folder, _MANIFEST, fields, [_WEIGHTS])
+        self.method.restore({name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")})
         self.revision = "sha256:" + sha256(folder / _WEIGHTS)[:16]
         return folder
 
@@ -169,9 +173,7 @@ class LoraGenerator:
         if embedder is None:
             embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
         if embedder.name != wanted or embedder.size != centroids.shape[1]:
-            raise GeneratorError(
-                "the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted
-            )
+            raise GeneratorError("the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted)
         return cls(
             base=base,
             space=space,

@@ -70,7 +70,9 @@ def run_ladder(
         made = LoraGenerator.from_pretrained(folder, embedder=embedder, device=device)
         embedder = made.embedder
         if made.base != experts.base:
-            raise ArtifactError(f"{folder} was not trained on a bank of this base", got=made.base.model.name, expected=experts.base.model.name)
+            raise ArtifactError(
+                f"{folder} was not trained on a bank of this base", got=made.base.model.name, expected=experts.base.model.name
+            )
         given.setdefault(made.method.name, []).append(made)
     baselines = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
     everything: dict[str, list[LoraGenerator]] = {}
@@ -79,21 +81,15 @@ def run_ladder(
         training = None
         if split != "train" and _has_train_split(tasks):
             training = find_tasks(tasks, "train")
-        prepared = prepare(
-            experts, embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet
-        )
+        prepared = prepare(experts, embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
         for name in baselines:
-            fitted = fit_generator(
-                prepared, generator_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={}
-            )
+            fitted = fit_generator(prepared, generator_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})
             everything[name] = [fitted]
     order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
     everything |= given
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    return evaluate(
-        suite, ranked, oracles=oracle_bank, methods=methods, seeds=seeds, limit=limit, device=device, quiet=quiet
-    )
+    return evaluate(suite, ranked, oracles=oracle_bank, methods=methods, seeds=seeds, limit=limit, device=device, quiet=quiet)
 
 
 def _has_train_split(tasks: str) -> bool:

@@ -79,9 +79,7 @@ class LoraLayout:
             if not isinstance(module, LoraLayer):
                 continue
             if "default" not in module.lora_A:
-                raise LayoutError(
-                    f"module {name} is no linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only"
-                )
+                raise LayoutError(f"module {name} is no linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only")
             rows, columns = module.lora_A["default"].weight, module.lora_B["default"].weight
             if rows.dim() != 2:
                 raise LayoutError(f"module {name} is a convolution", expected="Linear or Conv1D layers only")

@@ -33,7 +33,10 @@ def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
     yield f"   {out / 'generator'}: {len(generator.conditioner.names)} experts seen, validation in metrics.jsonl\n"
     yield "2. Generate adapters for descriptions of tasks that no expert was trained on, and load them into the base model"
     held_out = find_tasks("sandbox", "test")
-    tasks = [held_out["legal-summarise-plain"], *[task for task in held_out if task.name != "legal-summarise-plain"][:: len(held_out) // _SHOWN]]
+    tasks = [
+        held_out["legal-summarise-plain"],
+        *[task for task in held_out if task.name != "legal-summarise-plain"][:: len(held_out) // _SHOWN],
+    ]
     texts = ["summarise legal text", *[task.descriptions[0] for task in tasks[1 : _SHOWN + 1]]]
     adapters = generate_loras(texts, generator=generator)
     tokenizer = generator.base.model.tokenizer()

@@ -191,9 +191,7 @@ def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: 
     if data.functional is None or not data.validation:
         return 1.0
     chosen = list(data.validation)[:most]
-    codes = torch.cat(
-        [method.generate(data.conditioner(data.embeddings[i][-1], exclude=i), rng).cpu() for i in chosen]
-    )
+    codes = torch.cat([method.generate(data.conditioner(data.embeddings[i][-1], exclude=i), rng).cpu() for i in chosen])
     space, device = data.functional.space, data.functional.rows.model.device
     found: dict[float, float] = {}
     for strength in _STRENGTHS:
@@ -249,5 +247,3 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     generator.save_pretrained(out)
     loop.finish()
     return generator
-
-

@@ -87,12 +87,20 @@ class TrainingLoop:
         kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"
         if state is not None and state.exists():
             counters = load_training_state(state, module, [optimizer], self.rng)
-            start, best, waited = int(counters["step"]), float(counters["best"] or math.inf), int(counters["waited"])
+            start, waited = int(counters["step"]), int(counters["waited"])
+            best = math.inf if counters["best"] is None else float(counters["best"])
             best_state = load_tensors(kept) if kept.exists() else None
             logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
         began = time.monotonic()
-        with tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=stage, disable=self.quiet) as bar:
+        left = range(start, settings.steps if waited < settings.patience else start)
+        device = self.accelerator.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            tqdm(left, initial=start, total=settings.steps, desc=stage, disable=self.quiet) as bar,
+        ):
             for step in bar:
+                # Dropout draws from the global stream, which no state file holds.
+                torch.manual_seed(int(torch.randint(2**62, (), generator=self.rng)))
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
                 module.train()
@@ -151,5 +159,3 @@ def _schedule(step: int, steps: int) -> float:
     """Warm-up over a twentieth of the steps, then a cosine to a hundredth."""
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, 0.505 + 0.495 * math.cos(math.pi * step / steps))
-
-

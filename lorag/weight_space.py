@@ -214,9 +214,7 @@ class SharedSubspace:
             factors.append(
                 {
                     module.name: (rows[index] @ u_in.T, u_out @ columns[index])
-                    for index, (module, u_in, u_out) in enumerate(
-                        zip(self.layout.modules, self.bases_in, self.bases_out, strict=True)
-                    )
+                    for index, (module, u_in, u_out) in enumerate(zip(self.layout.modules, self.bases_in, self.bases_out, strict=True))
                 }
             )
         return factors

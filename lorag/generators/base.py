@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.conditioning import Condition, Conditioner
+from lorag.config import from_plain
 from lorag.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.functional import TaskLoss
@@ -66,13 +67,13 @@ class Generator(abc.ABC):
         """Makes one from plain values.
 
         Raises:
-            ConfigError: Naming an unknown setting.
+            ConfigError: Naming a setting that is unknown or of the wrong type.
         """
         known = {field.name for field in fields(cls.settings_type)}
         unknown = set(values) - known
         if unknown:
             raise ConfigError(f"method.{min(unknown)} is no setting of {cls.name}", expected=", ".join(sorted(known)) or "no setting")
-        return cls(cls.settings_type(**values))
+        return cls(from_plain(cls.settings_type, values))
 
     @abc.abstractmethod
     def fit(self, data: FitData, loop: TrainingLoop) -> None:

@@ -23,9 +23,7 @@ def start_network(generator: NetworkGenerator, data: FitData, loop: TrainingLoop
     return generator.network
 
 
-def reconstruct(
-    generator: NetworkGenerator, data: FitData, loop: TrainingLoop, steps: int, learning_rate: float, batch: int
-) -> None:
+def reconstruct(generator: NetworkGenerator, data: FitData, loop: TrainingLoop, steps: int, learning_rate: float, batch: int) -> None:
     """Trains a generator's network on random (expert, description) pairs.
 
     In a shared subspace, codes are cores divided by one number a module, so their squared distance is ‖ΔW − ΔW'‖²

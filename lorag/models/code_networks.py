@@ -43,9 +43,7 @@ class TokenNetwork(nn.Module):
         self.inward = nn.Sequential(nn.LayerNorm(embedding), nn.Linear(embedding, width))
         self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(256, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
-        )
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=dropout, activation="gelu", batch_first=True, norm_first=True)
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.hidden = nn.Sequential(nn.Linear(queries * width, hidden), nn.GELU(), nn.Dropout(dropout))

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OBJECTIVES", "Objective", "make_objective", "take"]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective for objective in (CausalLM, Seq2SeqLM, LabelMatching, Prototypes)
-}
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (CausalLM, Seq2SeqLM, LabelMatching, Prototypes)}
 
 
 def make_objective(name: str, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Objective:

@@ -39,9 +39,7 @@ class _LanguageModel(Objective):
     metric = "exact_match"
     _rows_at_once = 512
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str = "{input}\n", max_length: int = 256, rouge: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "{input}\n", max_length: int = 256, rouge: bool = False) -> None:
         super().__init__(tokenizer, max_length)
         if template.count("{input}") != 1:
             raise ConfigError("objective.template cannot be used", got=repr(template), expected="one {input}")
@@ -142,7 +140,9 @@ class CausalLM(_LanguageModel):
         """Prompts padded on the left and answers on the right, so that all answers start in one column."""
         flat = [pair for group in groups for pair in group]
         prompts = self._prompts([text for text, _ in flat])
-        answers = [ids + [self.tokenizer.eos_token_id] for ids in self.tokenizer([a for _, a in flat], add_special_tokens=False)["input_ids"]]
+        answers = [
+            ids + [self.tokenizer.eos_token_id] for ids in self.tokenizer([a for _, a in flat], add_special_tokens=False)["input_ids"]
+        ]
         pad = self.tokenizer.pad_token_id
         left, right = _pad(prompts, pad, left=True), _pad(answers, pad)
         mask = torch.cat([_pad([[1] * len(p) for p in prompts], 0, left=True), _pad([[1] * len(a) for a in answers], 0)], 1)
@@ -201,9 +201,7 @@ class Seq2SeqLM(_LanguageModel):
             max_length=self.max_length,
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(
-            input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False
-        )
+        output = model.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 

@@ -39,7 +39,7 @@ class PretrainConfig:
     intermediate_size: int = 384
     layers: int = 4
     heads: int = 4
-    steps: int = 3600
+    steps: int = 1000
     texts: int = 32
     answers: int = 16
     learning_rate: float = 3e-3
@@ -54,7 +54,7 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     falls back to characters and bytes. An opening quotation mark is followed by a space inside the tokenizer only.
     """
     rng = random.Random(seed)
-    seen = splits()["train"] + splits()["spare"]
+    seen = sorted(splits()["train"] + splits()["spare"])
     inward = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r'(?<=")(?=\w)'), " ")])
     words = pre_tokenizers.Sequence(
         [
@@ -65,8 +65,9 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     counts: Counter[str] = Counter()
     for cell in seen * 60:
         text = world.write_text(cell.domain, rng)
-        for part in (TEMPLATE.format(input=text.text), world.answer(text, cell.skill, cell.domain, cell.style)):
+        for part in (TEMPLATE.format(input=text.text), world.answer(text, cell.skill, cell.style, rng.choice(world.DOMAINS))):
             counts.update(word for word, _ in words.pre_tokenize_str(inward.normalize_str(part)))
+    counts.update({word.upper(): 1 for word in counts if word.lstrip("\u2581").isalpha()})
     characters = {chr(code) for code in range(32, 127)} | {"\n", "\u2581"}
     special = ["<unk>", "<pad>", "<s>", "</s>"]
     # Scores: a known word beats any way to spell it, and a character beats its bytes.
@@ -88,16 +89,24 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-@torch.no_grad()
-def _relate_cases(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Starts the embedding of each upper-case word as that of the same word elsewhere plus one shared direction."""
-    vocabulary = tokenizer.get_vocab()
-    by_upper = {token.upper(): index for token, index in vocabulary.items() if token.upper() != token}
-    weight = model.get_input_embeddings().weight
-    direction = torch.randn(weight.shape[1]) * weight.std()
-    for token, index in vocabulary.items():
-        if token in by_upper:
-            weight[index] = weight[by_upper[token]] + direction
+class _Cases:
+    """Keeps the embedding of each upper-case word at that of the same word elsewhere plus one shared direction.
+
+    Case is then one direction for all words: a word that no answer ever showed in capitals can still be written so.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        vocabulary = tokenizer.get_vocab()
+        by_upper = {token.upper(): index for token, index in sorted(vocabulary.items()) if token.upper() != token}
+        pairs = [(index, by_upper[token]) for token, index in vocabulary.items() if token in by_upper]
+        self.upper, self.lower = torch.tensor(pairs).T
+
+    @torch.no_grad()
+    def project(self, weight: Tensor) -> None:
+        """Moves embeddings (v, d) to the nearest that obey the rule."""
+        direction = (weight[self.upper] - weight[self.lower]).mean(0)
+        weight[self.lower] = (weight[self.lower] + weight[self.upper] - direction) / 2
+        weight[self.upper] = weight[self.lower] + direction
 
 
 @dataclass(frozen=True)
@@ -111,15 +120,14 @@ class _Batch:
     text_target: Tensor  # (m,)
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, cells: dict[str, list], rng: random.Random) -> _Batch:
+def _batch(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, forms: dict[str, list], rng: random.Random) -> _Batch:
     """Packs `config.texts` texts with `config.answers` answers each."""
     prompts, groups = [], []
     for _ in range(config.texts):
         name = rng.choice(world.DOMAINS)
         text = world.write_text(name, rng)
-        chosen = rng.sample(cells[name], config.answers)
         prompts.append(TEMPLATE.format(input=text.text))
-        groups += [world.answer(text, cell.skill, name, cell.style) for cell in chosen]
+        groups += [world.answer(text, *rng.choice(forms[name])) for _ in range(config.answers)]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     read = [[bos, *ids] for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     written = [[*ids, eos] for ids in tokenizer(groups, add_special_tokens=False)["input_ids"]]
@@ -158,6 +166,13 @@ def _batch(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, cells: di
     )
 
 
+def _forms() -> dict[str, list[tuple[str, str, str]]]:
+    """For texts of each domain, all (skill, style, note) but the held-out tasks."""
+    held = {(cell.skill, cell.style, cell.domain) for name in ("test", "hard") for cell in splits()[name]}
+    every = [(skill, style, note) for skill in world.SKILLS for style in world.STYLES for note in world.DOMAINS]
+    return {name: [form for form in every if form[2] != name or form not in held] for name in world.DOMAINS}
+
+
 def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool = False) -> None:
     """Trains tokenizer and base model and writes them to `folder`; goes on where an interrupted run stopped.
 
@@ -185,7 +200,10 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
             attn_implementation="sdpa",
         )
     )
-    _relate_cases(model, tokenizer)
+    cases, embeddings = _Cases(tokenizer), model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[cases.upper] += torch.randn(config.hidden_size) * embeddings.std()
+    cases.project(embeddings)
     # Muon for the matrices: role binding and copying form in half the steps that AdamW needs for them.
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
@@ -198,12 +216,10 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
     if state.exists():
         start = int(load_training_state(state, model, optimizers, rng)["step"])
         logger.info("resuming %s at step %d of %d", folder, start, config.steps)
-    cells: dict[str, list] = {name: [] for name in world.DOMAINS}
-    for cell in splits()["train"] + splits()["spare"]:
-        cells[cell.domain].append(cell)
+    forms = _forms()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="base model", disable=quiet)
     for step in bar:
-        batch = _batch(tokenizer, config, cells, random.Random(int(torch.randint(2**62, (), generator=rng))))
+        batch = _batch(tokenizer, config, forms, random.Random(int(torch.randint(2**62, (), generator=rng))))
         output: BaseModelOutputWithPast = model.model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         )
@@ -218,6 +234,7 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min((step + 1) / 100, 1.0, 2 * (1 - step / config.steps))
             optimizer.step()
+        cases.project(embeddings)
         model.zero_grad(set_to_none=True)
         if step % 20 == 0:
             accuracy = (logits.argmax(-1) == batch.target).float().mean().item()

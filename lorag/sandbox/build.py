@@ -28,13 +28,13 @@ def _experts() -> ExpertConfig:
     return ExpertConfig(
         target_modules=["q_proj", "v_proj", "down_proj"],
         ranks=[4, 2, 3],
-        group=27,
-        steps=160,
-        batch=12,
+        group=29,
+        steps=80,
+        batch=8,
         learning_rate=1e-2,
         checkpoints=3,
         precision="float16",
-        test_limit=64,
+        test_limit=32,
     )
 
 
@@ -59,7 +59,7 @@ class SandboxConfig:
     work: str = "runs/sandbox"
     base: PretrainConfig = field(default_factory=PretrainConfig)
     experts: ExpertConfig = field(default_factory=_experts)
-    expert_examples: int = 512
+    expert_examples: int = 384
     examples: int = 96
     test_examples: int = 32
     descriptions: int = 24
@@ -96,9 +96,7 @@ def _write_tasks(folder: Path, config: SandboxConfig) -> None:
     known = build_suite(
         splits()["train"], train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed
     )
-    unseen = build_suite(
-        held, train=0, test=config.test_examples, descriptions=config.eval_descriptions, wording="eval", seed=config.seed
-    )
+    unseen = build_suite(held, train=0, test=config.test_examples, descriptions=config.eval_descriptions, wording="eval", seed=config.seed)
     TaskSuite([*known, *unseen]).save(folder)
     write_json(folder / "splits.json", {name: [cell.name for cell in splits()[name]] for name in ("train", "test", "hard")})
 

@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks` prints medians and ratios taken in one run."""

@@ -1,0 +1,190 @@
+"""The ladder: scores of known adapters come out as known, controls are what they claim, and mismatches are errors."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save_base
+
+from lorag.bank import AdapterBank
+from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
+from lorag.evaluation import JUNK, _bootstrap, _junk, _shuffled, evaluate, format_table
+from lorag.experts import ExpertConfig, train_group
+from lorag.generator import LoraGenerator
+from lorag.generators import generator_type
+from lorag.ladder import run_ladder
+from lorag.objectives import make_objective
+from lorag.row_adapters import RowAdapters
+from lorag.training import fit_generator, prepare
+from lorag.training_loop import TrainingLoop
+
+CELLS = tuple(zip(COLOURS, ANIMALS, strict=True))  # five tasks that share no word and no answer
+EMBEDDER = WordEmbedder()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_models, tokenizer):
+    """Base, suite and a bank of trained experts whose answers are right."""
+    base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+    suite = make_suite(CELLS)
+    model = base.model.load("cpu")
+    rows = RowAdapters(model, base.layout)
+    objective = make_objective("causal_lm", tokenizer, base.settings)
+    # Known scores, not generalisation, are the point: experts learn the test examples as well.
+    seen = [dataclasses.replace(t, examples=tuple(dataclasses.replace(e, split="train") for e in t.examples)) for t in suite]
+    late = train_group(rows, objective, seen, 4, ExpertConfig(steps=150, batch=12, learning_rate=1e-2, checkpoints=1))
+    folder = tmp_path_factory.mktemp("oracles")
+    bank = AdapterBank.create(folder, base).add([(t.key, t.descriptions, own) for t, own in zip(suite, late, strict=True)])
+    return base, suite, bank
+
+
+def _generator(bank, name, embedder=EMBEDDER):
+    prepared = prepare(bank, embedder, k=24, device="cpu", quiet=True)
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    return fit_generator(prepared, generator_type(name)(), loop, rank=24, strength=1.0, origin={})
+
+
+@pytest.fixture(scope="module")
+def generators(world):
+    """A generator that looks the description up, under a name that the ladder takes for a learned one; and the mean."""
+    _, _, bank = world
+    return {"mean": [_generator(bank, "mean")], "looked_up": [_generator(bank, "nearest")]}
+
+
+@pytest.fixture(scope="module")
+def report(world, generators):
+    _, suite, bank = world
+    return evaluate(suite, generators, oracles=bank, seeds=2, limit=6, device="cpu", quiet=True)
+
+
+def test_the_report_has_its_documented_keys(report):
+    """Suite, seeds, tasks, and four keys for each method; all of it plain JSON."""
+    assert set(report) == {"suite", "metric", "examples", "seeds", "tasks", "methods", "differences"}
+    assert (report["suite"], report["seeds"], report["examples"], report["metric"]) == ("toy", 2, 6, "exact_match")
+    assert report["tasks"] == [f"{c}-{a}" for c, a in CELLS]
+    for row in report["methods"].values():
+        assert set(row) - {"per_seed"} == {"score", "ci95", "gap_closed", "per_task"}
+        assert list(row["per_task"]) == report["tasks"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_known_adapters_get_the_known_scores(report):
+    """Oracle 1, base 0, a lookup of the right expert 1, of another's 0; the gap is closed accordingly."""
+    methods = report["methods"]
+    assert list(methods) == ["base", "base_prompted", "mean", "looked_up", "looked_up_shuffled", "looked_up_junk", "oracle"]
+    assert methods["oracle"]["score"] == 1 and methods["oracle"]["gap_closed"] == 1
+    assert methods["base"]["score"] == 0 and methods["base"]["gap_closed"] == 0
+    assert methods["looked_up"]["score"] > 0.9 and methods["looked_up"]["gap_closed"] > 0.9
+    assert methods["looked_up_shuffled"]["score"] < 0.1
+    assert methods["mean"]["score"] < 0.6 and methods["looked_up_junk"]["score"] < 0.6
+    difference = report["differences"]["looked_up - looked_up_shuffled"]
+    assert difference["difference"] == pytest.approx(methods["looked_up"]["score"] - methods["looked_up_shuffled"]["score"], abs=1e-3)
+
+
+def test_intervals_hold_their_mean(report):
+    """For every method; and a wider spread over tasks gives a wider interval."""
+    for row in report["methods"].values():
+        assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
+        assert row["score"] == pytest.approx(sum(row["per_task"].values()) / len(row["per_task"]), abs=1e-3)
+    rng = torch.Generator().manual_seed(0)
+    values = torch.rand(60, generator=rng)
+    low, high = _bootstrap(values)
+    assert low < values.mean() < high
+    expected = 2 * 1.96 * values.std() / 60**0.5
+    assert (high - low) == pytest.approx(expected.item(), rel=0.15)
+    assert _bootstrap(values * 0 + 0.5) == [0.5, 0.5]
+
+
+def test_shuffled_gives_no_task_its_own_description_and_junk_none_at_all(world):
+    """For any number of tasks and any seed: a permutation without a fixed point."""
+    for count in (2, 3, 7, 60):
+        texts = [f"task {i}" for i in range(count)]
+        for seed in range(5):
+            moved = _shuffled(texts, seed)
+            assert sorted(moved) == sorted(texts)
+            assert all(a != b for a, b in zip(moved, texts, strict=True))
+    assert set(_junk(texts, 3)) == set(JUNK) and not set(JUNK) & set(texts)
+
+
+def test_a_single_task_has_no_shuffled_control(world, generators):
+    """There is no other description to give it."""
+    _, suite, bank = world
+    alone = evaluate(suite.select(suite.names[:1]), generators, oracles=bank, seeds=1, limit=2, device="cpu", quiet=True)
+    assert "looked_up" in alone["methods"] and "looked_up_shuffled" not in alone["methods"]
+
+
+def test_methods_can_be_chosen_and_unknown_ones_are_named(world, generators):
+    """The gap needs base and oracle, which are then scored too but not reported."""
+    _, suite, bank = world
+    some = evaluate(suite, generators, oracles=bank, methods=["looked_up"], seeds=1, limit=2, device="cpu", quiet=True)
+    assert list(some["methods"]) == ["looked_up"] and some["methods"]["looked_up"]["gap_closed"] > 0.9
+    bare = evaluate(suite, generators, methods=["looked_up"], seeds=1, limit=2, device="cpu", quiet=True)
+    assert bare["methods"]["looked_up"]["gap_closed"] is None
+    with pytest.raises(ConfigError, match="clairvoyance"):
+        evaluate(suite, generators, oracles=bank, methods=["looked_up", "clairvoyance"], device="cpu", quiet=True)
+
+
+def test_seeds_show_other_descriptions(world, monkeypatch):
+    """Each seed shows a task another of its descriptions, and generators of other seeds in turn."""
+    _, suite, bank = world
+    shown = []
+    first, second = _generator(bank, "mean"), _generator(bank, "mean")
+    for number, one in enumerate((first, second)):
+        original = one.generate
+        monkeypatch.setattr(
+            one, "generate", lambda text, *, seed, n=number, o=original: shown.append((n, text, seed)) or o(text, seed=seed)
+        )
+    evaluate(suite, {"mean": [first, second]}, methods=["mean"], seeds=3, limit=1, device="cpu", quiet=True)
+    cell = CELLS[0]
+    assert [entry for entry in shown if entry[1] in describe(*cell)] == [
+        (0, describe(*cell)[0], 0),
+        (1, describe(*cell)[1], 1),
+        (0, describe(*cell)[0], 2),
+    ]
+
+
+def test_mismatches_are_errors(world, generators):
+    """Another base under a generator or the oracles, a task without an oracle, and a base that has changed."""
+    base, suite, bank = world
+    other = dataclasses.replace(base, identity="sha256:another")
+    strange = dataclasses.replace(generators["mean"][0], base=other)
+    with pytest.raises(ConfigError, match="share one base"):
+        evaluate(suite, {**generators, "strange": [strange]}, device="cpu", quiet=True)
+    with pytest.raises(BaseModelError, match="has changed"):
+        evaluate(suite, {"strange": [strange]}, device="cpu", quiet=True)
+    with pytest.raises(BankError, match="base"):
+        evaluate(suite, generators, oracles=AdapterBank(bank.folder, other, bank.experts), device="cpu", quiet=True)
+    with pytest.raises(BankError, match="lacks tasks"):
+        evaluate(make_suite([*CELLS, ("red", "horse")]), generators, oracles=bank, device="cpu", quiet=True)
+    with pytest.raises(ConfigError):
+        evaluate(suite, {}, device="cpu", quiet=True)
+
+
+def test_the_table_names_every_method(report):
+    """With score, interval and gap; and without an oracle as well."""
+    table = format_table(report)
+    for name, row in report["methods"].items():
+        (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ") and " - " not in line]
+        assert f"{row['score']:.3f}" in line and f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}" in line
+    bare = {**report, "methods": {name: {**row, "gap_closed": None} for name, row in report["methods"].items()}}
+    assert "looked_up" in format_table(bare)
+
+
+def test_a_ladder_from_folders(world, generators, tmp_path, monkeypatch):
+    """What the command line runs: baselines fitted on the bank stand beside the generator; a foreign bank is refused."""
+    base, suite, bank = world
+    generators["looked_up"][0].save_pretrained(tmp_path / "g")
+    suite.save(tmp_path / "suite")
+    opened = LoraGenerator.from_pretrained
+    monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
+    values = {"tasks": str(tmp_path / "suite"), "split": None, "seeds": 1, "limit": 2, "device": "cpu", "quiet": True}
+    report = run_ladder([str(tmp_path / "g")], bank=str(bank.folder), oracles=str(bank.folder), **values)
+    found = report["methods"]
+    assert {"base", "random", "mean", "nearest", "top_k", "ridge", "oracle"} <= set(found)
+    assert found["nearest"]["score"] > 0.9 > found["random"]["score"]
+    foreign = dataclasses.replace(base, identity="sha256:another")
+    AdapterBank.create(tmp_path / "foreign", foreign).add([("a", ["task"], [bank.adapter(bank.names[0])])])
+    with pytest.raises(LoragError, match="base"):
+        run_ladder([str(tmp_path / "g")], bank=str(tmp_path / "foreign"), **values)

@@ -1,0 +1,425 @@
+"""Generators: every registered method, from a bank to the bytes of an adapter, on a world whose right answers are known."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, other_form, save_base, true_adapter
+
+from lorag.adapter import WEIGHTS
+from lorag.bank import AdapterBank
+from lorag.conditioning import Conditioner, mixture
+from lorag.errors import ConfigError, GeneratorError
+from lorag.functional import TaskLoss
+from lorag.generator import LoraGenerator, generate_loras
+from lorag.generators import GENERATORS, FitData, generator_type
+from lorag.generators.reconstruction import _distance
+from lorag.objectives import make_objective
+from lorag.row_adapters import RowAdapters
+from lorag.training import fit_generator, prepare, tune_strength
+from lorag.training_loop import LoopSettings, TrainingLoop
+
+QUICK = {
+    "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
+    "house": {"steps": 300, "width": 64, "queries": 4, "layers": 1, "hidden": 128, "learning_rate": 3e-3, "dropout": 0.0},
+    "multitask": {"steps": 10, "tasks": 8, "batch": 2},
+}
+LEARNED = ("ridge", "mlp", "house")
+GAUGE_FREE = ("mean", "nearest", "top_k", *LEARNED)
+EMBEDDER = WordEmbedder()
+
+
+def _loop(folder=None, seed=0):
+    return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
+
+
+def _fit(prepared, name, seed=0, **settings):
+    method = generator_type(name).with_settings({**QUICK.get(name, {}), **settings})
+    return fit_generator(prepared, method, _loop(seed=seed), rank=8, strength=1.0, origin={})
+
+
+def _prepare(bank, **more):
+    return prepare(bank, EMBEDDER, k=20, device="cpu", quiet=True, **more)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_models, tokenizer):
+    return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, base):
+    bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
+    return _prepare(bank, suite=make_suite(TRAINING), validation=0.1)
+
+
+@pytest.fixture(scope="module")
+def fitted(prepared):
+    """Every registered generator, fitted once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = _fit(prepared, name)
+        return made[name]
+
+    return get
+
+
+def _bytes(adapter, folder):
+    adapter.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _error(adapter, cell):
+    """Relative distance of ΔW to the right one, over all modules."""
+    right = true_adapter(adapter.layout, *cell)
+    pairs = [(adapter.delta(n), right.delta(n)) for n in adapter.layout.names]
+    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+
+
+# --- every method -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
+    """`count` codes of length c; methods that do not sample repeat one code, those that do obey their rng."""
+    generator = fitted(name)
+    condition = generator.condition("paint the red dog")
+    codes = generator.method.generate(condition, torch.Generator().manual_seed(1), 3)
+    assert codes.shape == (3, prepared.space.size)
+    assert codes.isfinite().all()
+    assert torch.equal(codes, generator.method.generate(condition, torch.Generator().manual_seed(1), 3))
+    sampled = name in ("random", "sg_mixture")
+    assert torch.equal(codes, codes[:1].expand(3, -1)) != sampled
+    assert generator.method.size() > 0
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
+    """Every file of the adapter, made with the fitted generator, with the opened one, and with it saved once more."""
+    generator = fitted(name)
+    generator.save_pretrained(tmp_path / "g")
+    opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=EMBEDDER)
+    opened.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "g/generator.safetensors").read_bytes() == (tmp_path / "again/generator.safetensors").read_bytes()
+    texts = ["paint the red dog", "blue fish please", "something else entirely"]
+    for number, text in enumerate(texts):
+        first = _bytes(generator.generate(text, seed=number), tmp_path / f"a{number}")
+        assert first == _bytes(opened.generate(text, seed=number), tmp_path / f"b{number}")
+    assert opened.origin == generator.origin and opened.revision == generator.revision != "unsaved"
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, name):
+    """generate_loras of three descriptions of different lengths equals each alone, byte for byte, in any order."""
+    texts = ["red dog", "would you please paint the blue fish for me today", "pink cat please"]
+    together = generate_loras(texts, generator=fitted(name), seed=5)
+    turned = generate_loras(texts[::-1], generator=fitted(name), seed=5)[::-1]
+    for number, text in enumerate(texts):
+        alone = _bytes(generate_loras([text], generator=fitted(name), seed=5)[0], tmp_path / f"alone{number}")
+        assert alone == _bytes(together[number], tmp_path / f"together{number}") == _bytes(turned[number], tmp_path / f"turned{number}")
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "multitask"])
+def test_fitting_twice_gives_the_same_tensors(prepared, fitted, name):
+    """One seed, one result: dropout included; and another seed another one, where there is anything to draw."""
+    settings = {} if name in ("ridge", "multitask") else {"steps": 20, "dropout": 0.2}
+    runs = []
+    for _ in range(2):
+        torch.rand(3)  # the global stream moves on between runs and must not matter
+        runs.append(_fit(prepared, name, **settings).method.tensors())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+    if name != "ridge":
+        other = _fit(prepared, name, seed=1, **settings).method.tensors()
+        assert any(not torch.equal(runs[0][key], other[key]) for key in other)
+
+
+def test_unknown_methods_and_settings_are_named():
+    """ConfigError with the name, whatever is unknown or of the wrong type."""
+    with pytest.raises(ConfigError, match="oracle_of_delphi"):
+        generator_type("oracle_of_delphi")
+    with pytest.raises(ConfigError, match="stepps"):
+        generator_type("mlp").with_settings({"stepps": 3})
+    with pytest.raises(ConfigError, match="steps"):
+        generator_type("mlp").with_settings({"steps": "many"})
+
+
+def test_stored_tensors_that_do_not_fit_are_refused(fitted):
+    """GeneratorError on a missing tensor, for every method."""
+    for name in GENERATORS:
+        tensors = fitted(name).method.tensors()
+        lost = {key: tensors[key] for key in sorted(tensors)[1:]}
+        with pytest.raises(GeneratorError, match=name):
+            generator_type(name).with_settings(fitted(name).method.values()).restore(lost)
+
+
+def test_another_embedder_is_refused(fitted, tmp_path):
+    """A generator knows the embedder that it was fitted with."""
+    fitted("ridge").save_pretrained(tmp_path)
+    other = WordEmbedder()
+    other.name = "other words"
+    with pytest.raises(GeneratorError, match="other words"):
+        LoraGenerator.from_pretrained(tmp_path, embedder=other)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "house"])
+def test_four_experts_are_learned_by_heart(tmp_path, base, name):
+    """Overfitting: relative error of the codes below 0.1, so nothing between description and code is in the way."""
+    four = _prepare(make_bank(tmp_path / "bank", base, TRAINING[:4]), validation=0.0)
+    method = _fit(four, name, steps=200).method
+    for index in range(4):
+        made = method.generate(four.data.conditioner(four.data.embeddings[index][0]), torch.Generator())
+        assert (made[0] - four.data.codes[index]).norm() < 0.1 * four.data.codes[index].norm()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_generators_beat_the_mean_and_the_wrong_description(fitted, name):
+    """On combinations that no expert has: nearer to the right ΔW than the bank's mean, any expert, or another description's."""
+    for place, cell in enumerate(HELD_OUT):
+        text = describe(*cell)[0]
+        wrong = describe(*HELD_OUT[(place + 1) % len(HELD_OUT)])[0]
+        matched = _error(fitted(name).generate(text), cell)
+        assert matched < 0.8 * _error(fitted("mean").generate(text), cell)
+        assert matched < 0.8 * _error(fitted("nearest").generate(text), cell)
+        assert matched < 0.7 * _error(fitted(name).generate(wrong), cell)
+
+
+@pytest.mark.parametrize("name", GAUGE_FREE)
+def test_gauge_and_rank_of_the_experts_do_not_matter(base, prepared, fitted, tmp_path_factory, name):
+    """The same experts in another gauge, rank 6 instead of 4 and another alpha: the same ΔW within 1e-3."""
+    folder = tmp_path_factory.getbasetemp() / "turned-bank"
+    if not folder.exists():
+        make_bank(folder, base, TRAINING, lambda adapter, number: other_form(adapter, 100 + number))
+    turned = _prepare(AdapterBank.from_pretrained(folder), validation=0.1)
+    short = {"steps": 30} if name in ("mlp", "house") else {}
+    plain, other = (_fit(one, name, **short).generate("paint the red dog") for one in (prepared, turned))
+    for module in base.layout.names:
+        assert (plain.delta(module) - other.delta(module)).norm() < 1e-3 * plain.delta(module).norm()
+
+
+def test_functional_steps_lower_the_base_model_s_loss(prepared):
+    """House with functional steps, and multitask, reach a lower loss on the experts' own tasks than they started with."""
+    data = prepared.data
+    start = data.functional.loss(data.codes.mean(0).expand(len(data.codes), -1), range(len(data.codes)), 4, "check")
+    one = _fit(prepared, "multitask", steps=20, learning_rate=0.2).method.code
+    assert data.functional.loss(one.expand(len(data.codes), -1), range(len(data.codes)), 4, "check") < start - 0.05
+    before, after = (
+        _fit(prepared, "house", steps=20, functional_steps=n, tasks=8, examples=2, functional_rate=3e-3).method for n in (0, 20)
+    )
+    losses = []
+    for method in (before, after):
+        codes = torch.cat([method.generate(data.conditioner(own[0]), torch.Generator()) for own in data.embeddings])
+        losses.append(data.functional.loss(codes, range(len(codes)), 4, "check"))
+    assert losses[1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize(("name", "settings"), [("multitask", {}), ("house", {"functional_steps": 2})])
+def test_methods_that_run_the_base_model_ask_for_examples(prepared, name, settings):
+    """Without a suite: GeneratorError that says which setting is missing."""
+    bare = dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, functional=None))
+    with pytest.raises(GeneratorError, match="tasks=PATH"):
+        _fit(bare, name, **settings)
+
+
+def test_a_loss_of_a_broadcast_shape_is_refused():
+    """(b, c) against (c,) or (1, c) would pull all codes to their mean; it raises instead."""
+    with pytest.raises(AssertionError, match="against"):
+        _distance(torch.zeros(3, 5), torch.zeros(5))
+    with pytest.raises(AssertionError, match="against"):
+        _distance(torch.zeros(3, 5), torch.zeros(1, 5))
+
+
+def test_strength_is_found_on_held_out_experts(prepared):
+    """A generator whose codes give a third of the right ΔW gets a factor above 1; without examples the factor is 1."""
+    data = prepared.data
+    space = prepared.space
+
+    class Third(generator_type("nearest")):
+        def generate(self, condition, rng, count=1):
+            index = next(i for i, own in enumerate(data.embeddings) for one in own if one is condition.embedding)
+            return space.standardise(space.restore(self.codes[index]) / 3)[None]
+
+    # Labels that the right adapters themselves give, so that the right strength is 3 by construction.
+    suite = make_suite(TRAINING)
+    model = prepared.bank.base.model.load("cpu")
+    rows = RowAdapters(model, space.layout)
+    objective = make_objective("causal_lm", prepared.bank.base.model.tokenizer(), prepared.bank.base.settings)
+    batch = objective.encode([[(e.input, e.output) for e in task.split("train")[:4]] for task in suite])
+    with torch.no_grad(), rows.use(space.differentiable(data.codes)) as adapted:
+        right = objective._logits(adapted, batch).softmax(-1)
+
+    class Distance(TaskLoss):
+        def losses(self, codes, indices, count, seed):
+            with self.rows.use(self.space.differentiable(codes)) as adapted:
+                part = objective.encode([[(e.input, e.output) for e in suite.tasks[i].split("train")[:4]] for i in indices])
+                guessed = objective._logits(adapted, part).softmax(-1)
+            each = guessed.shape[0] // len(indices)
+            wanted = torch.cat([right[i * each : (i + 1) * each, : guessed.shape[1]] for i in indices])
+            return (guessed - wanted).square().flatten(1).mean(1).view(len(indices), -1).mean(1)
+
+    method = Third()
+    method.fit(data, _loop())
+    changed = dataclasses.replace(data, functional=Distance(rows, objective, space, suite.tasks))
+    assert tune_strength(method, changed, torch.Generator()) == 3.0
+    assert tune_strength(method, dataclasses.replace(data, functional=None), torch.Generator()) == 1.0
+
+
+# --- splits and conditions --------------------------------------------------------------------------------------------
+
+
+def test_validation_experts_are_not_learned_from(prepared):
+    """Training and validation indices share nothing, cover the bank, and know no task but the bank's."""
+    data: FitData = prepared.data
+    assert set(data.training).isdisjoint(data.validation)
+    assert sorted([*data.training, *data.validation]) == list(range(len(TRAINING)))
+    assert len(data.validation) == int(0.1 * len(TRAINING)) > 0
+    held = {name_of(*cell) for cell in HELD_OUT}
+    assert held.isdisjoint(data.conditioner.names) and held.isdisjoint(task.name for task in data.functional.tasks)
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "multitask"])
+def test_poisoned_validation_experts_change_no_gradient(prepared, name):
+    """Codes of validation experts enter no step of training: with another choice made impossible, results agree."""
+    data = prepared.data
+    codes = data.codes.clone()
+    codes[list(data.validation)] = 1e3
+    # Without validation nothing is chosen by it, so any difference would come from training.
+    runs = []
+    for values in (data.codes, codes):
+        own = dataclasses.replace(data, codes=values, validation=())
+        short = {"steps": 10} if name in ("mlp", "house") else {}
+        runs.append(_fit(dataclasses.replace(prepared, data=own), name, **short).method.tensors())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_mixture_is_the_law_of_total_variance():
+    """Mean and variance of a mixture of Gaussians, by hand, over the two nearest of three experts."""
+    codes = torch.tensor([[1.0, 0.0], [3.0, 4.0], [100.0, 100.0]])
+    deviations = torch.tensor([[0.5, 0.0], [1.0, 2.0], [9.0, 9.0]])
+    similarities = torch.tensor([0.9, 0.8, 0.1])
+    a = 1 / (1 + torch.tensor(-0.1 / 0.05).exp())
+    mean = a * codes[0] + (1 - a) * codes[1]
+    within = a * deviations[0] ** 2 + (1 - a) * deviations[1] ** 2
+    between = a * (codes[0] - mean) ** 2 + (1 - a) * (codes[1] - mean) ** 2
+    found = mixture(similarities, codes, deviations, top=2, temperature=0.05)
+    assert torch.allclose(found.mean, mean, atol=1e-5)
+    assert torch.allclose(found.variance, within + between, atol=1e-5)
+    assert torch.allclose(mixture(similarities, codes, None, top=2, temperature=0.05).variance, between, atol=1e-5)
+
+
+def test_sg_mixture_samples_have_that_mean_and_variance(fitted):
+    """4,000 samples, within the error of their number."""
+    method = fitted("sg_mixture").method
+    condition = fitted("sg_mixture").condition("paint the red dog")
+    wanted = mixture(
+        condition.similarities, method.codes, method.deviations, top=method.settings.top, temperature=method.settings.temperature
+    )
+    drawn = method.generate(condition, torch.Generator().manual_seed(0), 4000)
+    deviation = wanted.variance.sqrt()
+    assert (drawn.mean(0) - wanted.mean).norm() < 0.05 * deviation.norm()
+    assert (drawn.std(0) - deviation).norm() < 0.05 * deviation.norm()
+
+
+def test_an_excluded_expert_is_not_seen(prepared, fitted):
+    """Leaving one out: it is no neighbour, however few there are, and a lookup finds another."""
+    conditioner, embeddings = prepared.data.conditioner, prepared.data.embeddings
+    method = fitted("nearest").method
+    for index in (0, 7):
+        seen, unseen = conditioner(embeddings[index][0]), conditioner(embeddings[index][0], exclude=index, keep=100)
+        own = conditioner.names[index]
+        assert seen.neighbours[0][0] == own
+        assert own not in dict(unseen.neighbours) and len(unseen.neighbours) == len(TRAINING) - 1
+        assert unseen.novelty > seen.novelty
+        codes = [method.generate(condition, torch.Generator())[0] for condition in (seen, unseen)]
+        assert torch.equal(codes[0], method.codes[index]) and not torch.equal(codes[1], method.codes[index])
+
+
+def test_novelty_is_zero_for_what_is_stored_and_grows_with_distance():
+    """Zero for the description of an expert, more for one of which it shares a word, most for one that shares none."""
+    texts = ["red dog", "blue cat", "green bird"]
+    conditioner = Conditioner.fit(["a", "b", "c"], [EMBEDDER.embed([text]) for text in texts])
+    stored = [conditioner(EMBEDDER.embed([text])[0]).novelty for text in texts]
+    near, far = (conditioner(EMBEDDER.embed([text])[0]).novelty for text in ("red bird", "compute logarithms"))
+    assert all(value < 1e-5 for value in stored)
+    assert 0.05 < near < far
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+class _Stopped:
+    """Raises KeyboardInterrupt at the n-th loss of a stage of a generator's training."""
+
+    def __init__(self, monkeypatch, stage, at):
+        run = TrainingLoop.run
+
+        def changed(loop, name, module, loss, validate, settings):
+            def stopping(m, step):
+                if name == stage and step == at:
+                    raise KeyboardInterrupt
+                return loss(m, step)
+
+            return run(loop, name, module, stopping, validate, settings)
+
+        monkeypatch.setattr(TrainingLoop, "run", changed)
+
+
+@pytest.mark.parametrize(("stage", "at"), [("house reconstruction", 150), ("house functional", 130)])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, tmp_path, monkeypatch, stage, at):
+    """The same weights to the bit, dropout included, whichever of the two stages was cut, and no state is left behind."""
+    settings = {"steps": 220, "functional_steps": 160, "tasks": 4, "examples": 1, "dropout": 0.1, "queries": 2, "width": 32, "hidden": 32}
+    method = generator_type("house").with_settings({**QUICK["house"], **settings})
+
+    def fit(folder):
+        fresh = generator_type("house").with_settings(method.values())
+        loop = _loop(folder)
+        fresh.fit(prepared.data, loop)
+        loop.finish()
+        return fresh.tensors()
+
+    whole = fit(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        _Stopped(patched, stage, at)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "cut")
+    assert list((tmp_path / "cut").glob("*.state.safetensors"))
+    torch.rand(5)
+    resumed = fit(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_stage_that_stopped_early_is_not_trained_further(tmp_path):
+    """Resuming after a stage's early stop, as when a later stage was cut, keeps its result and its random stream."""
+    steps = LoopSettings(100, 1e-2, validate_every=10, patience=2)
+    values = {0: 1.0, 1: 0.5, 2: 0.9, 3: 0.8}
+
+    def run(folder):
+        seen = []
+        torch.manual_seed(0)
+        module = torch.nn.Linear(2, 1)
+        loop = _loop(folder)
+
+        def validate(_):
+            seen.append(None)
+            return values.get(len(seen) - 1, 0.0)
+
+        loop.run("stage", module, lambda m, _: m(torch.randn(4, 2, generator=loop.rng)).square().mean(), validate, steps)
+        return module.weight.clone(), loop.rng.get_state(), len(seen)
+
+    first, stream, validations = run(tmp_path)
+    assert validations == 4  # the third and fourth were no better than the second
+    values.update({0: 0.0})  # whatever a further validation would find
+    again, stream_again, validations = run(tmp_path)
+    assert torch.equal(first, again) and torch.equal(stream, stream_again) and validations == 0
+
+
+def test_weights_are_read_as_written_by_peft_name(fitted, tmp_path):
+    """A generated folder holds PEFT's file names and nothing else."""
+    fitted("ridge").generate("red dog").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["adapter_config.json", WEIGHTS, "lorag.json"])

@@ -1,0 +1,188 @@
+"""House rules: imports point down, the README's tree is true, modules stay small, nothing unsafe is called."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
+
+from lorag.bank_build import BankConfig
+from lorag.config import load_config, preset_names
+from lorag.sandbox.grid import splits
+from lorag.training import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lorag"
+SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))}
+MOST_LINES = 300
+# design.md, section 3; a package is one room. docs/architecture.md takes over where it has such a table.
+LEVELS = {
+    0: "errors config artifacts training_state hub",
+    1: "tasks layout models base_model training_loop",
+    2: "adapter embedding",
+    3: "weight_space row_adapters bank",
+    4: "objectives conditioning experts bank_import",
+    5: "functional bank_build generators",
+    6: "generator",
+    7: "training evaluation ladder derived_tasks cards quickstart",
+    8: "sandbox cli",
+}
+
+
+def _room(module):
+    """lorag.generators.house -> generators."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def _imports(path):
+    """Modules of lorag that a file imports, anywhere in it, but for type checkers."""
+    found = set()
+
+    def visit(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            if isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                names = {f"{child.module}.{alias.name}" for alias in child.names}
+                found.update(names & set(SOURCES) or {child.module})
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return {name for name in found if name.split(".")[0] == "lorag"} - {"lorag"}
+
+
+def _code(path):
+    """A module without comments and docstrings, which may say what is not done."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _levels():
+    """Room -> level: the rows `| number | modules ... |` of docs/architecture.md, else the table above."""
+    document = ROOT / "docs/architecture.md"
+    rows = re.findall(r"^\|\s*(\d+)\s*\|([^|]*)\|", document.read_text(encoding="utf-8"), re.M) if document.is_file() else []
+    if not rows:
+        rows = [(str(level), " ".join(f"`{room}`" for room in rooms.split())) for level, rooms in LEVELS.items()]
+    return {room.strip("/").removesuffix(".py"): int(level) for level, text in rows for room in re.findall(r"[\w/]+(?:\.py)?", text)}
+
+
+IMPORTS = {name: _imports(path) for name, path in SOURCES.items()}
+ROOMS = {_room(name) for name in SOURCES} - {""}
+
+
+def test_every_import_points_down_or_stays_level():
+    """Every module has a level, and imports none above it; inner packages are one room."""
+    levels = _levels()
+    assert not ROOMS - set(levels), "modules without a level"
+    upward = [
+        f"{name} -> {other}"
+        for name, found in IMPORTS.items()
+        for other in found
+        if name != "lorag" and levels[_room(other)] > levels[_room(name)]
+    ]
+    assert not upward
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Not even lazily: the modules can be sorted so that each imports only earlier ones."""
+    left = {name: {other for other in found if other != name} for name, found in IMPORTS.items()}
+    for name in left:  # importing a module runs its package first
+        left[name] = {other for other in left[name] if not other.startswith(f"{name}.") or name == "lorag"}
+    while left:
+        free = [name for name, needs in left.items() if not needs & set(left)]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
+
+
+def test_the_sandbox_is_an_example_not_a_part():
+    """Nothing but the command line imports it."""
+    users = {name for name, found in IMPORTS.items() if any(_room(other) == "sandbox" for other in found)}
+    assert {name for name in users if _room(name) != "sandbox"} <= {"lorag.cli"}
+
+
+def test_networks_are_pure():
+    """lorag/models imports nothing of lorag but itself, and opens no file."""
+    for name, path in SOURCES.items():
+        if _room(name) == "models":
+            assert all(_room(other) == "models" for other in IMPORTS[name])
+            assert not re.search(r"\bopen\(|Path|logging|tokenizer", _code(path))
+
+
+def test_the_readme_s_tree_is_the_tree():
+    """It names exactly the modules that there are, and only files that exist."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in re.findall(r"^```\w*\n(.*?)^```", readme, re.S | re.M) if "\nlorag/\n" in part)
+    above, inside = block.split("\nlorag/\n")
+    named = [re.match(r"\s*([\w./-]+)\s{2,}\S", line).group(1) for line in inside.splitlines() if line.strip()]
+    there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    there |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(named) == sorted(there)
+    for line in above.splitlines():
+        if line.strip():
+            assert (ROOT / line.split()[0]).exists(), f"README names {line.split()[0]}"
+
+
+def test_the_readme_counts_the_experts_rightly():
+    """The number of experts that it states is the grid's."""
+    stated = re.findall(r"(\d+) experts", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert stated and {int(number) for number in stated} == {len(splits()["train"])}
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_a_module_is_one_idea(name):
+    """At most 300 lines, a docstring first, and no leftovers."""
+    text = SOURCES[name].read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= MOST_LINES
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert SOURCES[name].stem not in ("utils", "common", "helpers")
+
+
+FORBIDDEN = ("torch.load", "pickle", "cPickle", "joblib", "eval(", "exec(", "trust_remote_code", "yaml.load(", "os.system", "shell=True")
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_nothing_is_unpickled_or_evaluated(name):
+    """Neither called nor named in code; `.eval()` of a module is another thing."""
+    code = _code(SOURCES[name]).replace(".eval()", "")
+    assert not [word for word in FORBIDDEN if re.search(rf"(?<!\w){re.escape(word)}", code)]
+
+
+def test_shipped_configs_load():
+    """Each is a training run or a bank, holds values only, and says what it is for."""
+    assert preset_names()
+    for name in preset_names():
+        text = (PACKAGE / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert text.startswith("#") and yaml.safe_load(text)
+        schema = BankConfig if "experts" in yaml.safe_load(text) else TrainConfig
+        assert load_config(schema, name)
+
+
+def test_public_names_are_there():
+    """What __all__ promises can be imported, from every module."""
+    import importlib
+
+    for name in SOURCES:
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()):
+            assert hasattr(module, public), f"{name}.{public}"
+
+
+def test_what_ships_is_small():
+    """checkpoints and data together stay below 60 MB; the base model below 16 MB, the bank below 20 MB."""
+
+    def size(*names):
+        return sum(path.stat().st_size for name in names for path in (ROOT / name).rglob("*") if path.is_file()) / 1e6
+
+    assert size("checkpoints/sandbox-lm") > 0 and size("data/sandbox/bank") > 0, "the embedded artifacts are missing"
+    assert size("checkpoints", "data") < 60
+    assert size("checkpoints/sandbox-lm") < 16 and size("data/sandbox/bank") < 20

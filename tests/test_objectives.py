@@ -1,0 +1,306 @@
+"""Objectives: batching, padding and teacher forcing are shortcuts that change no loss, no score and no sample."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import EOS, WORDS
+
+from lorag.errors import ConfigError, TaskError
+from lorag.layout import LoraLayout
+from lorag.objectives import OBJECTIVES, make_objective, take
+from lorag.objectives.language_model import rouge_l
+from lorag.objectives.sentence_encoder import _macro_f1
+from lorag.row_adapters import RowAdapters, stack_adapters
+from lorag.tasks import Example, Task
+
+BASES = {"causal_lm": "llama", "seq2seq_lm": "t5", "label_matching": "bert", "prototypes": "bert"}
+
+
+def _words(rng, low, high):
+    count = int(torch.randint(low, high, (), generator=rng))
+    return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=rng))
+
+
+def _task(name, labels, longest, examples=24):
+    """A task of random texts up to `longest` words; two thirds to train on."""
+    rng = torch.Generator().manual_seed(len(name))
+    rows = []
+    for number in range(examples):
+        output = labels[number % len(labels)] if labels else _words(rng, 1, 5)
+        rows.append(Example(_words(rng, 1, longest), output, "train" if number < 2 * examples // 3 else "test"))
+    return Task(name, "demo", ("do it",), tuple(labels) if labels else None, "MIT", "made", tuple(rows))
+
+
+@pytest.fixture(params=sorted(OBJECTIVES))
+def setting(request, tiny_models, tokenizer, random_adapter):
+    """Each objective with three tasks of different lengths and label counts, and an adapter for each."""
+    tiny = tiny_models[BASES[request.param]]
+    model = tiny.build()
+    layout = tiny.layout(model)
+    labelled = OBJECTIVES[request.param].kind == "encoder"
+    counts = (2, 5, 3) if labelled else (0, 0, 0)
+    tasks = [_task("t" * (i + 1), WORDS[3 * i : 3 * i + n], 4 + 6 * i) for i, n in enumerate(counts)]
+    adapters = [random_adapter(layout, rank=2 + i, seed=i) for i in range(3)]
+    return make_objective(request.param, tokenizer), RowAdapters(model, layout), tasks, stack_adapters(adapters)
+
+
+def _losses(objective, rows, stacked, tasks, seed="0"):
+    with rows.use(stacked) as model:
+        return objective.losses(model, objective.sample(tasks, 4, seed))
+
+
+# --- all objectives ---------------------------------------------------------------------------------------------------
+
+
+def test_losses_of_a_batch_are_those_of_each_task_alone(setting):
+    """What is drawn for a task and what it loses depend on no task beside it: not by padding, order or number."""
+    objective, rows, tasks, stacked = setting
+    with torch.no_grad():
+        together = _losses(objective, rows, stacked, tasks)
+        turned = _losses(objective, rows, {n: (a.flip(0), b.flip(0)) for n, (a, b) in stacked.items()}, tasks[::-1])
+        alone = torch.cat([_losses(objective, rows, take(stacked, i, i + 1), [task]) for i, task in enumerate(tasks)])
+    assert together.shape == (3,)
+    assert together.isfinite().all() and (together > 0).all()
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert torch.allclose(turned.flip(0), alone, atol=1e-4)
+    assert not torch.allclose(together, together.roll(1), atol=1e-2)
+
+
+def test_samples_depend_on_seed_and_task_alone(setting):
+    """The same seed draws the same tokens, another seed others."""
+    objective, _, tasks, _ = setting
+    ids = [objective.sample(tasks, 4, seed).arguments["input_ids"].tolist() for seed in ("0", "0", "1")]
+    assert ids[0] == ids[1]
+    assert ids[0] != ids[2]
+
+
+def test_gradients_flow_to_each_task_own_adapter(setting):
+    """The loss of task 1 moves adapter 1, and no other."""
+    objective, rows, tasks, stacked = setting
+    leaves = {name: tuple(x.clone().requires_grad_() for x in pair) for name, pair in stacked.items()}
+    _losses(objective, rows, leaves, tasks)[1].backward()
+    grads = [leaf.grad.flatten(1).norm(dim=1) for pair in leaves.values() for leaf in pair]
+    total = torch.stack(grads).sum(0)
+    assert total.isfinite().all()
+    assert total[1] > 0 and total[0] == total[2] == 0
+
+
+def test_scores_of_a_batch_are_those_of_each_task_alone(setting, monkeypatch):
+    """Scores are in range and depend on no task beside it, nor on how many rows run at once."""
+    objective, rows, tasks, stacked = setting
+    alone = [objective.scores(rows, take(stacked, i, i + 1), [task], limit=6)[0] for i, task in enumerate(tasks)]
+    for at_once in (10_000, 3):
+        monkeypatch.setattr(type(objective), "_rows_at_once", at_once)
+        for together, one in zip(objective.scores(rows, stacked, tasks, limit=6), alone, strict=True):
+            assert together == pytest.approx(one, abs=1e-5)
+    for score in alone:
+        assert objective.metric in score
+        assert all(0 <= value <= 1 for key, value in score.items() if key != "log_likelihood")
+    bare = objective.scores(rows, None, tasks, limit=6)
+    zero = {name: (a, b * 0) for name, (a, b) in stacked.items()}
+    for one, other in zip(objective.scores(rows, zero, tasks, limit=6), bare, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_settings_build_it_again(setting, tokenizer):
+    """Stored settings make the same objective; unknown names and settings are refused."""
+    objective, *_ = setting
+    again = make_objective(objective.name, tokenizer, {**objective.settings(), "max_length": 17})
+    assert again.settings() == {**objective.settings(), "max_length": 17}
+    with pytest.raises(ConfigError, match="temper"):
+        make_objective(objective.name, tokenizer, {"temper": 1})
+    with pytest.raises(ConfigError, match="objective is unknown"):
+        make_objective("bagging", tokenizer)
+
+
+def test_tasks_without_examples_are_refused(setting):
+    """No training or no test examples: TaskError naming the task."""
+    objective, rows, tasks, stacked = setting
+    for split, use in (
+        ("train", lambda task: objective.sample([task], 2, "0")),
+        ("test", lambda task: objective.scores(rows, take(stacked, 0, 1), [task], limit=4)),
+    ):
+        kept = tuple(e for e in tasks[0].examples if e.split != split)
+        with pytest.raises(TaskError, match="'t'"):
+            use(dataclasses.replace(tasks[0], examples=kept))
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["causal_lm", "seq2seq_lm"])
+def speaker(request, tiny_models, tokenizer):
+    """A language model that ends its answers now and then, and its objective."""
+    tiny = tiny_models[BASES[request.param]]
+    model = tiny.build(seed=3)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[EOS] *= 3
+        weight[[0, 1, 3]] = 0  # decoding would drop pad, begin and unknown tokens from the text
+    return tiny, model, make_objective(request.param, tokenizer, {"rouge": True})
+
+
+def test_exact_match_is_that_of_greedy_generation(speaker, tokenizer, random_adapter):
+    """Teacher forcing says "exact" just where generating says it: right answers, and near misses of one word."""
+    tiny, model, objective = speaker
+    layout = LoraLayout.from_model(model, tiny.targets)
+    adapters = [random_adapter(layout, seed=i) for i in range(2)]
+    rows = RowAdapters(model, layout)
+    rng = torch.Generator().manual_seed(0)
+    inputs = list(dict.fromkeys(_words(rng, 1, 9) for _ in range(64)))
+    tasks, truth = [], []
+    for index in range(2):
+        with torch.no_grad(), rows.use(stack_adapters(adapters[index : index + 1])) as adapted:
+            answers = objective.generate(adapted, inputs)
+            alone = [objective.generate(adapted, [text])[0] for text in inputs[:6]]
+        assert alone == answers[:6]  # padding does not change an answer
+        spoken = [(t, a) for t, a in zip(inputs, answers, strict=True) if 0 < len(a.split()) < 30]
+        assert len(spoken) >= 8, "the tiny model must end some answers"
+        examples = []
+        for number, (text, answer) in enumerate(spoken):
+            wrong = [f"{answer} cat", " ".join(answer.split()[1:]) or "cat", f"{WORDS[number % 9]} {answer}"]
+            examples.append(Example(text, [answer, answer, *wrong][number % 5], "test"))
+        tasks.append(Task(f"t{index}", "demo", ("do it",), None, "MIT", "made", tuple(examples)))
+        truth.append([e.output == answer for e, (_, answer) in zip(examples, spoken, strict=True)])
+    together = objective.scores(rows, stack_adapters(adapters), tasks, limit=100)
+    for index, (task, right, score) in enumerate(zip(tasks, truth, together, strict=True)):
+        assert 0.2 < sum(right) / len(right) < 0.6
+        assert score["exact_match"] == pytest.approx(sum(right) / len(right))
+        for example, expected in zip(task.examples, right, strict=True):
+            one = dataclasses.replace(task, examples=(example,))
+            found = objective.scores(rows, stack_adapters(adapters[index : index + 1]), [one], limit=1)[0]
+            assert found["exact_match"] == expected
+            assert (found["token_accuracy"] == 1) == expected
+            if expected:
+                assert found["rouge_l"] == 1
+
+
+def test_log_likelihood_and_loss_are_those_of_the_answer(speaker):
+    """Loss and log-likelihood are the mean over the answer's tokens and its end, computed here token by token."""
+    _, model, objective = speaker
+    text, answer = "the red cat sat", "good dog"
+    example = Example(text, answer, "test")
+    task = Task("t", "demo", ("do it",), None, "MIT", "made", (example, dataclasses.replace(example, split="train")))
+    prompt = objective.tokenizer(text, add_special_tokens=False)["input_ids"]
+    wanted = [*objective.tokenizer(answer, add_special_tokens=False)["input_ids"], EOS]
+    total = 0.0
+    with torch.no_grad():
+        for position, token in enumerate(wanted):
+            if objective.name == "causal_lm":
+                logits = model(input_ids=torch.tensor([[1, *prompt, *wanted[:position]]])).logits[0, -1]
+            else:
+                decoder = torch.tensor([[0, *wanted[:position]]])
+                logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[0, -1]
+            total += logits.log_softmax(-1)[token].item()
+        loss = objective.losses(model, objective.sample([task], 1, "0"))
+    score = objective.scores(RowAdapters(model, LoraLayout((), ())), None, [task], limit=1)[0]
+    assert score["log_likelihood"] == pytest.approx(total / len(wanted), abs=1e-4)
+    assert loss.item() == pytest.approx(-total / len(wanted), abs=1e-4)
+
+
+def test_padding_changes_no_loss(speaker):
+    """A short prompt loses the same alone and beside a long one, and a short answer beside a long one."""
+    _, model, objective = speaker
+    pairs = [("cat", "good"), ("the red cat sat on the mat and then flew home", "bad"), ("dog", "the blue bird flew over the log")]
+    with torch.no_grad():
+        together = objective.losses(model, objective.encode([[pair] for pair in pairs]))
+        alone = torch.cat([objective.losses(model, objective.encode([[pair]])) for pair in pairs])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_long_prompts_lose_their_beginning(tiny_models, tokenizer):
+    """A causal prompt is cut on the left, where it is farthest from the answer; the begin token stays."""
+    objective = make_objective("causal_lm", tokenizer, {"max_length": 2, "template": "{input} then"})
+    batch = objective.encode([[("the red cat sat", "good")]])
+    assert tokenizer.decode(batch.arguments["input_ids"][0]) == "<s> sat then good </s>"
+    assert batch.targets.tolist() == [[tokenizer.convert_tokens_to_ids("good"), EOS]]
+
+
+@pytest.mark.parametrize("template", ["no place", "{input} {input}"])
+def test_templates_need_one_input(tokenizer, template):
+    """A prompt without the text, or with it twice, is a mistake in a config."""
+    with pytest.raises(ConfigError, match="template"):
+        make_objective("causal_lm", tokenizer, {"template": template})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("police kill the gunman", "police killed the gunman", 3 / 4),  # Lin 2004, section 3.1
+        ("the gunman kill police", "police killed the gunman", 2 / 4),
+        ("a c", "a b c d", 2 * 1 * 0.5 / 1.5),
+        ("The CAT", "the cat", 1.0),
+        ("a b a b", "b a b a", 3 / 4),
+        ("x", "y", 0.0),
+        ("", "y", 0.0),
+        ("x", "", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_rouge_l_by_hand(answer, reference, expected):
+    """F-measure of the longest common subsequence of words."""
+    assert rouge_l(answer, reference) == pytest.approx(expected)
+
+
+# --- sentence encoders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder(tiny_models):
+    """The tiny BERT, bare."""
+    return RowAdapters(tiny_models["bert"].build(), tiny_models["bert"].layout())
+
+
+def _labelled(rows, labels):
+    return Task("t", "demo", ("do it",), tuple(labels), "MIT", "made", tuple(Example(*row) for row in rows))
+
+
+def test_label_matching_takes_the_nearest_label(encoder, tokenizer):
+    """A text equal to a label's text is nearest to it: three right and one wrong by construction."""
+    labels = ["red cat", "blue dog", "green bird home"]
+    rows = [(label, label, "test") for label in labels] + [("red cat ", "blue dog", "test")]
+    (score,) = make_objective("label_matching", tokenizer).scores(encoder, None, [_labelled(rows, labels)], limit=9)
+    assert score["accuracy"] == 0.75
+    assert score["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+
+
+def test_prototypes_never_see_label_names(encoder, tokenizer):
+    """A test text equal to its class's only training text is right, whatever the classes are called."""
+    texts = ["red cat sat", "blue dog ran", "green bird flew over"]
+    for labels in (["one", "two", "three"], ["blue dog ran", "green bird flew over", "red cat sat"]):
+        rows = [(t, label, split) for t, label in zip(texts, labels, strict=True) for split in ("train", "test")]
+        (score,) = make_objective("prototypes", tokenizer).scores(encoder, None, [_labelled(rows, labels)], limit=9)
+        assert score == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+def test_prototype_is_the_mean_embedding(encoder, tokenizer):
+    """Loss of one episode, computed by hand from the model's hidden states."""
+    texts = {"x": ["red cat", "red cat"], "y": ["blue dog ran home", "blue dog ran home"]}
+    rows = [(text, label, "train") for label, own in texts.items() for text in own]
+    objective = make_objective("prototypes", tokenizer, {"temperature": 0.5})
+    with torch.no_grad():
+        loss = objective.losses(encoder.model, objective.sample([_labelled(rows, texts)], 1, "0")).item()
+        unit = []
+        for own in texts.values():
+            read = tokenizer(own[0], return_tensors="pt")
+            unit.append(torch.nn.functional.normalize(encoder.model(**read).last_hidden_state[0].mean(0), dim=0))
+    cosine = (unit[0] @ unit[1]).item()
+    assert loss == pytest.approx(math.log(1 + math.exp((cosine - 1) / 0.5)), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["label_matching", "prototypes"])
+def test_tasks_without_labels_need_a_language_model(encoder, tokenizer, name):
+    """No closed label set: TaskError with the remedy."""
+    objective = make_objective(name, tokenizer)
+    task = _task("t", None, 4)
+    for use in (lambda: objective.sample([task], 2, "0"), lambda: objective.scores(encoder, None, [task], limit=2)):
+        with pytest.raises(TaskError, match="language-model objective"):
+            use()
+
+
+def test_macro_f1_by_hand():
+    """Each class counts once: 2·1/(2+1) and 2·1/(1+2) and, never guessed, 0."""
+    assert _macro_f1([0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)
+    assert _macro_f1([0, 0], [0, 2]) == pytest.approx((2 / 3 + 0) / 2)

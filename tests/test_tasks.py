@@ -1,0 +1,232 @@
+"""Tasks: what a suite's files say is what is learned and scored, and a broken file is named with its line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from lorag.errors import DescriptionError, LoragError, TaskError
+from lorag.tasks import MAX_DESCRIPTION, Example, Task, TaskSuite, check_description
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "tasks"
+
+MOOD = Task(
+    "mood",
+    "demo",
+    ("tell how it feels", "Stimmung: gut oder schlecht?"),
+    ("good", "bad"),
+    "MIT",
+    "by hand",
+    (Example("sun", "good", "train"), Example("rain\nand “wind”\u2028", "bad", "train"), Example("fog", "bad", "test")),
+)
+ECHO = Task("Say it again!", "demo", ("repeat the text",), None, "CC0", "by hand", (Example("a", "a", "train"),))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good suite of two tasks, to be spoiled."""
+    return TaskSuite([MOOD, ECHO]).save(tmp_path / "demo")
+
+
+def _lines(folder, name):
+    raw = (folder / name).read_bytes()
+    return (gzip.decompress(raw) if name.endswith(".gz") else raw).decode().split("\n")[:-1]
+
+
+def _write(folder, name, lines):
+    raw = ("\n".join(lines) + "\n").encode()
+    (folder / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+
+
+def _change(folder, name, line, change):
+    """Replaces one JSON line (counted from 1) by what `change` makes of it."""
+    lines = _lines(folder, name)
+    changed = change(json.loads(lines[line - 1]))
+    lines[line - 1] = changed if isinstance(changed, str) else json.dumps(changed)
+    _write(folder, name, lines)
+
+
+def _refused(folder, *named):
+    with pytest.raises(TaskError) as caught:
+        TaskSuite.from_folder(folder)
+    assert all(text in str(caught.value) for text in named), str(caught.value)
+
+
+def test_round_trip_keeps_everything_and_every_byte(folder, tmp_path):
+    """Saved, read and saved again: equal tasks, equal bytes, equal fingerprint."""
+    suite = TaskSuite.from_folder(folder)
+    assert suite.tasks == (MOOD, ECHO)
+    assert suite.fingerprint() == TaskSuite([MOOD, ECHO]).fingerprint()
+    again = suite.save(tmp_path / "again")
+    for name in ("tasks.jsonl", "examples.jsonl.gz"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_fingerprint_changes_with_any_part():
+    """A bank knows its data by the fingerprint."""
+    from dataclasses import replace
+
+    changed = [
+        [ECHO, MOOD],
+        [MOOD],
+        [replace(MOOD, descriptions=("tell how it feels",)), ECHO],
+        [replace(MOOD, labels=("good", "bad", "ugly")), ECHO],
+        [replace(MOOD, examples=MOOD.examples[:2]), ECHO],
+        [replace(MOOD, examples=(Example("sun", "bad", "train"), *MOOD.examples[1:])), ECHO],
+        [replace(MOOD, examples=(Example("sun", "good", "test"), *MOOD.examples[1:])), ECHO],
+    ]
+    assert len({TaskSuite(tasks).fingerprint() for tasks in [[MOOD, ECHO], *changed]}) == 1 + len(changed)
+
+
+def test_lookup_split_and_selection(folder):
+    """Names, membership, order, splits and safe keys."""
+    suite = TaskSuite.from_folder(folder)
+    assert suite.names == ("mood", "Say it again!")
+    assert len(suite) == 2 and "mood" in suite and "moody" not in suite
+    assert [e.input for e in suite["mood"].split("test")] == ["fog"]
+    assert suite.select(["Say it again!"]).names == ("Say it again!",)
+    assert suite["mood"].key == "mood" and suite["Say it again!"].key.startswith("say-it-again-")
+    with pytest.raises(TaskError, match="moody"):
+        suite["moody"]
+    with pytest.raises(TaskError, match="twice; got mood"):
+        TaskSuite([MOOD, ECHO, MOOD])
+
+
+def test_folder_of_suites_and_suites_of_descriptions(folder, tmp_path):
+    """Suites are read in the order of their folders; examples may be absent."""
+    TaskSuite([Task("other", "a", ("do it",), None, "MIT", "x")]).save(tmp_path / "a")
+    (tmp_path / "a" / "examples.jsonl.gz").unlink()
+    (tmp_path / "empty").mkdir()
+    assert TaskSuite.from_folder(tmp_path).names == ("other", "mood", "Say it again!")
+    for nothing in (tmp_path / "empty", tmp_path / "no"):
+        _refused(nothing, "no task suite", str(nothing))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda row: {k: v for k, v in row.items() if k != "name"}, "'name'"),
+        (lambda row: {k: v for k, v in row.items() if k != "descriptions"}, "'descriptions'"),
+        (lambda row: {**row, "name": "mood"}, "mood"),
+        (lambda row: {**row, "name": 3}, "'name'"),
+        (lambda row: {**row, "name": ""}, "'name'"),
+        (lambda row: {**row, "name": "a\nb"}, "'name'"),
+        (lambda row: {**row, "name": "a" * 201}, "'name'"),
+        (lambda row: {**row, "descriptions": "one text"}, "'descriptions'"),
+        (lambda row: {**row, "descriptions": []}, "no description"),
+        (lambda row: {**row, "descriptions": ["fine", " "]}, "empty"),
+        (lambda row: {**row, "descriptions": ["fine", 3]}, "must be text"),
+        (lambda row: {**row, "labels": "yes"}, "'labels'"),
+        (lambda row: {**row, "labels": ["yes", 1]}, "'labels'"),
+        (lambda row: "{", "JSON"),
+        (lambda row: '{"name": "a", "name": "b"}', "JSON"),
+        (lambda row: "[]", "object"),
+    ],
+)
+def test_broken_task_lines_are_named(folder, change, named):
+    """The second line of tasks.jsonl is broken: file, line and field are in the message."""
+    _change(folder, "tasks.jsonl", 2, change)
+    _refused(folder, "tasks.jsonl, line 2", named)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda row: {k: v for k, v in row.items() if k != "task"}, "'task'"),
+        (lambda row: {k: v for k, v in row.items() if k != "input"}, "'input'"),
+        (lambda row: {k: v for k, v in row.items() if k != "output"}, "'output'"),
+        (lambda row: {k: v for k, v in row.items() if k != "split"}, "'split'"),
+        (lambda row: {**row, "input": None}, "'input'"),
+        (lambda row: {**row, "output": 1}, "'output'"),
+        (lambda row: {**row, "output": "Good"}, "unknown label"),
+        (lambda row: {**row, "task": "moody"}, "moody"),
+        (lambda row: {**row, "split": "validation"}, "validation"),
+        (lambda row: {**row, "input": "sun"}, "train and test"),
+        (lambda row: "{", "JSON"),
+        (lambda row: '{"task": NaN}', "JSON"),
+        (lambda row: "3", "object"),
+    ],
+)
+def test_broken_example_lines_are_named(folder, change, named):
+    """The third line of examples.jsonl.gz (a test row of mood) is broken: file, line and field are in the message."""
+    _change(folder, "examples.jsonl.gz", 3, change)
+    _refused(folder, "examples.jsonl.gz, line 3", named)
+
+
+def test_same_input_in_two_tasks_is_no_leak(folder):
+    """Only within one task do train and test exclude each other."""
+    lines = _lines(folder, "examples.jsonl.gz")
+    row = {"task": "Say it again!", "split": "test", "input": "sun", "output": "sun"}
+    _write(folder, "examples.jsonl.gz", [*lines, "", json.dumps(row)])
+    assert len(TaskSuite.from_folder(folder)["Say it again!"].split("test")) == 1
+
+
+def test_files_that_are_no_text_are_refused(folder):
+    """Not gzip, cut short, not UTF-8: TaskError with the file's name."""
+    packed, raw = folder / "examples.jsonl.gz", (folder / "examples.jsonl.gz").read_bytes()
+    for spoiled in (b"plain text", raw[:-9], raw[:20] + b"\xff" * 20 + raw[40:], gzip.compress(b'{"task": "\xff"}\n')):
+        packed.write_bytes(spoiled)
+        _refused(folder, "examples.jsonl.gz")
+    packed.write_bytes(raw)
+    (folder / "tasks.jsonl").write_bytes(b'{"name": "\xff"}\n')
+    _refused(folder, "tasks.jsonl")
+
+
+def test_endless_lines_are_refused(folder, monkeypatch):
+    """A line has a limit, and so has a file."""
+    monkeypatch.setattr("lorag.tasks._MAX_LINE", 50)
+    _refused(folder, "line 1 is too long")
+    monkeypatch.undo()
+    monkeypatch.setattr("lorag.tasks._MAX_BYTES", 10)
+    _refused(folder, "too large")
+
+
+def test_descriptions_are_stripped_and_kept():
+    """Any language, line breaks and tabs are fine; surrounding space goes."""
+    assert check_description("  résumé of\n\tlegal text 法律 🙂 ") == "résumé of\n\tlegal text 法律 🙂"
+    assert len(check_description("a" * MAX_DESCRIPTION)) == MAX_DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   \n",
+        "a" * (MAX_DESCRIPTION + 1),
+        "a\0b",
+        "a\x1b[31mb",
+        "a\x07",
+        "a\x7fb",
+        "bad \ufffd bytes",
+        "half \ud800",
+        "raw \udcff",
+        None,
+        3,
+        b"text",
+        ["a"],
+    ],
+    ids=lambda text: repr(text)[:20],
+)
+def test_descriptions_that_cannot_be_embedded_are_refused(text):
+    """Empty, too long, control characters, undecodable bytes, no str: DescriptionError."""
+    with pytest.raises(DescriptionError):
+        check_description(text)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real suites are not at {REAL}")
+def test_real_suites_hold_what_real_json_lists():
+    """All 57 tasks of real.json are read, each with labels, train and test examples, and nothing refused."""
+    names = json.loads((REAL / "real.json").read_text())
+    assert len(names) == len(set(names)) == 57
+    homes = {}
+    for child in sorted(REAL.iterdir()):
+        if (child / "tasks.jsonl").is_file():
+            for line in (child / "tasks.jsonl").read_text().splitlines():
+                homes[json.loads(line)["name"]] = child
+    suites = {home: TaskSuite.from_folder(home) for home in sorted({homes[name] for name in names})}
+    for name in names:
+        task = suites[homes[name]][name]
+        assert len(task.labels) >= 2 and task.split("train") and task.split("test") and task.descriptions
+        assert len(task.examples) == len(task.split("train")) + len(task.split("test"))
+    assert issubclass(TaskError, LoragError)

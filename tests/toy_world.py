@@ -1,0 +1,104 @@
+"""A toy world for generators: descriptions name a colour and an animal, and ΔW is the sum of what the two words stand for."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from conftest import WORDS, gauge
+
+from lorag.adapter import LoraAdapter
+from lorag.bank import AdapterBank, BankBase
+from lorag.base_model import BaseModel
+from lorag.embedding import Embedding
+from lorag.layout import LoraLayout
+from lorag.tasks import Example, Task, TaskSuite
+
+COLOURS = ("red", "green", "blue", "grey", "pink")
+ANIMALS = ("cat", "dog", "bird", "fish", "horse")
+HELD_OUT = (("red", "dog"), ("blue", "fish"), ("pink", "cat"), ("grey", "horse"))
+TRAINING = tuple((c, a) for c in COLOURS for a in ANIMALS if (c, a) not in HELD_OUT)
+
+
+class WordEmbedder:
+    """Each word is a fixed random vector; a text is its words, and their normalised sum."""
+
+    name, size = "words", 48
+
+    def embed(self, texts, *, quiet=True):
+        """Embeds texts in order."""
+        return [self._one(text) for text in texts]
+
+    def _one(self, text):
+        tokens = torch.stack([self._word(word) for word in text.lower().split()])
+        return Embedding(torch.nn.functional.normalize(tokens.sum(0), dim=0), tokens)
+
+    def _word(self, word):
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4])
+        return torch.nn.functional.normalize(torch.randn(self.size, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+
+def name_of(colour, animal):
+    """Name of a task."""
+    return f"{colour}-{animal}"
+
+
+def describe(colour, animal):
+    """Two wordings of a task."""
+    return [f"paint the {colour} {animal}", f"{colour} {animal} please"]
+
+
+def save_base(folder: Path, tiny, tokenizer) -> BankBase:
+    """Writes the tiny Llama with its tokenizer and returns what a bank of its adapters states."""
+    model = tiny.build()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(0.5)  # calm enough that what is learned on some texts holds on others
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    base = BaseModel(str(folder), "causal_lm")
+    return BankBase(base, base.identity(), tiny.layout(model), "causal_lm", {"template": "{input}\n", "max_length": 64})
+
+
+def true_adapter(layout: LoraLayout, colour: str, animal: str) -> LoraAdapter:
+    """The right adapter: rank 2 of the colour beside rank 2 of the animal."""
+    factors = {}
+    for module in layout.modules:
+        parts = []
+        for word in (colour, animal):
+            rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{word}/{module.name}".encode()).digest()[:4]))
+            rows, columns = torch.randn(2, module.in_features, generator=rng), torch.randn(module.out_features, 2, generator=rng)
+            parts.append((rows * 0.2, columns * 0.2))
+        factors[module.name] = (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
+    return LoraAdapter(layout, factors, 4.0)
+
+
+def other_form(adapter: LoraAdapter, seed: int) -> LoraAdapter:
+    """The same ΔW in another gauge, in rank 6 instead of 4, with another alpha."""
+    turned = gauge(adapter, seed)
+    padded = {n: (torch.cat([a, a[:2]]), torch.cat([b, torch.zeros(len(b), 2)], 1)) for n, (a, b) in turned.factors.items()}
+    scaling = adapter.scaling / 3
+    return LoraAdapter(adapter.layout, {n: (a, b * 3) for n, (a, b) in padded.items()}, scaling * 6)
+
+
+def make_bank(folder: Path, base: BankBase, cells, change=None) -> AdapterBank:
+    """A bank of the right adapters of some cells; `change(adapter, number)` may rewrite each. Two late checkpoints each."""
+    bank = AdapterBank.create(folder, base)
+    experts = []
+    for number, cell in enumerate(cells):
+        adapter = true_adapter(base.layout, *cell)
+        adapter = gauge(adapter, number) if change is None else change(adapter, number)
+        earlier = {n: (a, b * 0.98) for n, (a, b) in adapter.factors.items()}
+        experts.append((name_of(*cell), describe(*cell), [LoraAdapter(base.layout, earlier, adapter.alpha), adapter]))
+    return bank.add(experts)
+
+
+def make_suite(cells, train=24, test=6) -> TaskSuite:
+    """Tasks whose answer is always the colour and the animal's place in the vocabulary, whatever the text."""
+    tasks = []
+    for number, (colour, animal) in enumerate(cells):
+        rng = torch.Generator().manual_seed(number)
+        answer = f"{WORDS[COLOURS.index(colour)]} {WORDS[5 + ANIMALS.index(animal)]}"
+        texts = {" ".join(WORDS[i] for i in torch.randint(len(WORDS), (6,), generator=rng).tolist()): None for _ in range(train + test)}
+        rows = tuple(Example(text, answer, "train" if i < train else "test") for i, text in enumerate(texts))
+        tasks.append(Task(name_of(colour, animal), "toy", tuple(describe(colour, animal)), None, "MIT", "made", rows))
+    return TaskSuite(tasks)
