@@ -95,13 +95,9 @@ def experts_a_minute(group: int = 24, steps: int = 10, batch: int = 8) -> None:
             optimizer.step()
 
     single = median(alone, 3) / steps
-    print(
-        f"\nexpert training, {batch} rows a step: {together * 1e3:.2f} ms a step and expert, {group} at once; {single * 1e3:.2f} ms one by one with PEFT"
-    )
-    for length in (80,):
-        print(
-            f"experts a minute at {length} steps: {60 / (together * length):.1f} against {60 / (single * length):.1f}, ratio {single / together:.2f}"
-        )
+    print(f"\nexpert training, {batch} rows a step, milliseconds a step and expert: {together * 1e3:.2f} with {group} at once,")
+    print(f"{single * 1e3:.2f} one by one with PEFT, ratio {single / together:.2f}")
+    print(f"experts a minute at 80 steps: {60 / (together * 80):.1f} against {60 / (single * 80):.1f}")
 
 
 def generation_latency() -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,19 +20,15 @@ from typing import TYPE_CHECKING, Any
 from lorag.errors import ArtifactError, StorageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = [
-    "TensorSpec",
     "check_manifest",
     "embedded",
-    "load_tensors",
-    "read_header",
     "read_json",
     "require_name",
     "resolve_inside",
     "safe_name",
-    "save_tensors",
     "sha256",
     "slug",
     "write_atomically",
@@ -42,13 +37,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_MAX_HEADER = 32 * 2**20
-_MAX_TENSORS = 200_000
 _MAX_JSON = 64 * 2**20
-_DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-
-# name -> (dtype as safetensors spells it, shape)
-TensorSpec = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def require_name(name: str, what: str = "name") -> str:
@@ -182,82 +171,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds no JSON object", got=type(value).__name__)
     return value
-
-
-def read_header(path: Path) -> tuple[TensorSpec, dict[str, str]]:
-    """Reads names, types and shapes of a safetensors file, and its metadata, without allocating a tensor.
-
-    Raises:
-        ArtifactError: If the file is no safetensors file, or its header lies about sizes or offsets.
-    """
-    if not path.is_file():
-        raise ArtifactError("a file is missing", got=path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ArtifactError(f"{path} is not a safetensors file", got=f"a first word of {start!r}", expected="the length of its header")
-        raw = file.read(length)
-    if not raw.startswith(b"{"):
-        raise ArtifactError(f"{path} is not a safetensors file", got=f"a header starting {raw[:8]!r}")
-    header = parse_json(raw, f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    if len(header) > _MAX_TENSORS or not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ArtifactError(f"{path} has an unusable header", got=f"{len(header)} tensors", expected=f"at most {_MAX_TENSORS}")
-    spec: TensorSpec = {}
-    end = 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape = tuple(entry["shape"])
-            bytes_ = _DTYPE_BYTES[entry["dtype"]]
-            for axis in shape:
-                if type(axis) is not int or axis < 0:
-                    raise ValueError(f"shape {shape}")
-                bytes_ *= axis
-            if list(entry["data_offsets"]) != [end, end + bytes_] or any(type(offset) is not int for offset in entry["data_offsets"]):
-                raise ValueError(f"offsets {entry['data_offsets']} of {name[:60]!r}")
-            end += bytes_
-            spec[name] = (entry["dtype"], shape)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} has an inconsistent safetensors header", got=str(error)[:120]) from error
-    if end != size - 8 - length:
-        raise ArtifactError(f"{path} is cut short or has a tail", got=f"{size} bytes", expected=f"{8 + length + end}")
-    return spec, metadata
-
-
-def load_tensors(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """Loads the tensors of a checked safetensors file whose names start with `prefix`, which is removed."""
-    from safetensors import SafetensorError, safe_open
-
-    spec, _ = read_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name[len(prefix) :]: file.get_tensor(name) for name in spec if name.startswith(prefix)}
-    except SafetensorError as error:  # the library is stricter still, for instance about UTF-8
-        raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically, tensors in sorted order so that equal contents give equal bytes."""
-    from safetensors.torch import save
-
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    data = _sorted_header(save(ordered, dict(metadata or {})))
-    write_atomically(path, lambda sibling: _write_bytes(sibling, data))
-
-
-def _sorted_header(data: bytes) -> bytes:
-    """Rewrites the header with sorted keys: the library orders the metadata by a hash that changes from run to run."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +19,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorag.adapter import LoraAdapter
-from lorag.artifacts import TensorSpec, check_manifest, read_header, require_name, resolve_inside, save_tensors, write_manifest
-from lorag.base_model import TASK_TYPES, BaseModel
-from lorag.errors import BankError, BaseModelError, LoragError
+from lorag.artifacts import check_manifest, require_name, resolve_inside, write_manifest
+from lorag.bank_entries import BankBase, Expert, known_details, quantise, texts
+from lorag.base_model import TASK_TYPES
+from lorag.errors import BankError, LoragError
 from lorag.hub import fetch
-from lorag.layout import LoraLayout
 from lorag.tasks import check_description
+from lorag.tensor_files import TensorSpec, read_header, save_tensors
 
 __all__ = ["AdapterBank", "BankBase", "Expert"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
 _STORED = ("F32", "F16", "I8")
 _PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One expert's entry in a bank.
-
-    Attributes:
-        name: Its name, unique in the bank.
-        descriptions: What its task is, in one or more wordings.
-        rank: Rank r of its factors.
-        alpha: lora_alpha of each of its checkpoints.
-        checkpoints: Number of checkpoints, the final one last.
-        file: Shard that holds it.
-        index: Its place in the shard.
-        suite: The suite that its task came from.
-        license: Licence of the data that it was trained on, or "unknown".
-        score: Its score on its own task's test examples, if measured.
-        examples: Number of examples that it was trained on, if known.
-    """
-
-    name: str
-    descriptions: tuple[str, ...]
-    rank: int
-    alpha: float
-    checkpoints: int
-    file: str
-    index: int
-    suite: str = ""
-    license: str = "unknown"
-    score: float | None = None
-    examples: int | None = None
-
-    def __post_init__(self) -> None:
-        require_name(self.name, "an expert's name")
-        texts = (self.file, self.suite, self.license, *self.descriptions)
-        whole = (self.rank, self.checkpoints, self.index)
-        numbers = (self.alpha, 0.0 if self.score is None else self.score, 0 if self.examples is None else self.examples)
-        if (
-            not self.descriptions
-            or not all(isinstance(text, str) for text in texts)
-            or not all(type(value) is int and value >= least for value, least in zip(whole, (1, 1, 0), strict=True))
-            or not all(type(value) in (int, float) for value in numbers)
-        ):
-            raise BankError(f"the entry of expert {self.name!r} cannot be used", got=str(asdict(self))[:200])
-
-
-@dataclass(frozen=True)
-class BankBase:
-    """What all experts of a bank share: base model, layout, and the objective that they were trained with."""
-
-    model: BaseModel
-    identity: str
-    layout: LoraLayout
-    objective: str
-    settings: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "model": asdict(self.model),
-            "identity": self.identity,
-            "layout": self.layout.to_dict(),
-            "objective": self.objective,
-            "settings": dict(self.settings),
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> BankBase:
-        """Reads the JSON form."""
-        try:
-            model = BaseModel(**value["model"])
-            layout = LoraLayout.from_dict(value["layout"])
-            return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
-        except (KeyError, TypeError) as error:
-            raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
-
-    def check(self) -> None:
-        """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""
-        now = self.model.identity()
-        if now != self.identity:
-            raise BaseModelError(
-                f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy="Restore it, or rebuild the bank."
-            )
-
-
-def _details(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    unknown = set(given) - {"suite", "license", "score", "examples"}
-    if unknown:
-        raise BankError("a detail of an expert is unknown", got=min(unknown), expected="suite, license, score or examples")
-    return given
-
-
-def _texts(value: object) -> list[str]:
-    if not isinstance(value, list):
-        raise TypeError(f"descriptions {value!r}")
-    return value
-
-
-def _quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Int8 values and one scale for each vector along `axis`."""
-    scale = values.abs().amax(axis, keepdim=True).clamp_min(1e-12) / 127
-    return (values / scale).round().to(torch.int8), scale
 
 
 class AdapterBank:
@@ -189,7 +88,7 @@ class AdapterBank:
         folder = fetch(path, "bank", revision)
         manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
         try:
-            experts = [Expert(**{**entry, "descriptions": tuple(_texts(entry["descriptions"]))}) for entry in manifest["experts"]]
+            experts = [Expert(**{**entry, "descriptions": tuple(texts(entry["descriptions"]))}) for entry in manifest["experts"]]
         except (KeyError, TypeError) as error:
             raise BankError(f"{folder / _MANIFEST} has an unreadable entry", got=repr(error)[:120]) from error
         bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts)
@@ -328,7 +227,7 @@ class AdapterBank:
                 checkpoints=len(late),
                 file=file,
                 index=index,
-                **_details((details or {}).get(name, {})),
+                **known_details((details or {}).get(name, {})),
             )
             for index, (name, descriptions, late) in enumerate(experts)
         ]
@@ -350,7 +249,7 @@ class AdapterBank:
                 values = torch.stack([torch.stack([a.factors[module][side].float() for a in late]) for late in experts])
                 key = f"{number}.{factor}"
                 if precision == "int8":
-                    tensors[key], tensors[f"{key}.scale"] = _quantise(values, axis=-1 if factor == "A" else -2)
+                    tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)
                 else:
                     tensors[key] = values.to(_PRECISIONS[precision])
                     if not torch.isfinite(tensors[key]).all():

@@ -44,7 +44,7 @@ class BankConfig:
     """
 
     out: str = "runs/bank"
-    tasks: str = "???"
+    tasks: str = "sandbox"
     split: str | None = None
     base: str = "sandbox-lm"
     kind: str = "causal_lm"

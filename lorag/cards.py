@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lorag.adapter import CONFIG, PROVENANCE, WEIGHTS
-from lorag.artifacts import read_header, read_json
+from lorag.artifacts import read_json
 from lorag.bank import AdapterBank
 from lorag.errors import ArtifactError
 from lorag.tasks import TaskSuite
+from lorag.tensor_files import read_header
 
 __all__ = ["describe_path"]
 

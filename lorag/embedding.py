@@ -32,7 +32,10 @@ class Embedding:
 class TextEmbedder(Protocol):
     """Anything that embeds descriptions."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it was loaded from."""
+        ...
 
     @property
     def size(self) -> int:
@@ -76,7 +79,7 @@ class SentenceEmbedder:
     @property
     def size(self) -> int:
         """Length e of its vectors."""
-        return int(self._model.get_embedding_dimension())
+        return int(self._model.get_embedding_dimension() or 0)
 
     def embed(self, texts: Sequence[str], *, quiet: bool = True) -> list[Embedding]:
         """Embeds texts one length at a time, so that no text's vector depends on what stands beside it."""

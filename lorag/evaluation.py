@@ -139,7 +139,8 @@ def _score_method(
 ) -> list[list[float]]:
     """Scores of each task, one list a seed."""
     if name in ("base", "oracle"):
-        adapters = None if name == "base" else [oracles.adapter(task.key) for task in run.tasks]
+        experts: Any = oracles  # a bank, or "oracle" would be no known name
+        adapters = None if name == "base" else [experts.adapter(task.key) for task in run.tasks]
         found = [run.score(adapters, seed) for seed in range(seeds if _draws(run.objective) else 1)]
         bar.update(seeds)
         return found

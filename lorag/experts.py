@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,10 +119,11 @@ def train_group(
 
 def _clip_each(parameters: Sequence[Tensor], limit: float) -> None:
     """Clips the gradient norm of each adapter of a stack on its own."""
-    squares = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters]).sum(0)
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
     factor = (limit / squares.sqrt().clamp_min(1e-6)).clamp_max(1.0)
-    for parameter in parameters:
-        parameter.grad.mul_(factor.view(-1, 1, 1))
+    for gradient in gradients:
+        gradient.mul_(factor.view(-1, 1, 1))
 
 
 def _snapshot(trained: dict[str, tuple[Tensor, Tensor]], layout: LoraLayout, rank: int) -> list[LoraAdapter]:

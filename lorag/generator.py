@@ -13,7 +13,7 @@ import torch
 
 from lorag import __version__
 from lorag.adapter import LoraAdapter
-from lorag.artifacts import check_manifest, embedded, load_tensors, read_header, save_tensors, sha256, write_manifest
+from lorag.artifacts import check_manifest, embedded, sha256, write_manifest
 from lorag.bank import BankBase
 from lorag.base_model import TASK_TYPES
 from lorag.conditioning import Condition, Conditioner
@@ -22,6 +22,7 @@ from lorag.errors import GeneratorError
 from lorag.generators import Generator, generator_type
 from lorag.hub import fetch, push
 from lorag.tasks import check_description
+from lorag.tensor_files import load_tensors, read_header, save_tensors
 from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
 
 __all__ = ["LoraGenerator", "default_generator", "generate_lora", "generate_loras"]

@@ -51,6 +51,7 @@ def run_ladder(
     """
     experts = find_bank(bank)
     suite = find_tasks(tasks, split)
+    oracle_bank: AdapterBank | None
     if split == "train" and oracles is None:
         oracle_bank = experts
     elif oracles is None:
@@ -81,7 +82,7 @@ def run_ladder(
         training = None
         if split != "train" and _has_train_split(tasks):
             training = find_tasks(tasks, "train")
-        prepared = prepare(experts, embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
+        prepared = prepare(experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
         for name in baselines:
             fitted = fit_generator(prepared, generator_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})

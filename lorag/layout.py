@@ -75,19 +75,21 @@ class LoraLayout:
                 remedy="Name linear layers of the base model, such as q_proj and v_proj.",
             ) from error
         modules, transposed = [], set()
-        for name, module in wrapped.base_model.model.named_modules():
+        bare: Any = wrapped.get_base_model()
+        for name, module in bare.named_modules():
             if not isinstance(module, LoraLayer):
                 continue
             if "default" not in module.lora_A:
                 raise LayoutError(f"module {name} is no linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only")
-            rows, columns = module.lora_A["default"].weight, module.lora_B["default"].weight
+            rows: Any = module.lora_A["default"].weight
+            columns: Any = module.lora_B["default"].weight
             if rows.dim() != 2:
                 raise LayoutError(f"module {name} is a convolution", expected="Linear or Conv1D layers only")
             modules.append(ModuleShape(name, int(rows.shape[1]), int(columns.shape[0])))
             transposed.add(bool(getattr(module, "fan_in_fan_out", False)))
         if len(transposed) != 1:
             raise LayoutError("a layout mixes layers that store weights in both orders")
-        named = wrapped.peft_config["default"].target_modules
+        named: Any = config.target_modules
         # An expression would be taken literally in the list of names that adapters are saved with.
         names = sorted([module.name for module in modules] if isinstance(named, str) else named)
         return cls(tuple(names), tuple(modules), transposed.pop())

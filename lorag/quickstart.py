@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
     texts = ["summarise legal text", *[task.descriptions[0] for task in tasks[1 : _SHOWN + 1]]]
     adapters = generate_loras(texts, generator=generator)
     tokenizer = generator.base.model.tokenizer()
-    objective = make_objective(generator.base.objective, tokenizer, generator.base.settings)
+    objective: Any = make_objective(generator.base.objective, tokenizer, generator.base.settings)
     for text, task, adapter in zip(texts, tasks, adapters, strict=False):
         example = task.split("test")[0]
         with torch.inference_mode():

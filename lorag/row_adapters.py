@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class RowAdapters:
     """
 
     def __init__(self, model: nn.Module, layout: LoraLayout) -> None:
-        self.model, self.layout = model, layout
+        self.model: Any = model  # what a transformers model has beyond nn.Module, such as its device, is used too
+        self.layout = layout
         modules = dict(model.named_modules())
         missing = [name for name in layout.names if name not in modules]
         if missing:
@@ -57,7 +59,7 @@ class RowAdapters:
         self._modules = {name: modules[name] for name in layout.names}
 
     @contextmanager
-    def use(self, adapters: Stacked | Cores) -> Iterator[nn.Module]:
+    def use(self, adapters: Stacked | Cores) -> Iterator[Any]:
         """Runs the model with these adapters until the block ends, and yields the model.
 
         Args:

@@ -192,7 +192,8 @@ def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: 
         return 1.0
     chosen = list(data.validation)[:most]
     codes = torch.cat([method.generate(data.conditioner(data.embeddings[i][-1], exclude=i), rng).cpu() for i in chosen])
-    space, device = data.functional.space, data.functional.rows.model.device
+    space: Any = data.functional.space  # of the two that `_scale` knows
+    device = data.functional.rows.model.device
     found: dict[float, float] = {}
     for strength in _STRENGTHS:
         scaled = _scale(space, codes, strength).to(device)
@@ -241,9 +242,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     )
     accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")
     loop = TrainingLoop(out, torch.Generator().manual_seed(config.seed), quiet or not accelerator.is_local_main_process, accelerator)
-    generator = fit_generator(
-        prepared, method, loop, rank=config.rank, strength=config.strength, origin={"config": plain, "experts": len(bank)}
-    )
+    # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
+    origin = {"config": {key: value for key, value in plain.items() if key not in ("out", "device")}, "experts": len(bank)}
+    generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
     generator.save_pretrained(out)
     loop.finish()
     return generator

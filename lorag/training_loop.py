@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lorag.artifacts import load_tensors, save_tensors
+from lorag.tensor_files import load_tensors, save_tensors
 from lorag.training_state import load_training_state, save_training_state
 
 __all__ = ["LoopSettings", "TrainingLoop"]
@@ -85,7 +85,7 @@ class TrainingLoop:
         best, best_state, waited, start = math.inf, None, 0, 0
         state = None if self.folder is None else self.folder / f"{stage}.state.safetensors"
         kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"
-        if state is not None and state.exists():
+        if state is not None and kept is not None and state.exists():
             counters = load_training_state(state, module, [optimizer], self.rng)
             start, waited = int(counters["step"]), int(counters["waited"])
             best = math.inf if counters["best"] is None else float(counters["best"])

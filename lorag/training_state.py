@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.artifacts import load_tensors, read_header, save_tensors
 from lorag.errors import ArtifactError
+from lorag.tensor_files import load_tensors, read_header, save_tensors
 
 __all__ = ["load_training_state", "save_training_state"]
 
@@ -46,7 +47,7 @@ def _named(module: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_training_state(
     path: Path, module: nn.Module | Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], rng: torch.Generator
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Puts back what `save_training_state` wrote and returns the counters.
 
     Raises:

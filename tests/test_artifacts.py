@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lorag import artifacts
+from lorag import artifacts, tensor_files
 from lorag.errors import ArtifactError, LoragError, StorageError
 
 # --- names and paths --------------------------------------------------------------------------------------------------
@@ -110,13 +110,13 @@ def test_failure_to_flush_or_rename_keeps_the_old_file(tmp_path, monkeypatch):
 def test_real_size_limit_keeps_the_old_file(tmp_path):
     """A process that may write no more than 4 kB: StorageError, and the old tensors are still there."""
     path = tmp_path / "a.safetensors"
-    artifacts.save_tensors(path, {"x": torch.arange(4.0)})
+    tensor_files.save_tensors(path, {"x": torch.arange(4.0)})
     code = (
         "import resource, signal, sys, pathlib, torch\n"
-        "from lorag import artifacts, errors\n"
+        "from lorag import errors, tensor_files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try:\n    artifacts.save_tensors(pathlib.Path(sys.argv[1]), {'x': torch.zeros(10**5)})\n"
+        "try:\n    tensor_files.save_tensors(pathlib.Path(sys.argv[1]), {'x': torch.zeros(10**5)})\n"
         "except errors.StorageError as error:\n    print(error); sys.exit(7)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=os.getcwd())
@@ -136,19 +136,19 @@ def test_unwritable_folder_is_a_storage_error(tmp_path):
 def test_equal_tensors_give_equal_bytes(tmp_path):
     """Neither the order of tensors nor of metadata, nor the process's hash seed, changes the file."""
     tensors, metadata = {"b": torch.ones(2, 3).T, "a": torch.arange(3)}, {"z": "1", "y": "2", "x": "3", "w": "4"}
-    artifacts.save_tensors(tmp_path / "a", tensors, metadata)
-    artifacts.save_tensors(tmp_path / "b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
+    tensor_files.save_tensors(tmp_path / "a", tensors, metadata)
+    tensor_files.save_tensors(tmp_path / "b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     code = (
-        "import torch, pathlib, sys; from lorag import artifacts\n"
+        "import torch, pathlib, sys; from lorag import artifacts, tensor_files\n"
         "tensors = {'b': torch.ones(2, 3).T, 'a': torch.arange(3)}\n"
-        "artifacts.save_tensors(pathlib.Path(sys.argv[1]), tensors, {'z': '1', 'y': '2', 'x': '3', 'w': '4'})"
+        "tensor_files.save_tensors(pathlib.Path(sys.argv[1]), tensors, {'z': '1', 'y': '2', 'x': '3', 'w': '4'})"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     first = (tmp_path / "a").read_bytes()
     assert first == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
-    assert artifacts.read_header(tmp_path / "a") == ({"a": ("I64", (3,)), "b": ("F32", (3, 2))}, metadata)
+    assert tensor_files.read_header(tmp_path / "a") == ({"a": ("I64", (3,)), "b": ("F32", (3, 2))}, metadata)
     assert torch.equal(load_file(tmp_path / "a")["b"], tensors["b"])
-    assert list(artifacts.load_tensors(tmp_path / "a", prefix="b")) == [""]
+    assert list(tensor_files.load_tensors(tmp_path / "a", prefix="b")) == [""]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def _entry(**changes):
 def test_good_header_is_read(tmp_path):
     """The file that the refusals below spoil is itself accepted, by us and by safetensors."""
     path = _file(tmp_path / "a.safetensors", {"x": _entry(), "__metadata__": {"k": "v"}})
-    assert artifacts.read_header(path) == ({"x": ("F32", (2,))}, {"k": "v"})
-    assert artifacts.load_tensors(path)["x"].tolist() == [0, 0]
+    assert tensor_files.read_header(path) == ({"x": ("F32", (2,))}, {"k": "v"})
+    assert tensor_files.load_tensors(path)["x"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_good_header_is_read(tmp_path):
 def test_lying_headers_are_refused(tmp_path, header):
     """Overlaps, gaps, wrong totals, unknown types, impossible shapes, no JSON: refused, and the file is named."""
     path = _file(tmp_path / "a.safetensors", header)
-    for read in (artifacts.read_header, artifacts.load_tensors):
+    for read in (tensor_files.read_header, tensor_files.load_tensors):
         with pytest.raises(ArtifactError, match="a.safetensors"):
             read(path)
 
@@ -286,7 +286,7 @@ def test_headers_that_only_the_library_refuses_are_artifact_errors(tmp_path):
     """Half a surrogate pair is a string for Python and none for safetensors; its own error never reaches the user."""
     path = _file(tmp_path / "a.safetensors", {"\ud800": _entry()})
     with pytest.raises(ArtifactError, match="a.safetensors"):
-        artifacts.load_tensors(path)
+        tensor_files.load_tensors(path)
 
 
 @pytest.mark.parametrize(
@@ -305,25 +305,25 @@ def test_short_files_and_huge_lengths_are_refused(tmp_path, raw):
     """A header's length is believed only within the file; nothing is allocated for it."""
     (tmp_path / "a.safetensors").write_bytes(raw)
     with pytest.raises(ArtifactError, match="a.safetensors"):
-        artifacts.read_header(tmp_path / "a.safetensors")
+        tensor_files.read_header(tmp_path / "a.safetensors")
 
 
 def test_cut_and_lengthened_files_are_refused(tmp_path):
     """A download that stopped, or a tail that hides something."""
     path = tmp_path / "a.safetensors"
-    artifacts.save_tensors(path, {"x": torch.zeros(16)})
+    tensor_files.save_tensors(path, {"x": torch.zeros(16)})
     raw = path.read_bytes()
     for spoiled in (raw[:-1], raw + b"\0", raw[:-64]):
         path.write_bytes(spoiled)
         with pytest.raises(ArtifactError, match="cut short or has a tail"):
-            artifacts.read_header(path)
+            tensor_files.read_header(path)
 
 
 def test_missing_file_is_refused(tmp_path):
     """A path that leads nowhere, or to a folder."""
     for path in (tmp_path / "no.safetensors", tmp_path):
         with pytest.raises(ArtifactError, match="missing"):
-            artifacts.read_header(path)
+            tensor_files.read_header(path)
 
 
 def test_pickles_are_never_run(tmp_path):
@@ -337,7 +337,7 @@ def test_pickles_are_never_run(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(pickle.dumps(Bomb()))
     for name in "ab":
         with pytest.raises(ArtifactError, match="not a safetensors file"):
-            artifacts.load_tensors(tmp_path / f"{name}.safetensors")
+            tensor_files.load_tensors(tmp_path / f"{name}.safetensors")
     assert not (tmp_path / "bombed").exists()
 
 
@@ -347,7 +347,7 @@ def test_any_bytes_are_refused_cleanly(data):
     with tempfile.TemporaryDirectory() as folder:
         path = _file(Path(folder, "a.safetensors"), b"{" + data)
         with pytest.raises(ArtifactError):
-            artifacts.read_header(path)
+            tensor_files.read_header(path)
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_any_bytes_are_refused_cleanly(data):
 @pytest.fixture
 def folder(tmp_path):
     """A complete folder: one file and its manifest."""
-    artifacts.save_tensors(tmp_path / "sub" / "x.safetensors", {"x": torch.zeros(4)})
+    tensor_files.save_tensors(tmp_path / "sub" / "x.safetensors", {"x": torch.zeros(4)})
     artifacts.write_manifest(tmp_path, "m.json", {"kind": "bank", "format": 1, "extra": "kept"}, ["sub/x.safetensors"])
     return tmp_path
 

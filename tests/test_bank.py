@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lorag import artifacts
+from lorag import artifacts, tensor_files
 from lorag.bank import AdapterBank, BankBase
 from lorag.base_model import BaseModel
 from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, LoragError
@@ -125,9 +125,9 @@ def test_check_finds_what_is_wrong(bank, random_adapter):
 def test_check_finds_poison_in_a_shard(bank):
     """NaN in a shard and a monstrous alpha, in a bank made elsewhere with right checksums, are reported, not raised."""
     file = bank["three"].file
-    tensors = artifacts.load_tensors(bank.folder / file)
+    tensors = tensor_files.load_tensors(bank.folder / file)
     tensors["0.A"][0, 0, 0, 0] = float("nan")
-    artifacts.save_tensors(bank.folder / file, tensors)
+    tensor_files.save_tensors(bank.folder / file, tensors)
     _rewrite(bank, _first(alpha=1e30))
     found = {expert.name: problem for expert, problem in AdapterBank.from_pretrained(bank.folder).check()}
     assert "NaN" in found["three"] and "lora_alpha" in found["one"] and found["two"] is None
@@ -187,11 +187,11 @@ def test_a_folder_holds_one_base(bank):
 
 def test_changed_base_model_is_refused(tmp_path):
     """The bank knows its base model by its weights, not by its name."""
-    artifacts.save_tensors(tmp_path / "base" / "model.safetensors", {"w": torch.zeros(3)})
+    tensor_files.save_tensors(tmp_path / "base" / "model.safetensors", {"w": torch.zeros(3)})
     model = BaseModel(str(tmp_path / "base"), "causal_lm")
     base = dataclasses.replace(BASE, model=model, identity=model.identity())
     base.check()
-    artifacts.save_tensors(tmp_path / "base" / "model.safetensors", {"w": torch.ones(3)})
+    tensor_files.save_tensors(tmp_path / "base" / "model.safetensors", {"w": torch.ones(3)})
     with pytest.raises(BaseModelError, match="has changed"):
         base.check()
 
@@ -262,7 +262,7 @@ def test_manifests_that_contradict_their_shards_are_refused(bank, change):
 def test_shards_that_do_not_hold_their_experts_are_refused(bank, change):
     """A missing, misshapen or unscaled factor, with a right checksum, is found on opening."""
     path = bank.folder / bank["one"].file
-    artifacts.save_tensors(path, change(artifacts.load_tensors(path)))
+    tensor_files.save_tensors(path, change(tensor_files.load_tensors(path)))
     _rewrite(bank, lambda manifest: manifest)
     with pytest.raises(BankError):
         AdapterBank.from_pretrained(bank.folder)

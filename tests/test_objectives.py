@@ -130,16 +130,18 @@ def test_tasks_without_examples_are_refused(setting):
 # --- language models --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["causal_lm", "seq2seq_lm"])
+# Llama's positions are relative, GPT-2's absolute: padding must move neither.
+@pytest.fixture(params=[("causal_lm", "llama"), ("causal_lm", "gpt2"), ("seq2seq_lm", "t5")], ids=lambda p: p[1])
 def speaker(request, tiny_models, tokenizer):
     """A language model that ends its answers now and then, and its objective."""
-    tiny = tiny_models[BASES[request.param]]
+    objective, base = request.param
+    tiny = tiny_models[base]
     model = tiny.build(seed=3)
     with torch.no_grad():
         weight = model.get_output_embeddings().weight
         weight[EOS] *= 3
         weight[[0, 1, 3]] = 0  # decoding would drop pad, begin and unknown tokens from the text
-    return tiny, model, make_objective(request.param, tokenizer, {"rouge": True})
+    return tiny, model, make_objective(objective, tokenizer, {"rouge": True})
 
 
 def test_exact_match_is_that_of_greedy_generation(speaker, tokenizer, random_adapter):
@@ -168,7 +170,7 @@ def test_exact_match_is_that_of_greedy_generation(speaker, tokenizer, random_ada
     for index, (task, right, score) in enumerate(zip(tasks, truth, together, strict=True)):
         assert 0.2 < sum(right) / len(right) < 0.6
         assert score["exact_match"] == pytest.approx(sum(right) / len(right))
-        for example, expected in zip(task.examples, right, strict=True):
+        for example, expected in zip(task.examples[:10], right[:10], strict=True):
             one = dataclasses.replace(task, examples=(example,))
             found = objective.scores(rows, stack_adapters(adapters[index : index + 1]), [one], limit=1)[0]
             assert found["exact_match"] == expected

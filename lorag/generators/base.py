@@ -57,7 +57,7 @@ class Generator(abc.ABC):
 
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
-    needs_examples: ClassVar[bool] = False  # whether fitting runs the base model
+    settings: Settings
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.settings_type()

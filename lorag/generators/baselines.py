@@ -85,7 +85,7 @@ class Multitask(Mean):
 
     name = "multitask"
     settings_type = MultitaskSettings
-    needs_examples = True
+    settings: MultitaskSettings
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Trains one code, from the mean, with the base model's loss on all training tasks."""
@@ -156,6 +156,7 @@ class TopK(_Stored):
 
     name = "top_k"
     settings_type = MixtureSettings
+    settings: MixtureSettings
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The mixture's mean."""
@@ -168,6 +169,7 @@ class SgMixture(_Stored):
 
     name = "sg_mixture"
     settings_type = MixtureSettings
+    settings: MixtureSettings
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Samples of N(μ*, σ*²)."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lorag.errors import GeneratorError
+from lorag.functional import TaskLoss
 from lorag.generators.base import FitData, NetworkGenerator, Settings
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import TokenNetwork
 from lorag.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["House"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,11 +45,11 @@ class HouseSettings(Settings):
     heads: int = 4
     hidden: int = 384
     dropout: float = 0.1
-    steps: int = 2000
+    steps: int = 120
     learning_rate: float = 1e-3
     batch: int = 64
-    functional_steps: int = 0
-    functional_rate: float = 3e-4
+    functional_steps: int = 600
+    functional_rate: float = 1e-3
     tasks: int = 32
     examples: int = 4
 
@@ -56,11 +59,7 @@ class House(NetworkGenerator):
 
     name = "house"
     settings_type = HouseSettings
-
-    @property
-    def needs_examples(self) -> bool:
-        """Only functional steps run the base model."""
-        return self.settings.functional_steps > 0
+    settings: HouseSettings
 
     def build(self, embedding: int, code: int) -> nn.Module:
         """The untrained network."""
@@ -71,15 +70,17 @@ class House(NetworkGenerator):
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Reconstruction, then functional training; each stage stops early on held-out training tasks."""
-        start_network(self, data, loop)
+        network = start_network(self, data, loop)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
-        if self.settings.functional_steps:
-            self._train_functionally(data, loop)
+        if not self.settings.functional_steps:
+            return
+        if data.functional is None:
+            logger.warning("house: no examples of the experts' tasks (tasks=PATH), so reconstruction is all of the training")
+        else:
+            self._train_functionally(network, data, loop, data.functional)
 
-    def _train_functionally(self, data: FitData, loop: TrainingLoop) -> None:
-        settings, functional = self.settings, data.functional
-        if functional is None:
-            raise GeneratorError("functional training needs the tasks' examples", remedy="Give their suite with tasks=PATH.")
+    def _train_functionally(self, network: nn.Module, data: FitData, loop: TrainingLoop, functional: TaskLoss) -> None:
+        settings = self.settings
         training = torch.tensor(list(data.training))
 
         def loss(_: nn.Module, step: int) -> Tensor:
@@ -96,4 +97,4 @@ class House(NetworkGenerator):
             return functional.loss(codes, indices, 8, "validation")
 
         steps = LoopSettings(settings.functional_steps, settings.functional_rate, validate_every=100)
-        loop.run("house functional", self.network, loss, validate if data.validation else None, steps)
+        loop.run("house functional", network, loss, validate if data.validation else None, steps)

@@ -96,6 +96,7 @@ class Mlp(NetworkGenerator):
 
     name = "mlp"
     settings_type = MlpSettings
+    settings: MlpSettings
 
     def build(self, embedding: int, code: int) -> nn.Module:
         """The untrained perceptron."""

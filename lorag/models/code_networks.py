@@ -31,9 +31,10 @@ class PooledNetwork(nn.Module):
 
 
 class TokenNetwork(nn.Module):
-    """Learned queries read a description's tokens, and a shared head turns what they read into a code (b, c).
+    """Learned queries read a description's tokens, and a linear head adds up what they read to a code (b, c).
 
-    A description is a composition; one pooled vector blurs it, its tokens keep the parts apart.
+    A description is a composition; one pooled vector blurs it, its tokens keep the parts apart. Queries see the words but
+    not each other.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class TokenNetwork(nn.Module):
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=dropout, activation="gelu", batch_first=True, norm_first=True)
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
-        self.hidden = nn.Sequential(nn.Linear(queries * width, hidden), nn.GELU(), nn.Dropout(dropout))
+        # No activation: a code is a sum of what each query contributes, so that parts learned apart can be put together.
+        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(queries * width, hidden))
         self.head = _zero(nn.Linear(hidden, code))
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -56,6 +58,9 @@ class TokenNetwork(nn.Module):
         words = words[:, :length] + self.positions[:length]
         asked = repeat(self.queries, "q w -> b q w", b=len(words))
         seen = torch.cat([mask.new_ones(len(mask), len(self.queries) + 1), mask], 1)[:, : len(self.queries) + length]
-        read = self.body(torch.cat([asked, words], 1), src_key_padding_mask=~seen)
+        apart = torch.zeros(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device)
+        count = len(self.queries)
+        apart[:, :count] = ~torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)[:, :count]
+        read = self.body(torch.cat([asked, words], 1), mask=apart, src_key_padding_mask=~seen)
         answered = self.norm(read[:, : len(self.queries)])
         return self.head(self.hidden(rearrange(answered, "b q w -> b (q w)")))

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorag.errors import TaskError
 from lorag.row_adapters import RowAdapters, Stacked
@@ -19,7 +19,7 @@ from lorag.tasks import Example, Task
 from lorag.weight_space import Cores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Objective", "take", "task_rng", "test_examples", "training_examples"]
 
@@ -62,7 +62,7 @@ class Objective(abc.ABC):
         """
 
     @abc.abstractmethod
-    def losses(self, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401 - its own batch
+    def losses(self, model: PreTrainedModel, batch: Any) -> Tensor:  # noqa: ANN401 - its own batch
         """Mean loss of each task (n,) in a batch; the model's rows are already adapted."""
 
     @abc.abstractmethod

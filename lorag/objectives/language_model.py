@@ -19,7 +19,7 @@ from lorag.tasks import Task
 from lorag.weight_space import Cores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["CausalLM", "Seq2SeqLM", "rouge_l"]
 
@@ -54,7 +54,7 @@ class _LanguageModel(Objective):
         """Tokenises equal-sized groups of (input, output)."""
 
     @abc.abstractmethod
-    def _logits(self, model: nn.Module, batch: _Tokens) -> Tensor:
+    def _logits(self, model: PreTrainedModel, batch: _Tokens) -> Tensor:
         """Logits (b, t, v) that predict `batch.targets`."""
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class _LanguageModel(Objective):
         drawn = [task_rng(task, seed).choices(training_examples(task), k=count) for task in tasks]
         return self.encode([[(example.input, example.output) for example in group] for group in drawn])
 
-    def losses(self, model: nn.Module, batch: _Tokens) -> Tensor:
+    def losses(self, model: PreTrainedModel, batch: _Tokens) -> Tensor:
         """Mean cross-entropy of the answers' tokens, one value a task."""
         logits = self._logits(model, batch)
         targets = batch.targets.to(logits.device)
@@ -153,17 +153,18 @@ class CausalLM(_LanguageModel):
         }
         return _Tokens(arguments, _pad(answers, -100), len(groups))
 
-    def _logits(self, model: nn.Module, batch: _Tokens) -> Tensor:
+    def _logits(self, model: PreTrainedModel, batch: _Tokens) -> Tensor:
         arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
         width = batch.targets.shape[1]
         return model(**arguments, logits_to_keep=width + 1, use_cache=False).logits[:, :width]
 
     def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
         """Greedy answers, at most 64 tokens."""
+        writer: Any = model
         prompts = self._prompts(inputs)
-        ids = _pad(prompts, self.tokenizer.pad_token_id, left=True).to(model.device)
-        mask = _pad([[1] * len(p) for p in prompts], 0, left=True).to(model.device)
-        output = model.generate(
+        ids = _pad(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
+        mask = _pad([[1] * len(p) for p in prompts], 0, left=True).to(writer.device)
+        output = writer.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=64,
@@ -188,20 +189,21 @@ class Seq2SeqLM(_LanguageModel):
         arguments = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"]}
         return _Tokens(arguments, _pad(answers, -100), len(groups))
 
-    def _logits(self, model: nn.Module, batch: _Tokens) -> Tensor:
+    def _logits(self, model: PreTrainedModel, batch: _Tokens) -> Tensor:
         arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
         return model(**arguments, labels=batch.targets.to(model.device), use_cache=False).logits
 
     def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
         """Greedy answers, at most 64 tokens."""
+        writer: Any = model
         read = self.tokenizer(
             [self.template.format(input=text) for text in inputs],
             padding=True,
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False)
+        ).to(writer.device)
+        output = writer.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 

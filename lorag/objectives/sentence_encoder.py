@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lorag.errors import TaskError
@@ -20,7 +20,7 @@ from lorag.tasks import Task
 from lorag.weight_space import Cores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LabelMatching", "Prototypes"]
 
@@ -54,7 +54,7 @@ class _Encoder(Objective):
         return dict(read)
 
     @staticmethod
-    def _embed(model: nn.Module, arguments: dict[str, Tensor]) -> Tensor:
+    def _embed(model: PreTrainedModel, arguments: dict[str, Tensor]) -> Tensor:
         """Unit-length embeddings (b, e)."""
         on_device = {key: value.to(model.device) for key, value in arguments.items()}
         hidden = model(**on_device).last_hidden_state
@@ -115,7 +115,7 @@ class LabelMatching(_Encoder):
         ways = torch.tensor([len(labels) for _, labels in drawn])
         return _Texts(self._arguments(texts), len(tasks), torch.tensor(targets), ways)
 
-    def losses(self, model: nn.Module, batch: _Texts) -> Tensor:
+    def losses(self, model: PreTrainedModel, batch: _Texts) -> Tensor:
         """Cross-entropy over cosines divided by the temperature."""
         embedded = rearrange(self._embed(model, batch.arguments), "(n b) e -> n b e", n=batch.tasks)
         count = batch.target.shape[1]
@@ -182,7 +182,7 @@ class Prototypes(_Encoder):
         ways = torch.tensor([len(episode) for episode in episodes])
         return _Texts(self._arguments(texts), len(tasks), torch.tensor(targets), ways)
 
-    def losses(self, model: nn.Module, batch: _Texts) -> Tensor:
+    def losses(self, model: PreTrainedModel, batch: _Texts) -> Tensor:
         """Cross-entropy of the queries over cosines to the prototypes of their episode."""
         embedded = rearrange(self._embed(model, batch.arguments), "(n b) e -> n b e", n=batch.tasks)
         half = embedded.shape[1] // 2

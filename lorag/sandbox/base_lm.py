@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -150,13 +151,13 @@ def _batch(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, forms: di
         positions.append(torch.tensor(place))
         branches.append(torch.tensor(branch))
     pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    branch = pad(branches, batch_first=True, padding_value=-1)
-    length = ids.shape[1]
-    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
+    packed = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    own = pad(branches, batch_first=True, padding_value=-1)
+    length = packed.shape[1]
+    same = (own[:, :, None] == own[:, None, :]) | (own[:, None, :] == 0)
     visible = same & torch.ones(length, length, dtype=torch.bool).tril()
     return _Batch(
-        ids=ids,
+        ids=packed,
         positions=pad(positions, batch_first=True),
         mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None],
         source=torch.tensor(source),
@@ -185,7 +186,7 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(config.seed)
     model = LlamaForCausalLM(
-        LlamaConfig(
+        LlamaConfig(  # type: ignore[call-arg]  # its stub lacks attn_implementation
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -200,7 +201,8 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
             attn_implementation="sdpa",
         )
     )
-    cases, embeddings = _Cases(tokenizer), model.get_input_embeddings().weight
+    cases = _Cases(tokenizer)
+    embeddings: Any = model.get_input_embeddings().weight
     with torch.no_grad():
         embeddings[cases.upper] += torch.randn(config.hidden_size) * embeddings.std()
     cases.project(embeddings)
@@ -223,7 +225,7 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
         output: BaseModelOutputWithPast = model.model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         )
-        hidden = output.last_hidden_state
+        hidden: Any = output.last_hidden_state
         logits = model.lm_head(hidden[batch.source[:, 0], batch.source[:, 1]])
         loss = F.cross_entropy(logits, batch.target)
         text_logits = model.lm_head(hidden[batch.text_source[:, 0], batch.text_source[:, 1]])
@@ -241,6 +243,6 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
             bar.set_postfix(loss=f"{loss.item():.3f}", token_accuracy=f"{accuracy:.3f}")
         if (step + 1) % 250 == 0 and step + 1 < config.steps:
             save_training_state(state, model, optimizers, rng, {"step": step + 1})
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]  # the stub of `to` takes self for an argument
     tokenizer.save_pretrained(folder)
     state.unlink(missing_ok=True)

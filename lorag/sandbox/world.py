@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import yaml
 
@@ -68,7 +69,7 @@ class Domain:
     organisations: tuple[str, ...]
     amount: Mapping[str, int | str]
     fields: Mapping[str, tuple[str, ...]]
-    items: Mapping[str, object]
+    items: Mapping[str, Any]
     sentiment: Mapping[str, tuple[str, ...]]
     urgency: Mapping[str, tuple[str, ...]]
     required: Mapping[str, tuple[str, ...]]
