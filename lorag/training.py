@@ -223,6 +223,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if (out / "generator.json").exists():
         logger.warning("%s is trained already; delete it to train it anew", out)
         return LoraGenerator.from_pretrained(out, device=config.device)
+    if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
+        raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
     method = generator_type(config.method).with_settings(config.settings)
     bank = find_bank(config.bank)
     suite = find_tasks(config.tasks) if config.tasks else None

@@ -178,17 +178,23 @@ def test_stacking_folds_rank_and_scaling(llama):
             assert torch.allclose(b[index] @ a[index], adapter.delta(name), atol=1e-5)
 
 
-def test_half_precision_base_models(tiny_models, random_adapter):
-    """fp32 factors on a bf16 base: the output keeps the base's precision and is close to the fp32 result."""
+@pytest.mark.parametrize("kind", ["factors", "cores"])
+def test_half_precision_base_models(tiny_models, random_adapter, kind):
+    """fp32 adapters on a bf16 base: every adapted module keeps the base's precision, and the result is close to that in fp32."""
     tiny = tiny_models["llama"]
     layout = tiny.layout()
-    stacked = stack_adapters([random_adapter(layout, seed=i) for i in range(3)])
+    adapters = [random_adapter(layout, seed=i) for i in range(3)]
+    stacked = stack_adapters(adapters)
+    if kind == "cores":
+        space = SharedSubspace.fit(lambda: iter(adapters), layout, 12)
+        stacked = space.differentiable(torch.stack([space.encode(adapter) for adapter in adapters]))
     inputs = tiny.inputs(6, torch.Generator().manual_seed(5))
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        rows = RowAdapters(tiny.build().to(dtype), layout)
+        rows, seen = RowAdapters(tiny.build().to(dtype), layout), []
         with torch.no_grad(), rows.use(stacked) as model:
-            logits = model(**inputs).logits
-        assert logits.dtype == dtype
-        found.append(logits.float())
+            for name in layout.names:
+                model.get_submodule(name).register_forward_hook(lambda *call, seen=seen: seen.append(call[2].dtype))
+            found.append(model(**inputs).logits.float())
+        assert seen == [dtype] * len(layout)
     assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()

@@ -106,7 +106,7 @@ class Multitask(Mean):
 
         steps = LoopSettings(settings.steps, settings.learning_rate, weight_decay=0.0, validate_every=50)
         loop.run(self.name, module, loss, validate if data.validation else None, steps)
-        self.code = module().detach()
+        self.code = module().detach().cpu()
 
 
 class _Code(nn.Module):
