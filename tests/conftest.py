@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -20,6 +21,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()
 # transformers warns inside its own modelling code, whoever calls it.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+# A busy machine is no failure, and a run repeats: the same examples each time, and no folder of past ones.
+hypothesis.settings.register_profile("lorag", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("lorag")
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "t5", "bert", "clip")
 PAD, BOS, EOS = 0, 1, 2

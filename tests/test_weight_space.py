@@ -22,7 +22,7 @@ from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_te
 MODULES = [[f"layers.{n}.{p}", 24, o] for n in (1, 2, 10) for p, o in (("q", 24), ("v", 20))]
 LAYOUT = LoraLayout.from_dict({"target_modules": ["q", "v"], "modules": MODULES, "fan_in_fan_out": False})
 seeds = st.integers(0, 2**31 - 1)
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=8)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_codes_are_free_of_gauge(space, random_adapter, seed):
     assert not _near(flat.encode(turned), flat.encode(adapter), 0.1)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(seeds)
 def test_fitting_is_free_of_gauge(space, experts, random_adapter, seed):
     """A bank whose experts all change gauge gives the same codes."""
@@ -72,7 +72,7 @@ def test_fitting_is_free_of_gauge(space, experts, random_adapter, seed):
     assert _near(torch.stack([other.encode(t) for t in turned]), codes, 1e-5)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seeds, st.integers(2, 8))
 def test_the_order_of_experts_does_not_matter(random_adapter, seed, count):
     """A bank read in another order gives the same codes: singular vectors' signs are fixed, not left to chance."""
