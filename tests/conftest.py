@@ -4,7 +4,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +18,6 @@ from lorag.layout import LoraLayout
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()
-# transformers warns inside its own modelling code, whoever calls it.
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # A busy machine is no failure, and a run repeats: the same examples each time, and no folder of past ones.
 hypothesis.settings.register_profile("lorag", deadline=None, derandomize=True, database=None)
@@ -32,6 +29,11 @@ WORDS = "the a red green blue cat dog bird sat ran flew on under over mat log sk
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
 SIZE = len(VOCABULARY)
 _COMMON = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides what transformers says of its own modelling code, whoever calls it."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @dataclass(frozen=True)
