@@ -29,13 +29,15 @@ class Condition:
         embedding: The description's pooled and token vectors.
         similarities: Cosine to each expert of the bank (n,); an excluded one has -1.
         neighbours: The nearest experts and their cosines, best first.
-        novelty: 1 - the best cosine; 0 for a description that an expert was stored with.
+        novelty: 1 - the best cosine; 0 only for the sole description of an expert.
+        task_vector: Mean hidden state of the base model over example inputs (h,), if there were any.
     """
 
     embedding: Embedding
     similarities: Tensor
     neighbours: tuple[tuple[str, float], ...]
     novelty: float
+    task_vector: Tensor | None = None
 
 
 class Conditioner:

@@ -65,6 +65,11 @@ class FlatFactors:
         """Length c of a code: the number of values of a rank-r adapter."""
         return self.mean.numel()
 
+    @property
+    def parts(self) -> list[int]:
+        """Length of each module's part of a code."""
+        return [self.rank * (module.in_features + module.out_features) for module in self.layout.modules]
+
     def encode(self, adapter: LoraAdapter) -> Tensor:
         """Code (c,) of an adapter."""
         if adapter.rank > self.rank:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorag.objectives import Objective
+from lorag.objectives.base import training_examples
 from lorag.row_adapters import RowAdapters
 from lorag.tasks import Task
 from lorag.weight_space import WeightSpace
@@ -33,6 +34,17 @@ class TaskLoss:
         batch = self.objective.sample([self.tasks[i] for i in indices], count, seed)
         with self.rows.use(self.space.differentiable(codes)) as model:
             return self.objective.losses(model, batch)
+
+    def task_vectors(self, indices: Sequence[int], count: int = 32) -> Tensor:
+        """Task vectors (b, h): the bare base model's mean hidden state over `count` training inputs of each task.
+
+        ICM-LoRA's condition (arXiv 2501.17635), but from the base model without an adapter, as it must be at use.
+        """
+        found = []
+        for index in indices:
+            inputs = [example.input for example in training_examples(self.tasks[index])[:count]]
+            found.append(self.objective.hidden(self.rows.model, inputs).mean(0))
+        return torch.stack(found)
 
     def loss(self, codes: Tensor, indices: Sequence[int], count: int, seed: str, chunk: int = 32) -> float:
         """Mean loss without gradients, in chunks that bound memory."""

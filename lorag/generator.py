@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 from lorag.errors import GeneratorError
 from lorag.generators import Generator, generator_type
 from lorag.hub import fetch, push
+from lorag.objectives import Objective, make_objective
+from lorag.refinement import check_examples, refine
+from lorag.row_adapters import RowAdapters
 from lorag.tasks import check_description
 from lorag.tensor_files import load_tensors, read_header, save_tensors
 from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
@@ -56,33 +59,61 @@ class LoraGenerator:
     strength: float = 1.0
     origin: Mapping[str, Any] = field(default_factory=dict)
     revision: str = "unsaved"
+    _runtime: tuple[RowAdapters, Objective] | None = field(default=None, repr=False, compare=False)
 
     # --- use -----------------------------------------------------------------------------------------------------
 
-    def condition(self, description: str) -> Condition:
-        """Embeds a description, alone, and compares it with the bank's."""
-        return self.conditioner(self.embedder.embed([check_description(description)])[0])
+    def condition(self, description: str, examples: Sequence[tuple[str, str]] = ()) -> Condition:
+        """Embeds a description, alone, and compares it with the bank's; inputs of examples give it a task vector."""
+        condition = self.conditioner(self.embedder.embed([check_description(description)])[0])
+        if not examples:
+            return condition
+        rows, objective = self.runtime()
+        states = objective.hidden(rows.model, [text for text, _ in examples])
+        return replace(condition, task_vector=states.mean(0).cpu())
 
-    def generate(self, description: str, *, seed: int = 0, strength: float = 1.0) -> LoraAdapter:
+    def runtime(self) -> tuple[RowAdapters, Objective]:
+        """The base model, loaded once, and its objective: needed for examples only."""
+        if self._runtime is None:
+            model = self.base.model.load()
+            objective = make_objective(self.base.objective, self.base.model.tokenizer(), self.base.settings)
+            self._runtime = RowAdapters(model, self.base.layout), objective
+        return self._runtime
+
+    def generate(
+        self,
+        description: str,
+        *,
+        seed: int = 0,
+        strength: float = 1.0,
+        examples: Sequence[tuple[str, str]] = (),
+        refine_steps: int = 0,
+    ) -> LoraAdapter:
         """Makes an adapter for a task that is only described.
 
         Args:
             description: What the adapter should do, at most 4,096 characters.
             seed: Seed of methods that sample; the same seed gives the same bytes.
             strength: Factor on ΔW, on top of the generator's own.
+            examples: (input, output) of the task, if there are some: they condition the methods that can use them.
+            refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated.
 
         Returns:
             The adapter; its `info` says how it came about.
 
         Raises:
             DescriptionError: If the description cannot be used.
+            TaskError: If the examples cannot be.
         """
-        condition = self.condition(description)
+        examples = check_examples(examples, refine_steps)
+        condition = self.condition(description, examples)
         codes = self.method.generate(condition, torch.Generator().manual_seed(seed))
         (factors,) = self.space.decode(codes, self.rank)
         model = self.base.model
         adapter = LoraAdapter(self.base.layout, factors, float(self.rank), model.name, TASK_TYPES[model.kind])
         adapter = adapter.scaled(self.strength * strength)
+        if refine_steps:
+            adapter = refine(*self.runtime(), adapter, examples, refine_steps, seed)
         norms = adapter.norms()
         info = {
             "description": description.strip(),
@@ -91,6 +122,8 @@ class LoraGenerator:
             "novelty": round(condition.novelty, 4),
             "seed": seed,
             "strength": strength,
+            "examples": len(examples),
+            "refine_steps": refine_steps,
             "generator": {"revision": self.revision, "strength": self.strength},
             "base_model": {"name": model.name, "kind": model.kind, "identity": self.base.identity},
             "embedder": self.embedder.name,
@@ -199,7 +232,13 @@ def default_generator() -> LoraGenerator:
 
 
 def generate_lora(
-    description: str, *, generator: LoraGenerator | str | Path | None = None, seed: int = 0, strength: float = 1.0
+    description: str,
+    *,
+    generator: LoraGenerator | str | Path | None = None,
+    seed: int = 0,
+    strength: float = 1.0,
+    examples: Sequence[tuple[str, str]] = (),
+    refine_steps: int = 0,
 ) -> LoraAdapter:
     """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
 
@@ -208,14 +247,18 @@ def generate_lora(
         generator: A generator, or its folder or hub id; by default the embedded one.
         seed: Seed of methods that sample.
         strength: Factor on ΔW.
+        examples: (input, output) of the task, if there happen to be some.
+        refine_steps: Gradient steps on the examples, from the generated adapter.
 
     Returns:
         The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it.
 
     Raises:
         DescriptionError: If the description is empty, too long or not text.
+        TaskError: If the examples are not pairs of texts, or are missing where `refine_steps` needs them.
     """
-    return generate_loras([description], generator=generator, seed=seed, strength=strength)[0]
+    description = check_description(description)
+    return _open(generator).generate(description, seed=seed, strength=strength, examples=examples, refine_steps=refine_steps)
 
 
 def generate_loras(
@@ -229,8 +272,11 @@ def generate_loras(
     if isinstance(descriptions, str):
         raise GeneratorError("descriptions must be a list", got="one str", remedy="Use generate_lora for one description.")
     checked = [check_description(text) for text in descriptions]
+    opened = _open(generator)
+    return [opened.generate(text, seed=seed, strength=strength) for text in checked]
+
+
+def _open(generator: LoraGenerator | str | Path | None) -> LoraGenerator:
     if generator is None:
-        generator = default_generator()
-    elif not isinstance(generator, LoraGenerator):
-        generator = LoraGenerator.from_pretrained(generator)
-    return [generator.generate(text, seed=seed, strength=strength) for text in checked]
+        return default_generator()
+    return generator if isinstance(generator, LoraGenerator) else LoraGenerator.from_pretrained(generator)

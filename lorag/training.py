@@ -157,6 +157,7 @@ def prepare(
         conditioner=Conditioner.fit(bank.names, embeddings),
         training=sorted(set(range(len(bank))) - set(held)),
         validation=held,
+        modules=space.parts,
         functional=functional,
     )
     return Prepared(bank, space, data, embedder)

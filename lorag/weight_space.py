@@ -47,6 +47,11 @@ class WeightSpace(Protocol):
         """Length c of a code."""
         ...
 
+    @property
+    def parts(self) -> list[int]:
+        """Length of each module's part of a code, in the layout's order."""
+        ...
+
     def encode(self, adapter: LoraAdapter) -> Tensor:
         """Code (c,) of an adapter, in fp32."""
         ...
@@ -175,6 +180,11 @@ class SharedSubspace:
     def size(self) -> int:
         """Length c = m·k² of a code."""
         return self.mean.numel()
+
+    @property
+    def parts(self) -> list[int]:
+        """Length of each module's part of a code."""
+        return [self.k**2] * len(self.layout)
 
     def cores(self, adapter: LoraAdapter) -> Tensor:
         """Cores (m, k, k) of an adapter, in fp32."""

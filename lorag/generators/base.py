@@ -17,7 +17,7 @@ from lorag.errors import ConfigError, GeneratorError
 from lorag.functional import TaskLoss
 from lorag.training_loop import TrainingLoop
 
-__all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate"]
+__all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate", "draw"]
 
 
 @dataclass
@@ -36,6 +36,7 @@ class FitData:
         conditioner: Compares descriptions with the experts.
         training: Indices that may be learned from.
         validation: Indices of training tasks held out for early stopping; never tasks of the test split.
+        modules: Length of each adapted module's part of a code, in order.
         functional: The base model's loss on the experts' tasks, if their examples are at hand.
     """
 
@@ -45,6 +46,7 @@ class FitData:
     conditioner: Conditioner
     training: Sequence[int]
     validation: Sequence[int]
+    modules: Sequence[int]
     functional: TaskLoss | None = None
 
 
@@ -106,6 +108,12 @@ def collate(embeddings: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
     tokens = nn.utils.rnn.pad_sequence([one.tokens for one in embeddings], batch_first=True)
     lengths = torch.tensor([len(one.tokens) for one in embeddings])
     return pooled, tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None]
+
+
+def draw(data: FitData, rows: Sequence[int], loop: TrainingLoop) -> list[Embedding]:
+    """One description of each of some experts, at random."""
+    picks = torch.randint(2**31, (len(rows),), generator=loop.rng).tolist()
+    return [data.embeddings[i][pick % len(data.embeddings[i])] for i, pick in zip(rows, picks, strict=True)]
 
 
 class NetworkGenerator(Generator):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorag.conditioning import Condition, mixture
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator, Settings
+from lorag.generators.functional_training import require_tasks
 from lorag.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
@@ -89,9 +90,7 @@ class Multitask(Mean):
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Trains one code, from the mean, with the base model's loss on all training tasks."""
-        if data.functional is None:
-            raise GeneratorError("multitask is trained on the tasks' examples", remedy="Give their suite with tasks=PATH.")
-        settings, functional = self.settings, data.functional
+        settings, functional = self.settings, require_tasks(self.name, data)
         module = _Code(data.codes[list(data.training)].mean(0))
         training = torch.tensor(list(data.training))
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorag.functional import TaskLoss
 from lorag.generators.base import FitData, NetworkGenerator, Settings
+from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import TokenNetwork
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.training_loop import TrainingLoop
 
 __all__ = ["House"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,10 +29,7 @@ class HouseSettings(Settings):
         steps: Steps of reconstruction.
         learning_rate: Peak rate of reconstruction.
         batch: Descriptions in a step of reconstruction.
-        functional_steps: Steps through the frozen base model; 0 leaves them out.
-        functional_rate: Their peak rate.
-        tasks: Tasks in a functional step.
-        examples: Examples of each.
+        functional: Steps through the frozen base model.
     """
 
     width: int = 192
@@ -48,10 +41,7 @@ class HouseSettings(Settings):
     steps: int = 120
     learning_rate: float = 1e-3
     batch: int = 64
-    functional_steps: int = 600
-    functional_rate: float = 1e-3
-    tasks: int = 32
-    examples: int = 4
+    functional: FunctionalSettings = field(default_factory=FunctionalSettings)
 
 
 class House(NetworkGenerator):
@@ -70,31 +60,8 @@ class House(NetworkGenerator):
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Reconstruction, then functional training; each stage stops early on held-out training tasks."""
+        if self.settings.functional.steps:
+            require_tasks(self.name, data)  # before time is spent on reconstruction
         network = start_network(self, data, loop)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
-        if not self.settings.functional_steps:
-            return
-        if data.functional is None:
-            logger.warning("house: no examples of the experts' tasks (tasks=PATH), so reconstruction is all of the training")
-        else:
-            self._train_functionally(network, data, loop, data.functional)
-
-    def _train_functionally(self, network: nn.Module, data: FitData, loop: TrainingLoop, functional: TaskLoss) -> None:
-        settings = self.settings
-        training = torch.tensor(list(data.training))
-
-        def loss(_: nn.Module, step: int) -> Tensor:
-            order = torch.randperm(len(training), generator=loop.rng)[: settings.tasks]
-            rows = training[order].tolist()
-            picks = torch.randint(2**31, (len(rows),), generator=loop.rng).tolist()
-            chosen = [data.embeddings[i][pick % len(data.embeddings[i])] for i, pick in zip(rows, picks, strict=True)]
-            return functional.losses(self.predict(chosen), rows, settings.examples, f"house/{step}").mean()
-
-        def validate(_: nn.Module) -> float:
-            indices = list(data.validation)
-            with torch.no_grad():
-                codes = torch.cat([self.predict([data.embeddings[i][0]]) for i in indices])
-            return functional.loss(codes, indices, 8, "validation")
-
-        steps = LoopSettings(settings.functional_steps, settings.functional_rate, validate_every=100)
-        loop.run("house functional", network, loss, validate if data.validation else None, steps)
+        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional)

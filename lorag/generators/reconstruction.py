@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.generators.base import FitData, NetworkGenerator
+from lorag.generators.base import FitData, NetworkGenerator, draw
 from lorag.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["reconstruct", "start_network"]
@@ -35,9 +35,7 @@ def reconstruct(generator: NetworkGenerator, data: FitData, loop: TrainingLoop, 
 
     def loss(_: nn.Module, step: int) -> Tensor:
         rows = training[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
-        picks = torch.randint(2**31, (batch,), generator=loop.rng).tolist()
-        chosen = [data.embeddings[i][pick % len(data.embeddings[i])] for i, pick in zip(rows, picks, strict=True)]
-        return _distance(generator.predict(chosen), data.codes[rows].to(device))
+        return _distance(generator.predict(draw(data, rows, loop)), data.codes[rows].to(device))
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():

@@ -66,6 +66,10 @@ class Objective(abc.ABC):
         """Mean loss of each task (n,) in a batch; the model's rows are already adapted."""
 
     @abc.abstractmethod
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """What the model makes of inputs: one vector a row (b, h), of which ICM-LoRA's task vector is the mean."""
+
+    @abc.abstractmethod
     def scores(
         self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
     ) -> list[dict[str, float]]:

@@ -47,7 +47,7 @@ class _LanguageModel(Objective):
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `make_objective` that build it again."""
-        return {"template": self.template, "max_length": self.max_length}
+        return {"template": self.template, "max_length": self.max_length} | ({"rouge": True} if self.rouge else {})
 
     @abc.abstractmethod
     def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> _Tokens:
@@ -158,6 +158,17 @@ class CausalLM(_LanguageModel):
         width = batch.targets.shape[1]
         return model(**arguments, logits_to_keep=width + 1, use_cache=False).logits[:, :width]
 
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """Last layer's states at the prompts' last position (b, h)."""
+        prompts = self._prompts(inputs)
+        ids = _pad(prompts, self.tokenizer.pad_token_id, left=True)
+        mask = _pad([[1] * len(p) for p in prompts], 0, left=True)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
+        return found.hidden_states[-1][:, -1].float()
+
     def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
         """Greedy answers, at most 64 tokens."""
         writer: Any = model
@@ -188,6 +199,16 @@ class Seq2SeqLM(_LanguageModel):
         answers = [[*self._ids(answer), self.tokenizer.eos_token_id] for _, answer in flat]
         arguments = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"]}
         return _Tokens(arguments, _pad(answers, -100), len(groups))
+
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """The encoder's last states, averaged over tokens (b, h): a decoder has read nothing yet."""
+        texts = [self.template.format(input=text) for text in inputs]
+        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(model.device)
+        encoder: Any = model.get_encoder()
+        states = encoder(input_ids=read["input_ids"], attention_mask=read["attention_mask"]).last_hidden_state.float()
+        mask = read["attention_mask"][..., None].to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
 
     def _logits(self, model: PreTrainedModel, batch: _Tokens) -> Tensor:
         arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}

@@ -61,6 +61,11 @@ class _Encoder(Objective):
         mask = on_device["attention_mask"][..., None].to(hidden.dtype)
         return F.normalize(((hidden * mask).sum(1) / mask.sum(1)).float(), dim=-1)
 
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """The inputs' embeddings (b, h)."""
+        return self._embed(model, self._arguments(inputs))
+
     def _embed_all(self, rows: RowAdapters, adapters: Stacked | Cores | None, groups: Sequence[Sequence[str]]) -> list[Tensor]:
         """Embeds a list of texts for each adapter: n lists of any lengths to n matrices."""
         found = []
