@@ -13,17 +13,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
 from lorag.adapter import LoraAdapter
 from lorag.artifacts import check_manifest, require_name, resolve_inside, write_manifest
-from lorag.bank_entries import BankBase, Expert, known_details, quantise, texts
+from lorag.bank_entries import PRECISIONS, BankBase, Expert, known_details, stack_checkpoints, texts
 from lorag.base_model import TASK_TYPES
 from lorag.errors import BankError, LoragError
 from lorag.hub import fetch
+from lorag.merging import merge
 from lorag.tasks import check_description
 from lorag.tensor_files import TensorSpec, read_header, save_tensors
 
@@ -31,7 +31,6 @@ __all__ = ["AdapterBank", "BankBase", "Expert"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
 _STORED = ("F32", "F16", "I8")
-_PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 class AdapterBank:
@@ -177,6 +176,13 @@ class AdapterBank:
         """Reads final checkpoints one at a time."""
         return (self.adapter(name) for name in (self.names if names is None else names))
 
+    def fuse(self, names: Sequence[str], method: str = "mean", **settings: Any) -> LoraAdapter:  # noqa: ANN401 - the rule's own
+        """Merges experts into one adapter by a rule of `lorag.merging.merge`, which says what the rules' settings are.
+
+        One adapter cannot tell apart tasks that share their inputs; `lorag.fusion.fuse` looks at them and warns.
+        """
+        return merge([self.adapter(name) for name in names], method, **settings)
+
     # --- write ---------------------------------------------------------------------------------------------------
 
     def add(
@@ -199,8 +205,8 @@ class AdapterBank:
         Raises:
             BankError: If a name is taken, or if an adapter does not fit the bank's layout or the shard's rank.
         """
-        if precision not in _PRECISIONS:
-            raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(_PRECISIONS))
+        if precision not in PRECISIONS:
+            raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(PRECISIONS))
         if not experts or not all(late for _, _, late in experts):
             raise BankError("there is nothing to add", got="no expert, or one without a checkpoint")
         shapes = {(adapter.rank, adapter.alpha, len(late)) for _, _, late in experts for adapter in late}
@@ -231,7 +237,7 @@ class AdapterBank:
             )
             for index, (name, descriptions, late) in enumerate(experts)
         ]
-        tensors = self._stack([late for _, _, late in experts], precision)
+        tensors = stack_checkpoints(self.base.layout, [late for _, _, late in experts], precision)
         with self._lock():
             now = AdapterBank.from_pretrained(self.folder)
             taken = [name for name in names if name in now]
@@ -241,20 +247,6 @@ class AdapterBank:
             bank = AdapterBank(self.folder, self.base, [*now.experts, *entries])
             bank._write()
         return bank
-
-    def _stack(self, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for number, module in enumerate(self.base.layout.names):
-            for side, factor in enumerate("AB"):
-                values = torch.stack([torch.stack([a.factors[module][side].float() for a in late]) for late in experts])
-                key = f"{number}.{factor}"
-                if precision == "int8":
-                    tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)
-                else:
-                    tensors[key] = values.to(_PRECISIONS[precision])
-                    if not torch.isfinite(tensors[key]).all():
-                        raise BankError(f"values of {module} overflow {precision}", remedy="Store them as float32.")
-        return tensors
 
     def copy_to(self, folder: str | Path, names: Sequence[str], precision: str) -> AdapterBank:
         """Writes a new bank of some experts in another precision, one shard for each rank and alpha."""

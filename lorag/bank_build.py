@@ -41,6 +41,7 @@ class BankConfig:
         objective_settings: Its settings.
         experts: How experts are trained.
         device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model while experts train; adapters are always trained in fp32.
     """
 
     out: str = "runs/bank"
@@ -53,6 +54,7 @@ class BankConfig:
     objective_settings: dict[str, Any] = field(default_factory=dict)
     experts: ExpertConfig = field(default_factory=ExpertConfig)
     device: str = "auto"
+    dtype: str = "auto"
 
 
 def build_bank(
@@ -64,6 +66,7 @@ def build_bank(
     config: ExpertConfig,
     *,
     device: str = "auto",
+    dtype: str = "auto",
     quiet: bool = False,
 ) -> AdapterBank:
     """Trains an expert for each task and writes a bank; goes on at the last finished group.
@@ -76,6 +79,7 @@ def build_bank(
         settings: Its settings.
         config: How experts are trained.
         device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model.
         quiet: No progress bar.
     """
     if not config.ranks or config.steps < 1 or config.group < 1 or config.batch < 1 or config.checkpoints < 1:
@@ -83,7 +87,7 @@ def build_bank(
     objective = make_objective(objective_name, base.tokenizer(), settings)
     if objective.kind != base.kind:
         raise ConfigError("objective and base model do not fit", got=f"{objective_name} on a {base.kind}", expected=objective.kind)
-    model = base.load(device)
+    model = base.load(device, dtype)
     layout = LoraLayout.from_model(model, config.target_modules)
     bank = AdapterBank.create(folder, BankBase(base, base.identity(), layout, objective_name, objective.settings()))
     rows = RowAdapters(model, layout)

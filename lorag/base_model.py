@@ -21,9 +21,16 @@ __all__ = ["KINDS", "BaseModel", "device_of", "locate"]
 SANDBOX_LM = "sandbox-lm"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel", "two_towers": "AutoModel"}
 KINDS = tuple(_CLASSES)
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# PEFT's wrapper for a task type passes on arguments of its own, which models of two towers, such as CLIP, do not take.
+TASK_TYPES: dict[str, str | None] = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "encoder": "FEATURE_EXTRACTION",
+    "two_towers": None,
+}
 
 
 def device_of(name: str) -> Device:
@@ -73,7 +80,7 @@ class BaseModel:
 
     Attributes:
         name: "sandbox-lm", a hub id, or a local folder.
-        kind: "causal_lm", "seq2seq_lm" or "encoder".
+        kind: "causal_lm", "seq2seq_lm", "encoder", or "two_towers" for models of text and images such as CLIP.
         revision: Revision on the hub.
     """
 
@@ -85,17 +92,24 @@ class BaseModel:
         if self.kind not in KINDS:
             raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
 
-    def load(self, device: str = "auto") -> PreTrainedModel:
-        """Loads the frozen model in evaluation mode: fp32 on a CPU, its own precision on a GPU.
+    def load(self, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+        """Loads the frozen model in evaluation mode.
+
+        Args:
+            device: "auto", "cpu" or "cuda".
+            dtype: "float32", "bfloat16" or "float16"; "auto" is fp32 on a CPU, its own precision on a GPU.
 
         Raises:
             BaseModelError: If it cannot be had.
+            ConfigError: If the dtype is unknown.
         """
-        import torch
         import transformers
 
         where = device_of(device)
-        dtype = torch.float32 if where.type == "cpu" else "auto"
+        if dtype not in DTYPES:
+            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
+        if dtype == "auto" and where.type == "cpu":
+            dtype = "float32"
         loader = getattr(transformers, _CLASSES[self.kind])
         with self._failures(), quiet_loading():
             model = loader.from_pretrained(locate(self.name), revision=self.revision or "main", dtype=dtype, use_safetensors=True)

@@ -10,8 +10,9 @@ from lorag.adapter import CONFIG, PROVENANCE, WEIGHTS
 from lorag.artifacts import read_json
 from lorag.bank import AdapterBank
 from lorag.errors import ArtifactError
+from lorag.generators.latent import Diagnostics
 from lorag.tasks import TaskSuite
-from lorag.tensor_files import read_header
+from lorag.tensor_files import load_tensors, read_header
 
 __all__ = ["describe_path"]
 
@@ -68,6 +69,8 @@ def _generator(path: Path) -> dict[str, Any]:
         return total
 
     base = manifest["base"]
+    base_values = values("method.coordinates.")  # a VAE's coordinates are found as a weight space is, not learned
+    vae = load_tensors(path / "generator.safetensors", prefix="method.diagnostics.")
     return {
         "kind": "generator",
         "method": manifest["method"],
@@ -78,9 +81,10 @@ def _generator(path: Path) -> dict[str, Any]:
         "strength": manifest["strength"],
         "experts": len(manifest["experts"]),
         "embedder": manifest["embedder"],
-        "values": f"{values('method.'):,} in the method, {values('space.'):,} in the weight space",
+        "values": f"{values('method.') - base_values:,} in the method, {values('space.') + base_values:,} in the weight space",
         "size": f"{(path / 'generator.safetensors').stat().st_size / 1e6:.1f} MB",
         "settings": ", ".join(f"{key}={value}" for key, value in manifest["settings"].items()) or "none",
+        **(Diagnostics.from_tensors(vae).lines() if vae else {}),
     }
 
 

@@ -112,6 +112,29 @@ def evaluate(
 
 
 @app.command()
+def fuse(
+    names: Annotated[list[str], typer.Argument(help="Experts of the bank.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    bank: Annotated[str, typer.Option(help="The bank.")] = "sandbox",
+    method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego or icm_fusion.")] = "mean",
+    generator: Annotated[str | None, typer.Option(help="Folder of a generator of method icm_fusion.")] = None,
+    rule: Annotated[str, typer.Option(help="Of icm_fusion: uniform, conflict or learned.")] = "uniform",
+    tasks: Annotated[str | None, typer.Option(help="Suite of the experts' tasks, to learn from and to warn of shared inputs.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Fuse experts of a bank into one adapter."""
+    from lorag.fusion import fuse as run
+
+    adapter = run(names, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
+    folder = adapter.save_pretrained(out)
+    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} experts by {method}")
+    if "energy" in adapter.info:
+        print(f"its rank keeps {adapter.info['energy']:.1%} of the merged weights' energy")
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the trained generator and an adapter.")] = Path("runs/quickstart"),
     quiet: Quiet = False,
@@ -141,7 +164,7 @@ def bank_build(
     from lorag.bank_build import BankConfig, build_bank
     from lorag.base_model import BaseModel
     from lorag.config import load_config
-    from lorag.training import find_tasks
+    from lorag.preparation import find_tasks
 
     values = load_config(BankConfig, config, settings or [])
     bank = build_bank(
@@ -152,6 +175,7 @@ def bank_build(
         values.objective_settings,
         values.experts,
         device=values.device,
+        dtype=values.dtype,
         quiet=_quiet(quiet),
     )
     print(f"{values.out}: {len(bank)} experts of {bank.base.model.name}")
@@ -180,7 +204,7 @@ def bank_add(
 @bank_app.command("list")
 def bank_list(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
     """List a bank's experts."""
-    from lorag.training import find_bank
+    from lorag.preparation import find_bank
 
     for expert in find_bank(bank).experts:
         score = "" if expert.score is None else f"{expert.score:.2f}"
@@ -190,7 +214,7 @@ def bank_list(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'."
 @bank_app.command("check")
 def bank_check(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
     """Read every expert of a bank and say what is wrong."""
-    from lorag.training import find_bank
+    from lorag.preparation import find_bank
 
     found = find_bank(bank)
     wrong = [(expert.name, problem) for expert, problem in found.check() if problem]
@@ -208,12 +232,13 @@ def tasks_derive(
     subsets: Annotated[int, typer.Option(min=0, help="Tasks made of each large label set.")] = 1,
     held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of source data sets held out.")] = 0.3,
     names: Annotated[Path | None, typer.Option(help="JSON list of the tasks to start with.")] = None,
+    by: Annotated[str, typer.Option(help="What keeps tasks on one side of the split: their 'source', or shared 'texts' alone.")] = "source",
     seed: Annotated[int, typer.Option(help="Seed of subsets and split.")] = 0,
 ) -> None:
     """Make a labelled suite with subsets of label sets, split by source data set."""
     from lorag.derived_tasks import derive
 
-    counts = derive(source, out, names=names, subsets=subsets, held_out=held_out, seed=seed)
+    counts = derive(source, out, names=names, subsets=subsets, held_out=held_out, by=by, seed=seed)
     print(f"{out}: " + ", ".join(f"{count} {split} tasks" for split, count in counts.items()))
 
 

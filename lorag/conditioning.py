@@ -57,18 +57,18 @@ class Conditioner:
         means = torch.stack([torch.stack([one.pooled for one in own]).mean(0) for own in embeddings])
         return cls(names, torch.nn.functional.normalize(means, dim=-1))
 
-    def __call__(self, embedding: Embedding, *, exclude: int | None = None, keep: int = 8) -> Condition:
+    def __call__(self, embedding: Embedding, *, exclude: Sequence[int] = (), keep: int = 8) -> Condition:
         """Builds the condition of one description.
 
         Args:
             embedding: The description's.
-            exclude: An expert that must not be seen, such as a training task's own.
+            exclude: Experts that must not be seen, such as a training task's own.
             keep: Number of neighbours listed.
         """
         similarities = self.centroids @ embedding.pooled
-        if exclude is not None:
-            similarities[exclude] = -1.0
-        best = similarities.topk(max(1, min(keep, len(self.names) - (exclude is not None))))
+        if exclude:
+            similarities[list(exclude)] = -1.0
+        best = similarities.topk(max(1, min(keep, len(self.names) - len(exclude))))
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
 

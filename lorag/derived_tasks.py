@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorag.artifacts import slug, write_json
-from lorag.errors import TaskError
-from lorag.tasks import Task, TaskSuite
+from lorag.errors import ConfigError, TaskError
+from lorag.tasks import Task, TaskSuite, connected
 
 __all__ = ["derive"]
 
@@ -24,19 +24,20 @@ _PATTERNS = (
 
 
 def derive(
-    source: Path, out: Path, *, names: Path | None = None, subsets: int = 1, held_out: float = 0.3, seed: int = 0
+    source: Path, out: Path, *, names: Path | None = None, subsets: int = 1, held_out: float = 0.3, by: str = "source", seed: int = 0
 ) -> Mapping[str, int]:
     """Writes a suite of labelled tasks with a splits.json.
 
-    All tasks of one source data set fall on the same side: they share texts or ways of writing, which would flatter every
-    method.
+    Tasks that share texts fall on the same side of the split. By default all tasks of one source data set do: they share
+    ways of writing, which flatters every method.
 
     Args:
         source: A suite, or a folder of suites.
         out: Folder of the new suite.
         names: JSON list of the tasks to start with; by default all with labels.
         subsets: Tasks made of each label set of six or more.
-        held_out: Share of the tasks held out, at least; whole sources are.
+        held_out: Share of the tasks held out, about.
+        by: "source" or "texts": what keeps tasks together.
         seed: Seed of subsets and split.
 
     Returns:
@@ -46,6 +47,8 @@ def derive(
     if names is not None:
         suite = suite.select(json.loads(names.read_text(encoding="utf-8")))
     rng = random.Random(seed)
+    if by not in ("source", "texts"):
+        raise ConfigError("--by cannot be used", got=repr(by), expected="source or texts")
     tasks: list[Task] = []
     for task in suite:
         if not task.labels or not task.split("test"):
@@ -55,15 +58,13 @@ def derive(
             tasks += [made for _ in range(subsets) if (made := _subset(task, rng)) is not None]
     if not tasks:
         raise TaskError(f"{source} has no task with labels and test examples")
-    sources: dict[str, list[str]] = {}
-    for task in tasks:
-        sources.setdefault(task.source, []).append(task.name)
-    order = sorted(sources)
-    rng.shuffle(order)
+    marks = [{task.source} if by == "source" else {example.input for example in task.examples} for task in tasks]
+    groups = connected(marks)
+    rng.shuffle(groups)
     test: list[str] = []
-    for origin in order:
-        if len(test) + len(sources[origin]) <= 1.2 * held_out * len(tasks):
-            test += sources[origin]
+    for group in groups:
+        if len(test) + len(group) <= 1.2 * held_out * len(tasks):
+            test += [tasks[index].name for index in group]
     chosen = set(test)
     splits = {"train": [t.name for t in tasks if t.name not in chosen], "test": [t.name for t in tasks if t.name in chosen]}
     TaskSuite(tasks).save(out)

@@ -19,6 +19,7 @@ from lorag.bank import AdapterBank
 from lorag.errors import BankError, ConfigError
 from lorag.generator import LoraGenerator
 from lorag.objectives import Objective, make_objective
+from lorag.reproduction import Reproduction
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks import Task, TaskSuite
 
@@ -70,6 +71,7 @@ def evaluate(
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     limit: int = 32,
+    reproduce: bool = False,
     device: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -82,12 +84,14 @@ def evaluate(
         methods: Names to score, in this order; by default all that can be scored.
         seeds: Number of seeds.
         limit: Most test examples of each task.
+        reproduce: Whether the oracles are the very bank that the generators learned from: how they give it back is then
+            reported too.
         device: Where the base model runs.
         quiet: No progress bar.
 
     Returns:
         The report: suite, seeds, task names, and for each method its score, 95 % bootstrap interval over tasks, share of
-        the gap between base and oracle closed, and score of each task.
+        the gap between base and oracle closed, and score of each task; with `reproduce`, `Reproduction.report` as well.
 
     Raises:
         ConfigError: If a method is unknown, or generators have different bases.
@@ -111,13 +115,18 @@ def evaluate(
     model = base.model.load(device)
     objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
     run = _Run(RowAdapters(model, base.layout), objective, tuple(tasks), limit)
+    reproduction = Reproduction(oracles, [task.key for task in tasks]) if reproduce and oracles is not None else None
     wanted = [name for name in ("base", "oracle") if name in known and name not in chosen] + chosen
     per_seed: dict[str, list[list[float]]] = {}
     with tqdm(total=len(wanted) * seeds, desc="evaluating", disable=quiet) as bar:
         for name in wanted:
             bar.set_postfix(method=name)
-            per_seed[name] = _score_method(run, name, generators, oracles, seeds, bar)
-    return _report(run, chosen, per_seed, seeds)
+            per_seed[name] = _score_method(run, name, generators, oracles, reproduction, seeds, bar)
+    report = _report(run, chosen, per_seed, seeds)
+    if reproduction is not None:
+        scores = {name: sum(map(sum, rows)) / (len(rows) * len(tasks)) for name, rows in per_seed.items()}
+        report["reproduction"] = reproduction.report(generators, scores, scores["oracle"])
+    return report
 
 
 def _names(generators: Mapping[str, Sequence[LoraGenerator]], oracles: AdapterBank | None) -> list[str]:
@@ -134,6 +143,7 @@ def _score_method(
     name: str,
     generators: Mapping[str, Sequence[LoraGenerator]],
     oracles: AdapterBank | None,
+    reproduction: Reproduction | None,
     seeds: int,
     bar: tqdm,
 ) -> list[list[float]]:
@@ -156,8 +166,10 @@ def _score_method(
         else:
             source, change = _parse(name, generators)
             made = generators[source][seed % len(generators[source])]
-            texts = change(shown, seed)
-            found.append(run.score([made.generate(text, seed=seed) for text in texts], seed))
+            adapters = [made.generate(text, seed=seed) for text in change(shown, seed)]
+            if reproduction is not None and name in generators:
+                reproduction.add(name, adapters)
+            found.append(run.score(adapters, seed))
         bar.update()
     return found
 
@@ -243,4 +255,10 @@ def format_table(report: Mapping[str, Any]) -> str:
     for name, row in report["differences"].items():
         low, high = row["ci95"]
         lines.append(f"\n{name}: {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+    if "reproduction" in report:
+        lines += ["", f"{'given back':<22}{'score kept':>12}{'ΔW error':>12}{'generator':>12}{'bank':>12}"]
+        for name, row in report["reproduction"].items():
+            kept = "" if row["score_kept"] is None else f"{row['score_kept']:.3f}"
+            sizes = "".join(f"{row[key] / 1e6:>9.2f} MB" for key in ("bytes", "bank_bytes"))
+            lines.append(f"{name:<22}{kept:>12}{row['delta_error']:>12.3f}{sizes}")
     return "\n".join(lines)

@@ -31,7 +31,10 @@ class ExpertConfig:
         group: Experts trained at once.
         steps: Optimizer steps of each.
         batch: Examples of each task in a step (for prototypes: supports, and queries, of each class).
-        learning_rate: Peak rate of Adam; warmed up, then lowered to a tenth by a cosine.
+        learning_rate: Peak rate of AdamW; warmed up, then lowered to a tenth by a cosine.
+        weight_decay: Of AdamW. Together with a small start it leaves in ΔW what the task asks for and little else, so that
+            two experts of one task agree.
+        initial_scale: A starts as PEFT draws it, times this.
         checkpoints: Late checkpoints kept, the final one among them.
         precision: How the bank stores values.
         test_limit: Test examples used to score an expert; 0 scores none.
@@ -44,18 +47,20 @@ class ExpertConfig:
     steps: int = 200
     batch: int = 8
     learning_rate: float = 5e-3
+    weight_decay: float = 0.0
+    initial_scale: float = 1.0
     checkpoints: int = 3
     precision: str = "float32"
     test_limit: int = 64
     seed: int = 0
 
 
-def _initial(layout: LoraLayout, rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """One expert's start: A as PEFT draws it (Kaiming uniform with a = √5), B zero."""
+def _initial(layout: LoraLayout, rank: int, seed: int, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """One expert's start: A as PEFT draws it (Kaiming uniform with a = √5) times a scale, B zero."""
     rng = torch.Generator().manual_seed(seed)
     factors = {}
     for module in layout.modules:
-        bound = 1 / math.sqrt(module.in_features)
+        bound = scale / math.sqrt(module.in_features)
         rows = (torch.rand(rank, module.in_features, generator=rng) * 2 - 1) * bound
         factors[module.name] = (rows, torch.zeros(module.out_features, rank))
     return factors
@@ -89,10 +94,10 @@ def train_group(
     device = rows.model.device
     if start is None:
         seeds = [zlib.crc32(f"{config.seed}/{task.name}".encode()) for task in tasks]
-        start = [LoraAdapter(layout, _initial(layout, rank, seed), float(rank)) for seed in seeds]
+        start = [LoraAdapter(layout, _initial(layout, rank, seed, config.initial_scale), float(rank)) for seed in seeds]
     trained = {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in stack_adapters(start, device).items()}
     parameters = [tensor for pair in trained.values() for tensor in pair]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     warmup = max(1, config.steps // 10)
     kept = {config.steps - 1 - number * max(1, config.steps // 20) for number in range(config.checkpoints)}
     checkpoints: list[list[LoraAdapter]] = [[] for _ in tasks]

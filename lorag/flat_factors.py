@@ -66,6 +66,11 @@ class FlatFactors:
         return self.mean.numel()
 
     @property
+    def zero(self) -> Tensor:
+        """Code (c,) of the adapter that changes nothing."""
+        return -self.mean / self.scale
+
+    @property
     def parts(self) -> list[int]:
         """Length of each module's part of a code."""
         return [self.rank * (module.in_features + module.out_features) for module in self.layout.modules]

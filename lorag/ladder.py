@@ -13,7 +13,8 @@ from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation import BASELINES, evaluate
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.generators import generator_type
-from lorag.training import find_bank, find_tasks, fit_generator, prepare
+from lorag.preparation import find_bank, find_tasks, prepare
+from lorag.training import fit_generator
 from lorag.training_loop import TrainingLoop
 
 __all__ = ["run_ladder"]
@@ -90,7 +91,17 @@ def run_ladder(
     order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
     everything |= given
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    return evaluate(suite, ranked, oracles=oracle_bank, methods=methods, seeds=seeds, limit=limit, device=device, quiet=quiet)
+    return evaluate(
+        suite,
+        ranked,
+        oracles=oracle_bank,
+        methods=methods,
+        seeds=seeds,
+        limit=limit,
+        reproduce=oracle_bank is experts,
+        device=device,
+        quiet=quiet,
+    )
 
 
 def _has_train_split(tasks: str) -> bool:

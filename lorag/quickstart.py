@@ -13,7 +13,8 @@ from lorag.evaluation import format_table
 from lorag.generator import generate_loras
 from lorag.ladder import run_ladder
 from lorag.objectives import make_objective
-from lorag.training import TrainConfig, find_tasks, train
+from lorag.preparation import find_tasks
+from lorag.training import TrainConfig, train
 
 __all__ = ["quickstart"]
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from lorag.adapter import LoraAdapter
 from lorag.errors import TaskError
 from lorag.experts import ExpertConfig, train_group
 from lorag.objectives import Objective
-from lorag.row_adapters import RowAdapters
+from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks import Example, Task
 
-__all__ = ["check_examples", "refine"]
+__all__ = ["check_examples", "refine", "refine_tasks"]
 
-_RATE = 3e-3
+# Peak rates of Adam as shares of the factors' root mean square. What one example can teach is learned once the steps'
+# rates add up to about 0.6, in few steps or in many; going on forgets the description. More examples bear a longer way.
+_WAY, _MOST = 0.6, 0.1
 _BATCH = 8
 
 
@@ -43,25 +47,77 @@ def refine(
     examples: Sequence[tuple[str, str]],
     steps: int,
     seed: int = 0,
-    learning_rate: float = _RATE,
+    learning_rate: float | None = None,
 ) -> LoraAdapter:
-    """Trains an adapter further on a few examples, as experts are trained but at a lower rate.
+    """Trains an adapter further on a few examples, carefully: it holds what the description said, they are few.
 
     Args:
         rows: The base model.
         objective: How tasks are learned.
         adapter: Where to start.
-        examples: (input, output) of the task. A label is an output.
+        examples: (input, output) of the task. For encoders an output is a label; the labels are those that occur.
         steps: Gradient steps.
         seed: Seed of sampling.
-        learning_rate: Peak rate of Adam.
+        learning_rate: Peak rate of Adam. By default a share of the size of the adapter's own factors, so that it suits any
+            base model: the smaller, the more steps there are, and the larger, by a square root, the more examples.
 
     Returns:
         The refined adapter, of scaling 1.
+
+    Raises:
+        TaskError: If an encoder's examples hold too few classes to learn from.
     """
-    labels = tuple(dict.fromkeys(answer for _, answer in examples)) if objective.kind == "encoder" else None
-    known = tuple(Example(text, answer, "train") for text, answer in examples)
+    known = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
+    labels = tuple(dict.fromkeys(example.output for example in known)) if objective.kind == "encoder" else None
     task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", known)
-    config = ExpertConfig(steps=steps, batch=_BATCH, learning_rate=learning_rate, checkpoints=1, seed=seed)
-    ((refined,),) = train_group(rows, objective, [task], adapter.rank, config, start=[adapter])
-    return LoraAdapter(adapter.layout, refined.factors, refined.alpha, adapter.base_model, adapter.task_type)
+    return refine_tasks(rows, objective, [adapter], [task], steps, seed, learning_rate)[0]
+
+
+def refine_tasks(
+    rows: RowAdapters,
+    objective: Objective,
+    adapters: Sequence[LoraAdapter],
+    tasks: Sequence[Task],
+    steps: int,
+    seed: int = 0,
+    learning_rate: float | None = None,
+) -> list[LoraAdapter]:
+    """Refines adapter number i, all of one rank, on the training examples of task number i; all tasks have as many."""
+    if steps < 1:
+        return list(adapters)
+    for task in tasks:
+        _check_classes(objective, task)
+    most = max(len(task.split("train")) for task in tasks)
+    if learning_rate is None:
+        learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
+    config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
+    refined = [late[-1] for late in train_group(rows, objective, tasks, adapters[0].rank, config, start=adapters)]
+    return [
+        LoraAdapter(start.layout, end.factors, end.alpha, start.base_model, start.task_type)
+        for start, end in zip(adapters, refined, strict=True)
+    ]
+
+
+def _size(adapters: Sequence[LoraAdapter]) -> float:
+    """Root mean square of all factors as they are trained, scaling folded in."""
+    values = torch.cat([factor.flatten() for pair in stack_adapters(adapters).values() for factor in pair])
+    return values.square().mean().sqrt().item()
+
+
+def _check_classes(objective: Objective, task: Task) -> None:
+    """Raises TaskError unless an encoder can tell classes apart by the training examples of a task."""
+    if objective.kind != "encoder":
+        return
+    least = 2 if objective.name == "prototypes" else 1  # a text for the prototype, and one that should find it
+    inputs: dict[str, set[str]] = {}
+    for example in task.split("train"):
+        inputs.setdefault(example.output, set()).add(example.input)
+    usable = sum(len(texts) >= least for texts in inputs.values())
+    if usable < 2:
+        each = "two different inputs each" if least == 2 else "an example each"
+        raise TaskError(
+            f"the examples are too few for {objective.name}",
+            got=f"{usable} such of {len(inputs)} outputs",
+            expected=f"at least two outputs with {each}",
+            remedy="Add examples of other classes, or take refine_steps=0.",
+        )

@@ -6,15 +6,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lorag.artifacts import parse_json, read_json, safe_name, write_atomically
 from lorag.errors import ArtifactError, DescriptionError, TaskError
 
-__all__ = ["Example", "Task", "TaskSuite", "check_description"]
+__all__ = ["Example", "Task", "TaskSuite", "check_description", "connected"]
 
 MAX_DESCRIPTION = 4096
 _MAX_LINE = 1_000_000
@@ -173,10 +173,15 @@ def _dump(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(file, start=1):
+def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Objects of the lines of a file, by line number. Never more than one line's limit is held: files may be compressed."""
+    total = 0
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
+        total += len(line)
         if len(line) > _MAX_LINE:
-            raise TaskError(f"{path}, line {number} is too long", got=f"{len(line)} characters", expected=f"at most {_MAX_LINE}")
+            raise TaskError(f"{path}, line {number} is too long", expected=f"at most {_MAX_LINE} characters")
+        if total > _MAX_BYTES:
+            raise TaskError(f"{path} is too large", expected=f"at most {_MAX_BYTES} characters")
         if line.strip():
             try:
                 value = parse_json(line, f"{path}, line {number}")
@@ -241,15 +246,11 @@ def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
     return tasks
 
 
-def _read_examples(file: Iterable[str], path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]]) -> None:
+def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]]) -> None:
     seen: dict[tuple[str, str], str] = {}
-    total = 0
     for number, row in _lines(file, path):
         where = f"{path}, line {number}"
         name, split, text, output = (_field(row, key, where, str) for key in ("task", "split", "input", "output"))
-        total += len(text) + len(output)
-        if total > _MAX_BYTES:
-            raise TaskError(f"{path} is too large", expected=f"at most {_MAX_BYTES} characters")
         if name not in tasks:
             raise TaskError(f"{where}: field 'task' names no task of tasks.jsonl", got=repr(name)[:80])
         if split not in ("train", "test"):
@@ -260,3 +261,13 @@ def _read_examples(file: Iterable[str], path: Path, tasks: Mapping[str, Task], r
         if seen.setdefault((name, text), split) != split:
             raise TaskError(f"{where}: the same input is in train and test of {name}", got=repr(text[:60]), remedy="Remove one.")
         rows[name].append(Example(text, output, split))
+
+
+def connected(marks: Sequence[Set[str]]) -> list[list[int]]:
+    """Groups of indices that share marks, directly or through others; of what tasks share, such as texts or a source."""
+    groups: list[tuple[set[str], list[int]]] = []
+    for index, own in enumerate(marks):
+        near = [group for group in groups if not group[0].isdisjoint(own)]
+        groups = [group for group in groups if group not in near]
+        groups.append((set(own).union(*(known for known, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
+    return sorted(members for _, members in groups)

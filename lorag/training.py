@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lorag.artifacts import embedded, read_json, write_json
-from lorag.bank import AdapterBank
+from lorag.artifacts import read_json, write_json
 from lorag.base_model import device_of
-from lorag.conditioning import Conditioner
 from lorag.config import to_plain
-from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
+from lorag.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.errors import ConfigError
-from lorag.functional import TaskLoss
 from lorag.generator import LoraGenerator
 from lorag.generators import FitData, Generator, generator_type
-from lorag.objectives import make_objective
-from lorag.row_adapters import RowAdapters
-from lorag.tasks import TaskSuite
+from lorag.preparation import Prepared, find_bank, find_tasks, prepare
 from lorag.training_loop import TrainingLoop
 from lorag.weight_space import FlatFactors, SharedSubspace
 
-__all__ = ["TrainConfig", "fit_generator", "prepare", "train", "tune_strength"]
+__all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +46,12 @@ class TrainConfig:
         rank: Rank of generated adapters.
         wordings: Descriptions used of each expert; 0 uses all.
         validation: Share of the experts held out for early stopping.
+        kin: What else is hidden, or held out, where a training task plays an unseen one: "task" nothing but its own expert,
+            "texts" experts of tasks that share training texts with it, "source" all of its source. As unseen tasks will be.
         strength: Factor on generated ΔW; null chooses it on the held-out experts' tasks.
         seed: Seed of everything.
         device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model in functional training.
     """
 
     bank: str = "sandbox"
@@ -68,99 +65,11 @@ class TrainConfig:
     rank: int = 16
     wordings: int = 0
     validation: float = 0.1
+    kin: str = "task"
     strength: float | None = None
     seed: int = 0
     device: str = "auto"
-
-
-def find_bank(name: str) -> AdapterBank:
-    """Opens a bank by folder, hub id, or "sandbox"."""
-    return AdapterBank.from_pretrained(embedded("data/sandbox/bank") if name == "sandbox" else name)
-
-
-def find_tasks(name: str, split: str | None = None) -> TaskSuite:
-    """Reads a suite by folder, or "sandbox"."""
-    return TaskSuite.from_folder(embedded("data/sandbox/tasks") if name == "sandbox" else name, split)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A bank made ready for fitting: what all methods on it share."""
-
-    bank: AdapterBank
-    space: SharedSubspace | FlatFactors
-    data: FitData
-    embedder: TextEmbedder
-
-
-def prepare(
-    bank: AdapterBank,
-    embedder: TextEmbedder,
-    *,
-    space: SharedSubspace | FlatFactors | None = None,
-    space_name: str = "shared_subspace",
-    k: int = 32,
-    wordings: int = 0,
-    validation: float = 0.1,
-    seed: int = 0,
-    suite: TaskSuite | None = None,
-    device: str = "auto",
-    quiet: bool = False,
-) -> Prepared:
-    """Encodes a bank's experts and descriptions.
-
-    Args:
-        bank: The training experts, and only they.
-        embedder: Embeds descriptions.
-        space: A fitted weight space; without one, `space_name` is fitted.
-        space_name: "shared_subspace" or "flat_factors".
-        k: Dimensions of a shared subspace.
-        wordings: Descriptions used of each expert; 0 uses all.
-        validation: Share of the experts held out for early stopping.
-        seed: Chooses which.
-        suite: The experts' tasks; without it nothing runs the base model.
-        device: Where the base model runs.
-        quiet: No progress bars.
-    """
-    bank.base.check()
-    layout = bank.base.layout
-    if space is None:
-        if space_name == "shared_subspace":
-            space = SharedSubspace.fit(bank.adapters, layout, k)
-        elif space_name == "flat_factors":
-            space = FlatFactors.fit(bank.adapters, layout)
-        else:
-            raise ConfigError("space is unknown", got=repr(space_name), expected="shared_subspace or flat_factors")
-    codes, deviations = [], []
-    for expert in tqdm(bank.experts, desc="encoding experts", disable=quiet, leave=False):
-        late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
-        codes.append(late[-1])
-        deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
-    texts = [expert.descriptions[: wordings or None] for expert in bank.experts]
-    flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
-    embeddings = [[next(flat) for _ in own] for own in texts]
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = sorted(order[: int(len(bank) * validation)])
-    functional = None
-    if suite is not None:
-        model = bank.base.model.load(device)
-        objective = make_objective(bank.base.objective, bank.base.model.tokenizer(), bank.base.settings)
-        tasks = {task.key: task for task in suite}
-        missing = [name for name in bank.names if name not in tasks]
-        if missing:
-            raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-        functional = TaskLoss(RowAdapters(model, layout), objective, space.to(model.device), [tasks[name] for name in bank.names])
-    data = FitData(
-        codes=torch.stack(codes),
-        deviations=torch.stack(deviations),
-        embeddings=embeddings,
-        conditioner=Conditioner.fit(bank.names, embeddings),
-        training=sorted(set(range(len(bank))) - set(held)),
-        validation=held,
-        modules=space.parts,
-        functional=functional,
-    )
-    return Prepared(bank, space, data, embedder)
+    dtype: str = "auto"
 
 
 def fit_generator(
@@ -192,7 +101,12 @@ def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: 
     if data.functional is None or not data.validation:
         return 1.0
     chosen = list(data.validation)[:most]
-    codes = torch.cat([method.generate(data.conditioner(data.embeddings[i][-1], exclude=i), rng).cpu() for i in chosen])
+    vectors = data.functional.task_vectors(chosen).cpu() if method.needs_task_vectors else [None] * len(chosen)
+    conditions = [
+        replace(data.conditioner(data.embeddings[i][-1], exclude=data.kin[i]), task_vector=vector)
+        for i, vector in zip(chosen, vectors, strict=True)
+    ]
+    codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
     space: Any = data.functional.space  # of the two that `_scale` knows
     device = data.functional.rows.model.device
     found: dict[float, float] = {}
@@ -238,9 +152,11 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         k=config.k,
         wordings=config.wordings,
         validation=config.validation,
+        kin=config.kin,
         seed=config.seed,
         suite=suite,
         device=config.device,
+        dtype=config.dtype,
         quiet=quiet,
     )
     accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")

@@ -15,6 +15,8 @@ from lorag.tensor_files import load_tensors, read_header, save_tensors
 
 __all__ = ["load_training_state", "save_training_state"]
 
+_REMEDY = "Delete it to start afresh."
+
 
 def save_training_state(
     path: Path,
@@ -51,23 +53,41 @@ def load_training_state(
     """Puts back what `save_training_state` wrote and returns the counters.
 
     Raises:
-        ArtifactError: If the file does not fit the module and optimizers.
+        ArtifactError: If the file does not fit the module and optimizers, or lacks a part; nothing is changed then.
     """
     _, metadata = read_header(path)
     tensors = load_tensors(path)
     parameters = {name.removeprefix("parameter."): value for name, value in tensors.items() if name.startswith("parameter.")}
     own = _named(module)
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in parameters.items()}:
-        raise ArtifactError(f"{path} belongs to another model or setting", remedy="Delete it to start afresh.")
-    with torch.no_grad():
+        raise ArtifactError(f"{path} belongs to another model or setting", remedy=_REMEDY)
+    try:
+        counters, stream = json.loads(metadata["counters"]), tensors["rng"]
+        moments = [_moments(tensors, f"optimizer.{number}.", optimizer) for number, optimizer in enumerate(optimizers)]
+        if not isinstance(counters, dict):
+            raise TypeError(f"counters {counters!r}")
+        rng.set_state(stream)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise ArtifactError(f"{path} holds no complete training state", got=repr(error)[:120], remedy=_REMEDY) from error
+    with torch.no_grad():  # only now, so that a refused file leaves everything as it was
         for name, value in own.items():
             value.copy_(parameters[name])
-    for number, optimizer in enumerate(optimizers):
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, key = name.split(".", 3)
-                moments.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    rng.set_state(tensors["rng"])
-    return json.loads(metadata["counters"])
+    for optimizer, state in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return counters
+
+
+def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """One optimizer's state by parameter; each must be of a parameter that there is, and have its shape or be a number."""
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split(".", 1)
+            if not 0 <= int(index) < len(shapes) or value.shape not in (shapes[int(index)], torch.Size()):
+                raise ValueError(f"{name} {tuple(value.shape)}")
+            found.setdefault(int(index), {})[key] = value
+    keys = {frozenset(state) for state in found.values()}
+    if len(keys) > 1:
+        raise ValueError(f"{prefix}* differ between parameters")
+    return found

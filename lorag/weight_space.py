@@ -21,6 +21,7 @@ from lorag.artifacts import parse_json
 from lorag.errors import GeneratorError
 from lorag.flat_factors import Adapters, FlatFactors
 from lorag.layout import LoraLayout
+from lorag.shared_bases import Span, reduced
 
 __all__ = ["Cores", "FlatFactors", "SharedSubspace", "WeightSpace", "weight_space_from_tensors"]
 
@@ -48,6 +49,11 @@ class WeightSpace(Protocol):
         ...
 
     @property
+    def zero(self) -> Tensor:
+        """Code (c,) of the adapter that changes nothing."""
+        ...
+
+    @property
     def parts(self) -> list[int]:
         """Length of each module's part of a code, in the layout's order."""
         ...
@@ -67,55 +73,6 @@ class WeightSpace(Protocol):
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which `weight_space_from_tensors` builds the space again."""
         ...
-
-
-def _reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64.
-
-    QR first, so that the only dense decomposition is of an r x r matrix.
-    """
-    rows, columns = adapter.factors[module]
-    q_out, r_out = torch.linalg.qr(columns.double())
-    q_in, r_in = torch.linalg.qr(rows.double().T)
-    left, values, right = torch.linalg.svd(adapter.scaling * r_out @ r_in.T)
-    return q_out @ left, values, q_in @ right.T
-
-
-class _Span:
-    """Leading left singular vectors of many columns, in bounded memory: the buffer is compressed when it is full."""
-
-    def __init__(self, size: int) -> None:
-        self.keep = size
-        self.columns: list[Tensor] = []
-        self.held = 0
-
-    def add(self, columns: Tensor) -> None:
-        self.columns.append(columns)
-        self.held += columns.shape[1]
-        if self.held > 16 * self.keep + 4096:
-            left, values = self._svd()
-            self.columns = [left[:, : 8 * self.keep] * values[: 8 * self.keep]]
-            self.held = self.columns[0].shape[1]
-
-    def _svd(self) -> tuple[Tensor, Tensor]:
-        stacked = torch.cat(self.columns, 1)
-        if stacked.shape[1] > stacked.shape[0]:  # the Gram matrix is smaller, and fp64 leaves room for squaring
-            values, left = torch.linalg.eigh(stacked @ stacked.T)
-            return left.flip(1), values.flip(0).clamp_min(0).sqrt()
-        left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
-        return left, values
-
-    def basis(self) -> Tensor:
-        """Orthonormal columns (size, k) in fp32, their signs fixed against a fixed direction."""
-        left, _ = self._svd()
-        left = left[:, : self.keep]
-        if left.shape[1] < self.keep:  # fewer directions than k: complete them, so that all modules share one k
-            rng = torch.Generator().manual_seed(0)
-            extra = torch.randn(left.shape[0], self.keep, generator=rng, dtype=left.dtype)
-            left = torch.linalg.qr(torch.cat([left, extra], 1))[0][:, : self.keep]
-        probe = torch.randn(left.shape[0], generator=torch.Generator().manual_seed(1), dtype=left.dtype)
-        signs = torch.where(probe @ left < 0, -1.0, 1.0)
-        return (left * signs).float().contiguous()  # as it will be when read from a file: products round by layout
 
 
 @dataclass(frozen=True)
@@ -146,12 +103,12 @@ class SharedSubspace:
             size: k, the dimensions kept on each side; less where a module is smaller.
         """
         size = min([size, *(min(m.in_features, m.out_features) for m in layout.modules)])
-        spans = [(_Span(size), _Span(size)) for _ in layout.modules]
+        spans = [(Span(size), Span(size)) for _ in layout.modules]
         count = 0
         for adapter in adapters():
             count += 1
             for module, (out_span, in_span) in zip(layout.modules, spans, strict=True):
-                left, values, right = _reduced(adapter, module.name)
+                left, values, right = reduced(adapter, module.name)
                 out_span.add(left * values)
                 in_span.add(right * values)
         if count == 0:
@@ -180,6 +137,11 @@ class SharedSubspace:
     def size(self) -> int:
         """Length c = m·k² of a code."""
         return self.mean.numel()
+
+    @property
+    def zero(self) -> Tensor:
+        """Code (c,) of the adapter that changes nothing."""
+        return self.standardise(torch.zeros_like(self.mean))
 
     @property
     def parts(self) -> list[int]:

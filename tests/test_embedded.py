@@ -16,10 +16,10 @@ from lorag.bank import AdapterBank
 from lorag.evaluation import JUNK
 from lorag.generator import default_generator
 from lorag.objectives import make_objective
+from lorag.preparation import find_bank, find_tasks
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.sandbox import wordings
 from lorag.sandbox.grid import splits
-from lorag.training import find_bank, find_tasks
 
 LEGAL = "legal-summarise-plain"
 # Held-out tasks in words that no file of wordings holds.

@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import gauge
 from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save_base
 
+from lorag.artifacts import write_json
 from lorag.bank import AdapterBank
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 from lorag.evaluation import JUNK, _bootstrap, _junk, _shuffled, evaluate, format_table
@@ -16,8 +18,10 @@ from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
 from lorag.ladder import run_ladder
 from lorag.objectives import make_objective
+from lorag.preparation import prepare
+from lorag.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.row_adapters import RowAdapters
-from lorag.training import fit_generator, prepare
+from lorag.training import fit_generator
 from lorag.training_loop import TrainingLoop
 
 CELLS = tuple(zip(COLOURS, ANIMALS, strict=True))  # five tasks that share no word and no answer
@@ -170,6 +174,82 @@ def test_the_table_names_every_method(report):
         assert f"{row['score']:.3f}" in line and f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}" in line
     bare = {**report, "methods": {name: {**row, "gap_closed": None} for name, row in report["methods"].items()}}
     assert "looked_up" in format_table(bare)
+
+
+def test_the_random_baseline_differs_between_tasks(world):
+    """One seed serves all tasks of a ladder; were it one expert for all of them, the baseline would be one draw, not many."""
+    _, _, bank = world
+    random = _generator(bank, "random")
+    texts = [describe(c, a)[0] for c in COLOURS for a in ANIMALS]
+    drawn = [random.method.generate(random.condition(text), torch.Generator().manual_seed(0))[0] for text in texts]
+    counts = [sum(torch.equal(code, expert) for code in drawn) for expert in random.method.codes]
+    assert sum(counts) == len(texts) and max(counts) < len(texts) / 2 and min(counts) > 0
+    again = random.method.generate(random.condition(texts[3]), torch.Generator().manual_seed(0))[0]
+    assert torch.equal(again, drawn[3])
+
+
+# --- reproduction -----------------------------------------------------------------------------------------------------
+
+
+def test_delta_error_is_that_of_the_dense_matrices(world, random_adapter):
+    """Gram matrices give what ‖ΔW − ΔW'‖ / ‖ΔW'‖ gives, over ranks and scalings; 0 for another gauge; and it stays finite."""
+    base, _, _ = world
+    one, other = random_adapter(base.layout, rank=3, alpha=5.0, seed=1), random_adapter(base.layout, rank=6, alpha=2.0, seed=2)
+    apart = sum((one.delta(name) - other.delta(name)).square().sum() for name in base.layout.names)
+    whole = sum(other.delta(name).square().sum() for name in base.layout.names)
+    assert delta_error(one, other) == pytest.approx((apart / whole).sqrt().item(), rel=1e-5)
+    assert delta_error(gauge(one, 3), one) < 1e-5
+    assert delta_error(one.scaled(0), one) == pytest.approx(1)
+    assert delta_error(one, one.scaled(0)) == 1 and delta_error(one.scaled(0), one.scaled(0)) == 0
+
+
+def test_reproduction_is_reported_for_known_tasks_only(world, generators, report):
+    """A lookup gives the bank back whole, the mean does not; without the flag, or oracles, there is no such part."""
+    _, suite, bank = world
+    known = evaluate(suite, generators, oracles=bank, reproduce=True, seeds=2, limit=6, device="cpu", quiet=True)
+    assert "reproduction" not in report
+    assert {key: value for key, value in known.items() if key != "reproduction"} == report  # nothing else changes
+    found = known["reproduction"]
+    assert set(found) == {"mean", "looked_up"}  # neither controls nor the experts themselves
+    assert all(set(row) == {"score_kept", "delta_error", "bytes", "bank_bytes"} for row in found.values())
+    assert found["looked_up"]["score_kept"] > 0.9 > found["mean"]["score_kept"]
+    assert found["looked_up"]["delta_error"] < 0.15 < 0.5 < found["mean"]["delta_error"]
+    for line in ("looked_up", "mean"):
+        assert any(row.startswith(line) and f"{found[line]['delta_error']:.3f}" in row for row in format_table(known).splitlines()[-2:])
+
+
+def test_weights_are_compared_with_one_adapter_a_task(world, generators, tmp_path):
+    """The generator weighs what its file will weigh, and is not changed by it; late checkpoints do not count for the bank."""
+    base, _, bank = world
+    generator = generators["looked_up"][0]
+    codes, revision = generator.method.codes.clone(), generator.revision
+    weight = generator_bytes(generator)
+    assert generator.revision == revision and torch.equal(generator.method.codes, codes)
+    assert weight == (_generator(bank, "nearest").save_pretrained(tmp_path / "g") / "generator.safetensors").stat().st_size
+    late = [[bank.adapter(name)] * 5 for name in bank.names]
+    parts = [(name, bank[name].descriptions, own) for name, own in zip(bank.names, late, strict=True)]
+    often = AdapterBank.create(tmp_path / "often", base).add(parts[:2]).add(parts[2:])
+    single, fivefold = bank_bytes(bank, bank.names), bank_bytes(often, bank.names)
+    assert single == pytest.approx(len(bank) * base.layout.values(4) * 4, rel=0.05)  # rank 4 in fp32
+    assert fivefold == pytest.approx(single, rel=0.05)
+    assert bank_bytes(often, bank.names[:1]) == pytest.approx(single / len(bank), rel=0.05)
+
+
+def test_the_training_split_needs_no_oracles(world, generators, tmp_path, monkeypatch):
+    """`--split train`: the bank itself is the oracle, and the ladder says how it is given back; other splits do not."""
+    _, suite, bank = world
+    generators["looked_up"][0].save_pretrained(tmp_path / "g")
+    suite.save(tmp_path / "suite")
+    write_json(tmp_path / "suite" / "splits.json", {"train": list(suite.names), "test": list(suite.names[:2])})
+    opened = LoraGenerator.from_pretrained
+    monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
+    values = {"bank": str(bank.folder), "tasks": str(tmp_path / "suite"), "seeds": 1, "limit": 2, "device": "cpu", "quiet": True}
+    found = run_ladder([str(tmp_path / "g")], split="train", **values)
+    assert found["methods"]["oracle"]["score"] == 1
+    assert {"mean", "nearest", "ridge"} <= set(found["reproduction"])
+    assert found["reproduction"]["nearest"]["delta_error"] < 0.15
+    other = run_ladder([str(tmp_path / "g")], split="test", oracles=str(bank.folder), methods=["nearest"], **values)
+    assert "reproduction" not in other
 
 
 def test_a_ladder_from_folders(world, generators, tmp_path, monkeypatch):

@@ -15,13 +15,19 @@ from lorag.functional import TaskLoss
 from lorag.generator import LoraGenerator, generate_loras
 from lorag.generators import GENERATORS, FitData, generator_type
 from lorag.generators.reconstruction import _distance
+from lorag.generators.regression import _left_out
 from lorag.objectives import make_objective
+from lorag.preparation import prepare
 from lorag.row_adapters import RowAdapters
-from lorag.training import fit_generator, prepare, tune_strength
+from lorag.training import fit_generator, tune_strength
 from lorag.training_loop import LoopSettings, TrainingLoop
 
 QUICK = {
     "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
+    "hypernet": {"steps": 20, "width": 32, "depth": 1, "module_width": 16, "batch": 16},
+    "icm_fusion": {"steps": 60, "meta_steps": 2, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
+    "icm_lora": {"steps": 60, "width": 32, "queries": 4, "layers": 1, "hidden": 64, "latent": 8, "learning_rate": 3e-3, "dropout": 0.0},
+    "sg_lora": {"steps": 60, "width": 64, "latent": 8},
     "house": {
         "functional": {"steps": 0},
         "steps": 300,
@@ -35,7 +41,8 @@ QUICK = {
     "multitask": {"steps": 10, "tasks": 8, "batch": 2},
 }
 LEARNED = ("ridge", "mlp", "house")
-GAUGE_FREE = ("mean", "nearest", "top_k", *LEARNED)
+VAES = ("icm_lora", "sg_lora")
+GAUGE_FREE = ("mean", "nearest", "top_k", "sg_rescaled", "sg_ridge", *LEARNED, *VAES)
 EMBEDDER = WordEmbedder()
 
 
@@ -100,7 +107,7 @@ def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     assert codes.shape == (3, prepared.space.size)
     assert codes.isfinite().all()
     assert torch.equal(codes, generator.method.generate(condition, torch.Generator().manual_seed(1), 3))
-    sampled = name in ("random", "sg_mixture")
+    sampled = name in ("random", "sg_mixture", *VAES)
     assert torch.equal(codes, codes[:1].expand(3, -1)) != sampled
     assert generator.method.size() > 0
 
@@ -131,10 +138,10 @@ def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, na
         assert alone == _bytes(together[number], tmp_path / f"together{number}") == _bytes(turned[number], tmp_path / f"turned{number}")
 
 
-@pytest.mark.parametrize("name", [*LEARNED, "multitask"])
+@pytest.mark.parametrize("name", [*LEARNED, *VAES, "multitask"])
 def test_fitting_twice_gives_the_same_tensors(prepared, fitted, name):
     """One seed, one result: dropout included; and another seed another one, where there is anything to draw."""
-    settings = {} if name in ("ridge", "multitask") else {"steps": 20, "dropout": 0.2}
+    settings = {} if name in ("ridge", "multitask") else {"steps": 20} if name == "sg_lora" else {"steps": 20, "dropout": 0.2}
     runs = []
     for _ in range(2):
         torch.rand(3)  # the global stream moves on between runs and must not matter
@@ -205,7 +212,7 @@ def test_gauge_and_rank_of_the_experts_do_not_matter(base, prepared, fitted, tmp
     if not folder.exists():
         make_bank(folder, base, TRAINING, lambda adapter, number: other_form(adapter, 100 + number))
     turned = _prepare(AdapterBank.from_pretrained(folder), validation=0.1)
-    short = {"steps": 30} if name in ("mlp", "house") else {}
+    short = {"steps": 30} if name in ("mlp", "house", *VAES) else {}
     plain, other = (_fit(one, name, **short).generate("paint the red dog") for one in (prepared, turned))
     for module in base.layout.names:
         assert (plain.delta(module) - other.delta(module)).norm() < 1e-3 * plain.delta(module).norm()
@@ -291,7 +298,7 @@ def test_validation_experts_are_not_learned_from(prepared):
     assert held.isdisjoint(data.conditioner.names) and held.isdisjoint(task.name for task in data.functional.tasks)
 
 
-@pytest.mark.parametrize("name", [*LEARNED, "multitask"])
+@pytest.mark.parametrize("name", [*LEARNED, *VAES, "sg_ridge", "multitask"])
 def test_poisoned_validation_experts_change_no_gradient(prepared, name):
     """Codes of validation experts enter no step of training: with another choice made impossible, results agree."""
     data = prepared.data
@@ -301,9 +308,31 @@ def test_poisoned_validation_experts_change_no_gradient(prepared, name):
     runs = []
     for values in (data.codes, codes):
         own = dataclasses.replace(data, codes=values, validation=())
-        short = {"steps": 10} if name in ("mlp", "house") else {}
+        short = {"steps": 10} if name in ("mlp", "house", *VAES) else {}
         runs.append(_fit(dataclasses.replace(prepared, data=own), name, **short).method.tensors())
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_ridge_without_validation_leaves_experts_out(prepared):
+    """The closed form is a refit without each expert's wordings; where descriptions explain nothing it shrinks the weights."""
+    rng = torch.Generator().manual_seed(0)
+    target = torch.tensor([0, 0, 1, 2, 2, 2, 3, 3])
+    x, y = torch.randn(8, 5, generator=rng, dtype=torch.float64), torch.randn(4, 7, generator=rng, dtype=torch.float64)
+    eye = torch.eye(5, dtype=torch.float64)
+    for penalty in (0.01, 1.0):
+        errors = []
+        for expert in range(4):
+            rest = target != expert
+            weight = torch.linalg.solve(x[rest].T @ x[rest] + penalty * eye, x[rest].T @ y[target[rest]])
+            errors.append((x[~rest].mean(0) @ weight - y[expert]).square().mean().item())
+        assert _left_out(x, y, target, x.T @ x, x.T @ y[target], penalty) == pytest.approx(sum(errors) / 4, rel=1e-9)
+    data = prepared.data
+    noise = torch.randn(data.codes.shape, generator=rng)  # codes that no description explains
+    norms = []
+    for codes in (data.codes, noise):
+        bare = dataclasses.replace(prepared, data=dataclasses.replace(data, codes=codes, validation=(), training=range(len(codes))))
+        norms.append((_fit(bare, "ridge").method.weight.norm() / codes.norm()).item())
+    assert norms[1] < norms[0] / 3
 
 
 def test_mixture_is_the_law_of_total_variance():
@@ -339,7 +368,7 @@ def test_an_excluded_expert_is_not_seen(prepared, fitted):
     conditioner, embeddings = prepared.data.conditioner, prepared.data.embeddings
     method = fitted("nearest").method
     for index in (0, 7):
-        seen, unseen = conditioner(embeddings[index][0]), conditioner(embeddings[index][0], exclude=index, keep=100)
+        seen, unseen = conditioner(embeddings[index][0]), conditioner(embeddings[index][0], exclude=[index], keep=100)
         own = conditioner.names[index]
         assert seen.neighbours[0][0] == own
         assert own not in dict(unseen.neighbours) and len(unseen.neighbours) == len(TRAINING) - 1

@@ -302,6 +302,13 @@ def test_tasks_without_labels_need_a_language_model(encoder, tokenizer, name):
             use()
 
 
+def test_prototypes_need_a_class_that_was_seen(encoder, tokenizer):
+    """If no class of the test examples occurs in training there is nothing to score: TaskError, not a division by zero."""
+    rows = [("red cat", "a", "train"), ("blue dog", "b", "train"), ("green bird", "c", "test")]
+    with pytest.raises(TaskError, match="'t'"):
+        make_objective("prototypes", tokenizer).scores(encoder, None, [_labelled(rows, "abc")], limit=9)
+
+
 def test_macro_f1_by_hand():
     """Each class counts once: 2·1/(2+1) and 2·1/(1+2) and, never guessed, 0."""
     assert _macro_f1([0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)

@@ -13,7 +13,7 @@ from lorag.sandbox import wordings, world
 from lorag.sandbox.base_lm import TEMPLATE, train_tokenizer
 from lorag.sandbox.grid import HARD_PAIRS, Cell, build_suite, cells, splits
 
-BANK_STYLES = 2  # of each seen skill-domain pair
+BANK_STYLES = 3  # of each seen skill-domain pair
 FACTORS = {"skills": world.SKILLS, "domains": world.DOMAINS, "styles": world.STYLES}
 FACTS = {
     "person",
@@ -146,7 +146,7 @@ def test_descriptions_of_held_out_tasks_are_new():
 
 
 def test_splits_are_disjoint_and_held_out_combinations_are_new_but_their_pairs_are_not():
-    """A test cell's skill and domain occur together in train, all its three pairs in 56 of 60; hard pairs occur nowhere."""
+    """All three pairs of a test cell occur in train, never the cell; hard pairs occur nowhere."""
     found = splits()
     pairs = len(world.SKILLS) * len(world.DOMAINS) - len(HARD_PAIRS)
     train = BANK_STYLES * pairs
@@ -155,12 +155,9 @@ def test_splits_are_disjoint_and_held_out_combinations_are_new_but_their_pairs_a
     assert len(set(everything)) == len(everything) == len(cells())
     train = found["train"]
     pairs = [{(c.skill, c.domain) for c in train}, {(c.skill, c.style) for c in train}, {(c.domain, c.style) for c in train}]
-    lacking = 0
     for cell in found["test"]:
         wanted = ((cell.skill, cell.domain), (cell.skill, cell.style), (cell.domain, cell.style))
-        assert wanted[0] in pairs[0], cell
-        lacking += not all(pair in own for pair, own in zip(wanted, pairs, strict=True))
-    assert lacking == 4, "the docstring of grid.py gives this number"
+        assert all(pair in own for pair, own in zip(wanted, pairs, strict=True)), cell
     seen = {(cell.skill, cell.domain) for cell in (*train, *found["spare"])}
     assert seen.isdisjoint(HARD_PAIRS)
     assert {(cell.skill, cell.domain) for cell in found["hard"]} == set(HARD_PAIRS)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -104,55 +105,60 @@ def test_folder_of_suites_and_suites_of_descriptions(folder, tmp_path):
         _refused(nothing, "no task suite", str(nothing))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda row: {k: v for k, v in row.items() if k != "name"}, "'name'"),
-        (lambda row: {k: v for k, v in row.items() if k != "descriptions"}, "'descriptions'"),
-        (lambda row: {**row, "name": "mood"}, "mood"),
-        (lambda row: {**row, "name": 3}, "'name'"),
-        (lambda row: {**row, "name": ""}, "'name'"),
-        (lambda row: {**row, "name": "a\nb"}, "'name'"),
-        (lambda row: {**row, "name": "a" * 201}, "'name'"),
-        (lambda row: {**row, "descriptions": "one text"}, "'descriptions'"),
-        (lambda row: {**row, "descriptions": []}, "no description"),
-        (lambda row: {**row, "descriptions": ["fine", " "]}, "empty"),
-        (lambda row: {**row, "descriptions": ["fine", 3]}, "must be text"),
-        (lambda row: {**row, "labels": "yes"}, "'labels'"),
-        (lambda row: {**row, "labels": ["yes", 1]}, "'labels'"),
-        (lambda row: "{", "JSON"),
-        (lambda row: '{"name": "a", "name": "b"}', "JSON"),
-        (lambda row: "[]", "object"),
-    ],
-)
-def test_broken_task_lines_are_named(folder, change, named):
-    """The second line of tasks.jsonl is broken: file, line and field are in the message."""
-    _change(folder, "tasks.jsonl", 2, change)
-    _refused(folder, "tasks.jsonl, line 2", named)
+def _without(key):
+    return lambda row: {k: v for k, v in row.items() if k != key}
+
+
+def _with(**values):
+    return lambda row: {**row, **values}
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("name", "line", "change", "named"),
     [
-        (lambda row: {k: v for k, v in row.items() if k != "task"}, "'task'"),
-        (lambda row: {k: v for k, v in row.items() if k != "input"}, "'input'"),
-        (lambda row: {k: v for k, v in row.items() if k != "output"}, "'output'"),
-        (lambda row: {k: v for k, v in row.items() if k != "split"}, "'split'"),
-        (lambda row: {**row, "input": None}, "'input'"),
-        (lambda row: {**row, "output": 1}, "'output'"),
-        (lambda row: {**row, "output": "Good"}, "unknown label"),
-        (lambda row: {**row, "task": "moody"}, "moody"),
-        (lambda row: {**row, "split": "validation"}, "validation"),
-        (lambda row: {**row, "input": "sun"}, "train and test"),
-        (lambda row: "{", "JSON"),
-        (lambda row: '{"task": NaN}', "JSON"),
-        (lambda row: "3", "object"),
+        ("tasks.jsonl", 2, change, named)
+        for change, named in [
+            (_without("name"), "'name'"),
+            (_without("descriptions"), "'descriptions'"),
+            (_with(name="mood"), "mood"),
+            (_with(name=3), "'name'"),
+            (_with(name=""), "'name'"),
+            (_with(name="a\nb"), "'name'"),
+            (_with(name="a" * 201), "'name'"),
+            (_with(descriptions="one text"), "'descriptions'"),
+            (_with(descriptions=[]), "no description"),
+            (_with(descriptions=["fine", " "]), "empty"),
+            (_with(descriptions=["fine", 3]), "must be text"),
+            (_with(labels="yes"), "'labels'"),
+            (_with(labels=["yes", 1]), "'labels'"),
+            (lambda row: "{", "JSON"),
+            (lambda row: '{"name": "a", "name": "b"}', "JSON"),
+            (lambda row: "[]", "object"),
+        ]
+    ]
+    + [
+        ("examples.jsonl.gz", 3, change, named)  # a test row of mood
+        for change, named in [
+            (_without("task"), "'task'"),
+            (_without("input"), "'input'"),
+            (_without("output"), "'output'"),
+            (_without("split"), "'split'"),
+            (_with(input=None), "'input'"),
+            (_with(output=1), "'output'"),
+            (_with(output="Good"), "unknown label"),
+            (_with(task="moody"), "moody"),
+            (_with(split="validation"), "validation"),
+            (_with(input="sun"), "train and test"),
+            (lambda row: "{", "JSON"),
+            (lambda row: '{"task": NaN}', "JSON"),
+            (lambda row: "3", "object"),
+        ]
     ],
 )
-def test_broken_example_lines_are_named(folder, change, named):
-    """The third line of examples.jsonl.gz (a test row of mood) is broken: file, line and field are in the message."""
-    _change(folder, "examples.jsonl.gz", 3, change)
-    _refused(folder, "examples.jsonl.gz, line 3", named)
+def test_broken_lines_are_named(folder, name, line, change, named):
+    """One line of one file is broken: file, line and field are in the message."""
+    _change(folder, name, line, change)
+    _refused(folder, f"{name}, line {line}", named)
 
 
 def test_same_input_in_two_tasks_is_no_leak(folder):
@@ -181,6 +187,20 @@ def test_endless_lines_are_refused(folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("lorag.tasks._MAX_BYTES", 10)
     _refused(folder, "too large")
+
+
+def test_a_line_that_unpacks_without_end_is_not_held(folder):
+    """A gzip bomb: 60 MB in one line of a file of 60 kB are refused after a line's limit, not after they fill the memory."""
+    with gzip.open(folder / "examples.jsonl.gz", "wb", compresslevel=9) as file:
+        for _ in range(15):
+            file.write(b" " * 4_000_000)
+    assert (folder / "examples.jsonl.gz").stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        _refused(folder, "examples.jsonl.gz, line 1 is too long")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_descriptions_are_stripped_and_kept():

@@ -6,12 +6,21 @@ from lorag.errors import ConfigError
 from lorag.generators.base import FitData, Generator
 from lorag.generators.baselines import Mean, Multitask, Nearest, RandomExpert, SgMixture, TopK
 from lorag.generators.house import House
+from lorag.generators.hypernet import Hypernet
+from lorag.generators.icm_fusion import IcmFusion
+from lorag.generators.icm_lora import IcmLora
 from lorag.generators.regression import Mlp, Ridge
+from lorag.generators.sg_controls import SgRescaled, SgRidge
+from lorag.generators.sg_lora import SgLora
 
 __all__ = ["GENERATORS", "FitData", "Generator", "generator_type"]
 
 GENERATORS: dict[str, type[Generator]] = {
-    method.name: method for method in (RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, Ridge, Mlp, House)
+    method.name: method
+    for method in (
+        *(RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, SgRescaled, Ridge, SgRidge),
+        *(Mlp, IcmLora, SgLora, Hypernet, IcmFusion, House),
+    )
 }
 
 

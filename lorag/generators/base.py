@@ -36,6 +36,9 @@ class FitData:
         conditioner: Compares descriptions with the experts.
         training: Indices that may be learned from.
         validation: Indices of training tasks held out for early stopping; never tasks of the test split.
+        kin: For each expert the experts that must not be seen while it plays an unseen task: itself, and where whole
+            sources of tasks are held out, all of its source.
+        zero: Code of the adapter that changes nothing (c,).
         modules: Length of each adapted module's part of a code, in order.
         functional: The base model's loss on the experts' tasks, if their examples are at hand.
     """
@@ -46,6 +49,8 @@ class FitData:
     conditioner: Conditioner
     training: Sequence[int]
     validation: Sequence[int]
+    kin: Sequence[Sequence[int]]
+    zero: Tensor
     modules: Sequence[int]
     functional: TaskLoss | None = None
 
@@ -92,6 +97,11 @@ class Generator(abc.ABC):
     @abc.abstractmethod
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `tensors` gave."""
+
+    @property
+    def needs_task_vectors(self) -> bool:
+        """Whether conditions must carry a task vector, which takes example inputs."""
+        return False
 
     def values(self) -> dict[str, Any]:
         """Settings as plain values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -123,8 +124,9 @@ class RandomExpert(_Stored):
     name = "random"
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
-        """Codes of `count` random experts."""
-        return self.codes[torch.randint(len(self.codes), (count,), generator=rng)]
+        """Codes of `count` random experts: others for another description, though one seed serves all tasks of a ladder."""
+        shift = zlib.crc32(condition.embedding.pooled.cpu().contiguous().numpy().tobytes())
+        return self.codes[(torch.randint(len(self.codes), (count,), generator=rng) + shift) % len(self.codes)]
 
 
 class Nearest(_Stored):

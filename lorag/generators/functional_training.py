@@ -26,12 +26,14 @@ class FunctionalSettings:
         learning_rate: Their peak rate.
         tasks: Tasks in a step, each with its own generated adapter.
         examples: Training examples of each.
+        validate_every: Steps between validations.
     """
 
     steps: int = 600
     learning_rate: float = 1e-3
     tasks: int = 32
     examples: int = 4
+    validate_every: int = 100
 
 
 def require_tasks(name: str, data: FitData) -> TaskLoss:
@@ -87,5 +89,5 @@ def train_functionally(
             codes = torch.cat([predict([i], [data.embeddings[i][0]]) for i in data.validation])
         return functional.loss(codes, data.validation, 8, "validation")
 
-    steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
+    steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
     return loop.run(f"{name} functional", network, loss, validate if data.validation else None, steps)

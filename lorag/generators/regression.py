@@ -21,7 +21,7 @@ _PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class Ridge(Generator):
-    """Linear map from the pooled embedding, its penalty chosen on held-out training tasks."""
+    """Linear map from the pooled embedding. Its penalty is chosen on held-out training tasks, or by leaving experts out."""
 
     name = "ridge"
     weight: Tensor
@@ -40,13 +40,12 @@ class Ridge(Generator):
         self.centre, self.bias = x.mean(0).float(), y[target].mean(0).float()
         x, y = x - self.centre, y - self.bias
         gram = x.T @ x
-        moment = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
         by_expert = torch.zeros(len(train), x.shape[1], dtype=torch.float64).index_add(0, target, x)
         moment = by_expert.T @ y
         best, self.weight = float("inf"), torch.zeros_like(moment).float()
         for penalty in _PENALTIES:
             weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), moment).float()
-            error = self._error(weight, data) if data.validation else 0.0
+            error = self._error(weight, data) if data.validation else _left_out(x, y, target, gram, moment, penalty)
             if error < best:
                 best, self.weight = error, weight
 
@@ -70,6 +69,33 @@ class Ridge(Generator):
             self.weight, self.bias, self.centre = (tensors[name].float() for name in ("weight", "bias", "centre"))
         except KeyError as error:
             raise GeneratorError(f"stored tensors do not fit {self.name}", got=f"no {error}") from error
+
+
+def _left_out(x: Tensor, y: Tensor, target: Tensor, gram: Tensor, moment: Tensor, penalty: float) -> float:
+    """Mean squared error (per value) of each expert's code when its own rows take no part in the regression.
+
+    In closed form: an expert's rows X leave the inverse S of the penalised Gram matrix as S + S Xᵀ (I − X S Xᵀ)⁻¹ X S, and
+    all of them leave together, because another wording of the same expert would give its code away.
+
+    Args:
+        x: Centred rows (b, e).
+        y: Centred codes of the experts (n, c).
+        target: Expert of each row (b,).
+        gram: xᵀx (e, e).
+        moment: Σ of row times code (e, c).
+        penalty: Added to the Gram matrix.
+    """
+    inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram), dtype=gram.dtype))
+    directions, shares = [], []
+    for expert in range(len(y)):
+        own = x[target == expert]
+        mean = own.mean(0)
+        reach = own @ inverse
+        without = torch.linalg.solve(torch.eye(len(own), dtype=own.dtype) - reach @ own.T, reach @ mean)
+        directions.append(inverse @ mean + reach.T @ without)
+        shares.append(directions[-1] @ own.sum(0))
+    guessed = torch.stack(directions) @ moment - torch.stack(shares)[:, None] * y
+    return (guessed - y).square().mean().item()
 
 
 @dataclass

@@ -58,8 +58,8 @@ class _Encoder(Objective):
         """Unit-length embeddings (b, e)."""
         on_device = {key: value.to(model.device) for key, value in arguments.items()}
         hidden = model(**on_device).last_hidden_state
-        mask = on_device["attention_mask"][..., None].to(hidden.dtype)
-        return F.normalize(((hidden * mask).sum(1) / mask.sum(1)).float(), dim=-1)
+        mask = on_device["attention_mask"][..., None].float()
+        return F.normalize((hidden.float() * mask).sum(1) / mask.sum(1), dim=-1)
 
     @torch.inference_mode()
     def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
@@ -207,6 +207,8 @@ class Prototypes(_Encoder):
             groups = _by_label(task)
             names = sorted(groups)
             test = [example for example in test if example.output in groups]
+            if not test:
+                raise TaskError(f"no class of the test examples of task {task.name!r} has a training example to make a prototype of")
             draws = [[rng.sample(groups[n], min(self.shots, len(groups[n]))) for n in names] for _ in range(self.draws)]
             supports = list(dict.fromkeys(text for draw in draws for group in draw for text in group))
             place = {text: number for number, text in enumerate(supports)}

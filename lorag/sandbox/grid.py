@@ -1,8 +1,8 @@
 """The sandbox's tasks: the grid skill x domain x style, its splits, and suites of examples for them.
 
 Splits are by task. `train` tasks have experts in the bank. `test` tasks are unseen combinations: the bank has experts of
-their skill and domain in other styles, and, but for four of the 60, of both other pairs too. `hard` tasks are
-skill-domain pairs that no style of was ever seen. The base model is trained on all cells but those of `test` and `hard`.
+each pair of their skill, domain and style, but never of all three. `hard` tasks are skill-domain pairs that no style of
+was ever seen. The base model is trained on all cells but those of `test` and `hard`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HARD_PAIRS = (
     ("required", "weather"),
 )
 _TEST_PER_DOMAIN = 5
-_BANK_STYLES = 2  # styles in which the bank has an expert, of each seen skill-domain pair
+_BANK_STYLES = 3  # styles in which the bank has an expert, of each seen skill-domain pair
 
 
 @dataclass(frozen=True, order=True)

@@ -1,0 +1,224 @@
+"""Fusion on the sandbox: one adapter for 2, 4 or 8 tasks, by every method, against the single experts and a joint adapter.
+
+`python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8] [--seeds 3] [--draws 4] [--limit 16] [--json FILE]`
+
+The tasks of a set lie in different domains, so that their inputs tell them apart, and differ in skill, and in style as far
+as there are styles. With `--json` every finished set is written at once, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lorag.adapter import LoraAdapter
+from lorag.artifacts import read_json, write_json
+from lorag.bank import AdapterBank
+from lorag.experts import ExpertConfig, train_group
+from lorag.fusion import fuse_experts
+from lorag.generator import LoraGenerator
+from lorag.merging import merge
+from lorag.preparation import find_bank, find_tasks
+from lorag.row_adapters import stack_adapters
+from lorag.sandbox.grid import Cell, splits
+from lorag.support_examples import few_examples, learn_weights, tasks_of
+from lorag.tasks import Task, TaskSuite
+
+RARE = 8  # training examples of the rare task of a long-tailed set
+LONG_TAILED = 4  # tasks of such a set
+RESAMPLES = 2000
+TRAINING = ExpertConfig(steps=80, batch=8, learning_rate=1e-2, checkpoints=1)
+
+
+@dataclass(frozen=True)
+class World:
+    """What all sets are fused and scored with."""
+
+    generator: LoraGenerator
+    plain: LoraGenerator | None
+    bank: AdapterBank
+    suite: TaskSuite
+    limit: int
+    steps: int
+
+    def scores(self, adapters: Sequence[LoraAdapter] | None, tasks: Sequence[Task]) -> list[float]:
+        """Score of adapter number i on task number i; one adapter serves all."""
+        rows, objective = self.generator.runtime()
+        own = None
+        if adapters is not None:
+            own = stack_adapters(list(adapters) * (len(tasks) // len(adapters)), rows.model.device)
+        return [round(score[objective.metric], 4) for score in objective.scores(rows, own, tasks, limit=self.limit)]
+
+
+def draw_set(size: int, rng: random.Random) -> list[str]:
+    """Names of bank tasks of different domains and skills, and of different styles while there are any left."""
+    pool: list[Cell] = list(splits()["train"])
+    rng.shuffle(pool)
+    chosen: list[Cell] = []
+    for fresh in (True, False):
+        for cell in pool:
+            apart = all(cell.domain != other.domain and cell.skill != other.skill for other in chosen)
+            if len(chosen) < size and apart and (not fresh or all(cell.style != other.style for other in chosen)):
+                chosen.append(cell)
+    return sorted(cell.name for cell in chosen)
+
+
+def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
+    """One adapter of the generator's rank trained on all examples of the tasks together."""
+    mixed = replace(tasks[0], name="joint", examples=tuple(example for task in tasks for example in task.split("train")))
+    config = replace(TRAINING, batch=TRAINING.batch * len(tasks))
+    return train_group(*world.generator.runtime(), [mixed], world.generator.rank, config)[0][-1]
+
+
+def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
+    """Every way to one adapter, in rising cost."""
+    rows, objective = world.generator.runtime()
+    experts = list(world.bank.adapters(names))
+
+    def learned(per_module: bool) -> LoraAdapter:
+        weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
+        return world.bank.fuse(names, "cat", weights=weights)
+
+    def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:
+        return fuse_experts(generator, world.bank, names, seed=seed, steps=world.steps, **more)
+
+    made: dict[str, Callable[[], LoraAdapter]] = {
+        "mean": lambda: world.bank.fuse(names, "mean"),
+        "task_arithmetic": lambda: world.bank.fuse(names, "task_arithmetic"),
+        "sum": lambda: world.bank.fuse(names, "task_arithmetic", coefficient=1.0),
+        "ties": lambda: world.bank.fuse(names, "ties"),
+        "dare_ties": lambda: world.bank.fuse(names, "dare_ties", rng=torch.Generator().manual_seed(seed)),
+        "lego": lambda: world.bank.fuse(names, "lego", rank=world.generator.rank),
+        "learned_weights": lambda: learned(False),
+        "cat": lambda: learned(True),
+        "icm_uniform": lambda: fused(world.generator),
+        "icm_conflict": lambda: fused(world.generator, rule="conflict"),
+        "icm_learned": lambda: fused(world.generator, rule="learned", suite=world.suite),
+        "icm_worst": lambda: fused(world.generator, rule="learned", worth="worst", suite=world.suite),
+        "icm_refined": lambda: fused(world.generator, rule="learned", suite=world.suite, refine_steps=world.steps),
+        "joint": lambda: joint(world, tasks),
+    }
+    if world.plain is not None:
+        plain = world.plain
+        made["plain_uniform"] = lambda: fused(plain)
+        made["plain_learned"] = lambda: fused(plain, rule="learned", suite=world.suite)
+    return made
+
+
+def run_set(world: World, names: Sequence[str], seed: int) -> dict[str, list[float]]:
+    """Scores of each task, by method."""
+    tasks = tasks_of(world.suite, names)
+    found = {"base": world.scores(None, tasks), "single": world.scores(list(world.bank.adapters(names)), tasks)}
+    for name, make in methods(world, names, tasks, seed).items():
+        found[name] = world.scores([make()], tasks)
+    return found
+
+
+def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, list[float]]:
+    """The same where the first task has 8 examples in all, and its expert was trained on them; its score comes first."""
+    tasks = tasks_of(world.suite, names)
+    few = few_examples(tasks[0], RARE, seed)
+    expert = train_group(*world.generator.runtime(), [few], 4, TRAINING)[0][-1]
+    expert = LoraAdapter(expert.layout, expert.factors, expert.alpha, world.bank.base.model.name)
+    suite = TaskSuite([few, *tasks[1:]])
+    counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}
+    others = list(world.bank.adapters(names[1:]))
+
+    def fused(**more: Any) -> LoraAdapter:
+        own = {names[0]: expert}
+        return fuse_experts(world.generator, world.bank, names, adapters=own, seed=seed, steps=world.steps, suite=suite, **more)
+
+    made: dict[str, Callable[[], LoraAdapter]] = {
+        "mean": lambda: merge([expert, *others]),
+        "icm_uniform": lambda: fused(),
+        "icm_learned": lambda: fused(rule="learned"),
+        "icm_learned_counts": lambda: fused(rule="learned", counts=counts),
+        "icm_worst_counts": lambda: fused(rule="learned", worth="worst", counts=counts),
+    }
+    found = {"base": world.scores(None, tasks), "single": world.scores([expert, *others], tasks)}
+    return found | {name: world.scores([make()], tasks) for name, make in made.items()}
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """95 % percentile bootstrap of the mean over sets."""
+    tensor, rng = torch.tensor(values), torch.Generator().manual_seed(0)
+    means = tensor[torch.randint(len(values), (RESAMPLES, len(values)), generator=rng)].mean(1).sort().values
+    return [round(means[int(RESAMPLES * q)].item(), 4) for q in (0.025, 0.975)]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean over tasks, worst task, and share of the single experts' score kept, by kind of set and method."""
+    summary: dict[str, Any] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row["scores"] for row in rows if row["kind"] == kind]
+        table = {}
+        for name in mine[0]:
+            means = [sum(scores[name]) / len(scores[name]) for scores in mine]
+            single = [sum(scores["single"]) / len(scores["single"]) for scores in mine]
+            table[name] = {
+                "mean": round(sum(means) / len(means), 4),
+                "ci95": interval(means),
+                "worst_task": round(sum(min(scores[name]) for scores in mine) / len(mine), 4),
+                "kept": round(sum(means) / max(sum(single), 1e-9), 4),
+            }
+            if kind.startswith("long"):
+                table[name]["rare_task"] = round(sum(scores[name][0] for scores in mine) / len(mine), 4)
+        summary[kind] = {"sets": len(mine), "methods": table}
+    return summary
+
+
+def main() -> None:
+    """Draws sets, fuses and scores each, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", required=True, help="icm_fusion generator")
+    parser.add_argument("--plain", help="icm_fusion generator trained with settings.meta_steps=0")
+    parser.add_argument("--sets", default="2,4,8", help="sizes of sets")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=4, help="sets of each size and seed")
+    parser.add_argument("--limit", type=int, default=16, help="test examples of a task")
+    parser.add_argument("--steps", type=int, default=100, help="gradient steps of what learns")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    generator = LoraGenerator.from_pretrained(given.generator)
+    plain = LoraGenerator.from_pretrained(given.plain, embedder=generator.embedder) if given.plain else None
+    world = World(generator, plain, find_bank("sandbox"), find_tasks("sandbox", "train"), given.limit, given.steps)
+    settings = {
+        "generator": generator.revision,
+        "plain": None if plain is None else plain.revision,
+        "limit": given.limit,
+        "steps": given.steps,
+    }
+    rows: list[dict[str, Any]] = []
+    if given.json and given.json.exists():
+        before = read_json(given.json)
+        if before["settings"] != settings:
+            raise SystemExit(f"{given.json} holds other settings; choose another file, or delete it")
+        rows = before["rows"]
+    jobs = [(str(size), size) for size in map(int, given.sets.split(","))] + [("long-tailed", LONG_TAILED)]
+    todo = [(kind, size, seed, draw) for kind, size in jobs for seed in range(given.seeds) for draw in range(given.draws)]
+    done = {(row["kind"], row["seed"], row["draw"]) for row in rows}
+    for kind, size, seed, draw in tqdm(todo, desc="sets"):
+        if (kind, seed, draw) in done:
+            continue
+        names = draw_set(size, random.Random(f"{kind}/{seed}/{draw}"))
+        scores = (run_long_tailed if kind == "long-tailed" else run_set)(world, names, seed)
+        rows.append({"kind": kind, "seed": seed, "draw": draw, "tasks": names, "scores": scores})
+        if given.json:
+            write_json(given.json, {"settings": settings, "summary": summarise(rows), "rows": rows})
+    for kind, part in summarise(rows).items():
+        print(f"\n{kind} tasks, {part['sets']} sets\n{'method':<20}{'mean':>7}{'95 % interval':>18}{'worst':>8}{'kept':>7}")
+        for name, row in part["methods"].items():
+            low, high = row["ci95"]
+            rare = f"   rare {row['rare_task']:.3f}" if "rare_task" in row else ""
+            print(f"{name:<20}{row['mean']:>7.3f}{f'{low:.3f} to {high:.3f}':>18}{row['worst_task']:>8.3f}{row['kept']:>7.3f}{rare}")
+
+
+if __name__ == "__main__":
+    main()

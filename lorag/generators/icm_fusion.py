@@ -1,0 +1,272 @@
+"""ICM-Fusion: a VAE whose latents are meta-trained to stand gradient steps, so that experts can be fused in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lorag.conditioning import Condition, mixture
+from lorag.errors import ConfigError, GeneratorError
+from lorag.functional import TaskLoss
+from lorag.generators.base import FitData, Generator, Settings, draw
+from lorag.models.cvae import Gaussian
+from lorag.models.fvae import FusionVae, standard_kl
+from lorag.principal_codes import PrincipalCodes
+from lorag.training_loop import LoopSettings, TrainingLoop
+
+__all__ = ["IcmFusion", "IcmFusionSettings", "fvae_loss"]
+
+_CONDITIONS = ("description", "examples")
+
+
+@dataclass
+class IcmFusionSettings(Settings):
+    """Size, training and use of the F-VAE. The paper states none of these values.
+
+    Attributes:
+        condition: What the task vector v is: "description" (pooled embedding), or "examples" (the base model's mean hidden
+            state over inputs).
+        coordinates: Principal coordinates of a code that the VAE sees; 0 takes all that the training experts span.
+        latent: z.
+        width: Of the hidden layers.
+        kl: λ, weight of the KL divergence (summed over latents) against the squared error (mean over coordinates).
+        steps: Steps of plain reconstruction.
+        learning_rate: Their peak rate.
+        batch: Experts in such a step.
+        meta_steps: Steps of meta-training; 0 leaves a plain VAE and needs no examples.
+        meta_learning_rate: Their peak rate.
+        tasks: Tasks of a meta-batch.
+        examples: Training examples of each, new ones for each inner step.
+        inner_steps: K, gradient steps on the task's own loss from what was decoded.
+        inner_rate: β, their rate, in coordinates of unit size. One step on decoded held-out experts of the sandbox lowered their
+            loss most at about 30, and did harm at 100.
+        second_order: Whether gradients flow through the inner gradients too.
+        top: Nearest experts whose latents are mixed for a description.
+        sharpness: τ of the softmax over their cosines.
+        temperature: Factor on the deviation of sampled latents; 0 takes the mean.
+    """
+
+    condition: str = "description"
+    coordinates: int = 0
+    latent: int = 128
+    width: int = 384
+    kl: float = 1e-4
+    steps: int = 1500
+    learning_rate: float = 1e-3
+    batch: int = 64
+    meta_steps: int = 200
+    meta_learning_rate: float = 3e-4
+    tasks: int = 16
+    examples: int = 4
+    inner_steps: int = 2
+    inner_rate: float = 20.0
+    second_order: bool = False
+    top: int = 4
+    sharpness: float = 0.05
+    temperature: float = 0.0
+
+
+def fvae_loss(target: Tensor, rebuilt: Tensor, posterior: Gaussian, kl: float) -> Tensor:
+    """MSE(l, l_rec) + λ KL(N(μ, σ²) ‖ N(0, I)) of codes (b, p); shapes must agree, as a broadcast pulls all to one mean."""
+    if target.shape != rebuilt.shape or target.dim() != 2 or len(posterior.mean) != len(target):
+        raise AssertionError(f"codes {tuple(rebuilt.shape)} against {tuple(target.shape)}, posterior {tuple(posterior.mean.shape)}")
+    return F.mse_loss(rebuilt, target) + kl * standard_kl(posterior).mean()
+
+
+class IcmFusion(Generator):
+    """ICM-Fusion (arXiv 2508.04153): an F-VAE over codes, in principal coordinates of the bank.
+
+    Fitted, it holds the posterior of every expert: `lorag.fusion` mixes several into one adapter. From a description
+    alone it mixes those of the nearest experts and decodes the mixture beside the description's own vector.
+
+    Attributes:
+        latents: μ of each expert (n, z).
+        spreads: σ of each expert (n, z).
+        vectors: Task vector of each expert (n, v), as `standardise` gives them.
+    """
+
+    name = "icm_fusion"
+    settings_type = IcmFusionSettings
+    settings: IcmFusionSettings
+    network: FusionVae | None = None
+    space: PrincipalCodes
+    latents: Tensor
+    spreads: Tensor
+    vectors: Tensor
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(settings)
+        if self.settings.condition not in _CONDITIONS:
+            raise ConfigError("method.condition is unknown", got=repr(self.settings.condition), expected=" or ".join(_CONDITIONS))
+
+    # --- fit -----------------------------------------------------------------------------------------------------
+
+    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+        """Reconstruction, then meta-training through the base model; each stops early on held-out training tasks."""
+        settings, functional = self.settings, data.functional
+        if functional is None and (settings.meta_steps or settings.condition == "examples"):
+            raise GeneratorError(
+                f"{self.name} learns from the experts' tasks, and there are no examples of them",
+                remedy="Give their suite with tasks=PATH, or take settings.meta_steps=0 and settings.condition=description.",
+            )
+        device = loop.accelerator.device
+        rows = list(data.training)
+        self.space = PrincipalCodes.fit(data.codes[rows], settings.coordinates)
+        x = self.space.to_coordinates(data.codes).to(device)
+        means = data.conditioner.centroids
+        if functional is not None and settings.condition == "examples":
+            means = functional.task_vectors(range(len(data.codes))).cpu()
+        self.centre = means[rows].mean(0)
+        self.scale = (means[rows] - self.centre).square().mean().sqrt().clamp_min(1e-6)
+        self.vectors = self.standardise(means)
+        network = self._start(x.shape[1], means.shape[1], loop).to(device)
+        training = torch.tensor(rows)
+
+        def batch(picks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+            """Coordinates, task vectors (of one description each, at random) and noise of some experts."""
+            v = self.vectors[picks]
+            if settings.condition == "description":
+                v = self.standardise(torch.stack([one.pooled for one in draw(data, picks, loop)]))
+            return x[picks], v.to(device), torch.randn(len(picks), settings.latent, generator=loop.rng).to(device)
+
+        def reconstruction(_: nn.Module, step: int) -> Tensor:
+            picks = training[torch.randint(len(training), (settings.batch,), generator=loop.rng)].tolist()
+            target, v, noise = batch(picks)
+            rebuilt, posterior = network(target, v, noise)
+            return fvae_loss(target, rebuilt, posterior, settings.kl)
+
+        def meta(_: nn.Module, step: int) -> Tensor:
+            picks = training[torch.randperm(len(training), generator=loop.rng)[: settings.tasks]].tolist()
+            target, v, noise = batch(picks)
+            start, _ = network(target, v, noise)
+            adapted = self.adapt(start, picks, _required(functional), f"{self.name}/{step}")
+            rebuilt, posterior = network(adapted, v, torch.randn(noise.shape, generator=loop.rng).to(device))
+            return fvae_loss(target, rebuilt, posterior, settings.kl)
+
+        def decoded() -> Tensor:
+            """Held-out experts, through their posterior's mean."""
+            held = list(data.validation)
+            v = self.vectors[held].to(device)
+            with torch.no_grad():
+                return network.decode(network.encode(x[held], v).mean, v)
+
+        def error(_: nn.Module) -> float:
+            return F.mse_loss(decoded(), x[list(data.validation)]).item()
+
+        def task_loss(_: nn.Module) -> float:
+            return _required(functional).loss(self.to_codes(decoded()), data.validation, 8, "validation")
+
+        held = bool(data.validation)
+        plain = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
+        loop.run(f"{self.name} reconstruction", network, reconstruction, error if held else None, plain)
+        steps = LoopSettings(settings.meta_steps, settings.meta_learning_rate, validate_every=50)
+        loop.run(f"{self.name} meta", network, meta, task_loss if held else None, steps)
+        self.network = network.requires_grad_(False).eval().cpu()
+        posterior = self.encode(data.codes, self.vectors)
+        self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
+
+    def _start(self, elements: int, vector: int, loop: TrainingLoop) -> FusionVae:
+        self.sizes = (elements, vector)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+            return FusionVae(elements, vector, latent=self.settings.latent, width=self.settings.width)
+
+    def adapt(self, start: Tensor, indices: Sequence[int], functional: TaskLoss, seed: str) -> Tensor:
+        """Coordinates (b, p) after K gradient steps of each on its own task's loss.
+
+        First order: the steps' gradients are constants, and what follows is differentiated as if they were a shift.
+        Second order: they are functions of the start; only plain attention has the derivatives for that.
+        """
+        adapted, second = start, self.settings.second_order
+        for step in range(self.settings.inner_steps):
+            at = adapted if second else adapted.detach().requires_grad_()
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
+                losses = functional.losses(self.to_codes(at), indices, self.settings.examples, f"{seed}/{step}")
+                (gradient,) = torch.autograd.grad(losses.sum(), at, create_graph=second)
+            adapted = adapted - self.settings.inner_rate * gradient
+        return adapted
+
+    # --- use -----------------------------------------------------------------------------------------------------
+
+    def standardise(self, vectors: Tensor) -> Tensor:
+        """Task vectors (..., v) minus their mean over the training experts, which all of them share, at unit size."""
+        return (vectors - self.centre) / self.scale
+
+    def to_codes(self, coordinates: Tensor) -> Tensor:
+        """Codes (..., c) of principal coordinates (..., p), on their device."""
+        space = self.space
+        return PrincipalCodes(space.mean.to(coordinates.device), space.basis.to(coordinates.device), space.scale).to_codes(coordinates)
+
+    def encode(self, codes: Tensor, vectors: Tensor) -> Gaussian:
+        """Posteriors (b, z) of codes (b, c) beside their tasks' standardised vectors (b, v)."""
+        with torch.no_grad():
+            return self._fitted().encode(self.space.to_coordinates(codes), vectors)
+
+    def decode(self, latents: Tensor, vectors: Tensor) -> Tensor:
+        """Codes (b, c) of latents (b, z) beside standardised vectors (b, v); gradients reach both."""
+        return self.to_codes(self._fitted().decode(latents, vectors))
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """Decodes the mixture of the nearest experts' latents beside the condition's own task vector.
+
+        Fitted on examples, it takes the condition's task vector, and the nearest experts' mixed ones where it has none.
+        """
+        settings = self.settings
+        similarities = condition.similarities
+        mixed = mixture(similarities, self.latents, self.spreads, top=settings.top, temperature=settings.sharpness)
+        if settings.condition == "description":
+            v = self.standardise(condition.embedding.pooled)
+        elif condition.task_vector is not None:
+            v = self.standardise(condition.task_vector)
+        else:
+            v = mixture(similarities, self.vectors, None, top=settings.top, temperature=settings.sharpness).mean
+        if not settings.temperature:
+            with torch.inference_mode():
+                return self.decode(mixed.mean[None], v[None]).expand(count, -1).clone()
+        noise = torch.randn(count, len(mixed.mean), generator=rng)
+        with torch.inference_mode():
+            return self.decode(mixed.mean + settings.temperature * mixed.variance.sqrt() * noise, v.expand(count, -1))
+
+    def _fitted(self) -> FusionVae:
+        if self.network is None:
+            raise GeneratorError(f"{self.name} is not fitted")
+        return self.network
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network, the coordinates, and what is known of each expert."""
+        known = {"latents": self.latents, "spreads": self.spreads, "vectors": self.vectors, "centre": self.centre, "scale": self.scale}
+        known |= {f"network.{name}": value for name, value in self._fitted().state_dict().items()}
+        return known | {f"space.{name}": value for name, value in self.space.tensors().items()} | {"sizes": torch.tensor(self.sizes)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Builds the network and puts everything back."""
+        try:
+            self.sizes = tuple(tensors["sizes"].tolist())
+            with torch.device("meta"):
+                network = FusionVae(*self.sizes, latent=self.settings.latent, width=self.settings.width)
+            state = {name.removeprefix("network."): value.float() for name, value in tensors.items() if name.startswith("network.")}
+            network.load_state_dict(state, assign=True)
+            self.space = PrincipalCodes.from_tensors({name: tensors[f"space.{name}"] for name in ("mean", "basis", "scale")})
+            self.latents, self.spreads, self.vectors = (tensors[name].float() for name in ("latents", "spreads", "vectors"))
+            self.centre, self.scale = tensors["centre"].float(), tensors["scale"].float()
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
+        self.network = network.requires_grad_(False).eval()
+
+    sizes: tuple[int, ...]
+
+
+def _required(functional: TaskLoss | None) -> TaskLoss:
+    if functional is None:
+        raise AssertionError("meta-training was let in without tasks")
+    return functional

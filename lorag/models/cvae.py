@@ -1,0 +1,162 @@
+"""Conditional VAEs over short vectors: encoder q(z|x, h), prior p(z|h), decoder p(x|z, h), all diagonal Gaussians.
+
+Shape letters: b batch, z latents, p elements of what is generated, h what is known of the task, t tokens, e embedding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorag.models.code_networks import TokenReader
+
+__all__ = ["ConditionReader", "ConditionalVae", "Gaussian", "LearnedPriorVae", "Reconstruction"]
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians: means (b, z) and logarithms of variances (b, z)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Samples (b, z) made of standard normal noise (b, z)."""
+        return self.mean + (0.5 * self.log_variance).exp() * noise
+
+
+class Reconstruction(NamedTuple):
+    """What a VAE makes of x in training: x again (b, p), q(z|x, h), and p(z|h)."""
+
+    x: Tensor
+    posterior: Gaussian
+    prior: Gaussian
+
+
+def gaussian(outputs: Tensor) -> Gaussian:
+    """Reads outputs (b, 2 z) as Gaussians; variances stay between e^-12 and e^12, so that no exponential overflows."""
+    mean, log_variance = outputs.chunk(2, -1)
+    return Gaussian(mean, log_variance.clamp(-12.0, 12.0))
+
+
+def standard_normal(h: Tensor, latent: int) -> Gaussian:
+    """N(0, I) for each row of h."""
+    zeros = h.new_zeros(len(h), latent)
+    return Gaussian(zeros, zeros)
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConditionReader(nn.Module):
+    """A description's vectors, a task vector, or both, to features (b, hidden).
+
+    Args:
+        embedding: Length e of the description's vectors; 0 without a description.
+        vector: Length of the task vector; 0 without one.
+        width: Of the transformer that reads the description.
+        queries: Learned queries of the transformer.
+        layers: Of the transformer.
+        heads: Of its attention.
+        hidden: Number of features.
+        dropout: In the transformer and before the features.
+    """
+
+    def __init__(
+        self, embedding: int, vector: int, *, width: int, queries: int, layers: int, heads: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.reader = (
+            TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout) if embedding else None
+        )
+        self.vector = nn.Sequential(nn.Linear(vector, width), nn.GELU()) if vector else None
+        size = (queries * width if embedding else 0) + (width if vector else 0)
+        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, hidden))
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Tensor:
+        """Features of pooled (b, e), tokens (b, t, e) with their mask (b, t), and task vectors (b, v)."""
+        parts = []
+        if self.reader is not None:
+            parts.append(self.reader(pooled, tokens, mask))
+        if self.vector is not None:
+            parts.append(self.vector(vector))
+        return self.hidden(torch.cat(parts, -1))
+
+
+class ConditionalVae(nn.Module):
+    """A VAE with prior N(0, I) whose decoder adds what the condition says to what z says: x = W h + f(z, h).
+
+    The first term alone is the network that predicts a code from a description, so nothing is lost against it; both
+    terms start at zero, so training starts from the mean.
+    """
+
+    def __init__(self, condition: ConditionReader, elements: int, *, latent: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.latent = latent
+        self.condition = condition
+        self.encoder = nn.Sequential(
+            nn.Linear(elements + hidden, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * latent)
+        )
+        self.head = _zero(nn.Linear(hidden, elements))
+        self.branch = nn.Sequential(
+            nn.Linear(latent + hidden, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), _zero(nn.Linear(width, elements))
+        )
+
+    def read(self, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Tensor:
+        """What is known of the task (b, h)."""
+        return self.condition(pooled, tokens, mask, vector)
+
+    def encode(self, x: Tensor, h: Tensor) -> Gaussian:
+        """q(z|x, h) of x (b, p)."""
+        return gaussian(self.encoder(torch.cat([x, h], -1)))
+
+    def prior(self, h: Tensor) -> Gaussian:
+        """p(z) = N(0, I)."""
+        return standard_normal(h, self.latent)
+
+    def decode(self, z: Tensor, h: Tensor) -> Tensor:
+        """Mean (b, p) of p(x|z, h)."""
+        return self.head(h) + self.branch(torch.cat([z, h], -1))
+
+    def forward(self, x: Tensor, noise: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Reconstruction:
+        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z)."""
+        h = self.read(pooled, tokens, mask, vector)
+        posterior = self.encode(x, h)
+        return Reconstruction(self.decode(posterior.sample(noise), h), posterior, self.prior(h))
+
+
+class LearnedPriorVae(nn.Module):
+    """SG-LoRA's VAE (arXiv 2509.10535): a prior p(z|h) learned beside the encoder q(z|x, h), and a decoder p(x|z, h).
+
+    Encoder and prior are two-layer perceptrons and the decoder has three layers, all with ReLU; widths are not published.
+    """
+
+    def __init__(self, condition: int, elements: int, *, latent: int, width: int) -> None:
+        super().__init__()
+        self.latent = latent
+        self.encoder = nn.Sequential(nn.Linear(elements + condition, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.beliefs = nn.Sequential(nn.Linear(condition, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.decoder = nn.Sequential(
+            nn.Linear(latent + condition, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), _zero(nn.Linear(width, elements))
+        )
+
+    def encode(self, x: Tensor, h: Tensor) -> Gaussian:
+        """q(z|x, h) of x (b, p) and conditions h (b, h)."""
+        return gaussian(self.encoder(torch.cat([x, h], -1)))
+
+    def prior(self, h: Tensor) -> Gaussian:
+        """p(z|h)."""
+        return gaussian(self.beliefs(h))
+
+    def decode(self, z: Tensor, h: Tensor) -> Tensor:
+        """Mean (b, p) of p(x|z, h)."""
+        return self.decoder(torch.cat([z, h], -1))
+
+    def forward(self, x: Tensor, noise: Tensor, h: Tensor) -> Reconstruction:
+        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z)."""
+        posterior = self.encode(x, h)
+        return Reconstruction(self.decode(posterior.sample(noise), h), posterior, self.prior(h))

@@ -1,0 +1,63 @@
+"""The Fusion VAE of ICM-Fusion: an encoder of a code beside its task's vector, and a decoder of a latent beside it.
+
+Shape letters: b batch, z latents, p elements of a code, v elements of a task vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorag.models.cvae import Gaussian, gaussian
+
+__all__ = ["FusionVae", "standard_kl"]
+
+
+def standard_kl(posterior: Gaussian) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(0, I)) of each row (b,), in nats, summed over latents."""
+    mean, log_variance = posterior
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(-1)
+
+
+class FusionVae(nn.Module):
+    """F-VAE (arXiv 2508.04153): (μ, σ) = E([l; v]) and l = D([z; v]).
+
+    Sizes are not published. Here both are two-layer perceptrons beside a linear map that skips them, so that a mixture of
+    latents is, to first order, decoded to the mixture of what they stand for. What the decoder adds to the mean code
+    starts at zero.
+
+    Args:
+        elements: p, of a code.
+        vector: v, of a task vector.
+        latent: z.
+        width: Of the hidden layers.
+    """
+
+    def __init__(self, elements: int, vector: int, *, latent: int, width: int) -> None:
+        super().__init__()
+        self.latent = latent
+        self.encoder = _perceptron(elements + vector, width, 2 * latent)
+        self.inward = nn.Linear(elements, latent, bias=False)
+        self.decoder = _perceptron(latent + vector, width, elements)
+        self.outward = nn.Linear(latent, elements, bias=False)
+        for layer in (self.encoder[-1], self.decoder[-1], self.outward):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def encode(self, x: Tensor, v: Tensor) -> Gaussian:
+        """q(z|x, v) of codes x (b, p) and task vectors v (b, v)."""
+        mean, log_variance = gaussian(self.encoder(torch.cat([x, v], -1)))
+        return Gaussian(mean + self.inward(x), log_variance)
+
+    def decode(self, z: Tensor, v: Tensor) -> Tensor:
+        """Codes (b, p) of latents z (b, z) and task vectors v (b, v)."""
+        return self.outward(z) + self.decoder(torch.cat([z, v], -1))
+
+    def forward(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Gaussian]:
+        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z); gives the posterior too."""
+        posterior = self.encode(x, v)
+        return self.decode(posterior.sample(noise), v), posterior
+
+
+def _perceptron(inward: int, width: int, outward: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inward, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outward))

@@ -1,0 +1,149 @@
+"""Make a bank ready for fitting: codes, embedded descriptions, who plays the unseen, and the base model's loss on its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from lorag.artifacts import embedded
+from lorag.bank import AdapterBank
+from lorag.conditioning import Conditioner
+from lorag.embedding import TextEmbedder
+from lorag.errors import ConfigError
+from lorag.functional import TaskLoss
+from lorag.generators import FitData
+from lorag.objectives import make_objective
+from lorag.row_adapters import RowAdapters
+from lorag.tasks import TaskSuite, connected
+from lorag.weight_space import FlatFactors, SharedSubspace
+
+__all__ = ["Prepared", "find_bank", "find_tasks", "prepare"]
+
+_KIN = ("task", "texts", "source")
+
+
+def find_bank(name: str) -> AdapterBank:
+    """Opens a bank by folder, hub id, or "sandbox"."""
+    return AdapterBank.from_pretrained(embedded("data/sandbox/bank") if name == "sandbox" else name)
+
+
+def find_tasks(name: str, split: str | None = None) -> TaskSuite:
+    """Reads a suite by folder, or "sandbox"."""
+    return TaskSuite.from_folder(embedded("data/sandbox/tasks") if name == "sandbox" else name, split)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A bank made ready for fitting: what all methods on it share."""
+
+    bank: AdapterBank
+    space: SharedSubspace | FlatFactors
+    data: FitData
+    embedder: TextEmbedder
+
+
+def prepare(
+    bank: AdapterBank,
+    embedder: TextEmbedder,
+    *,
+    space: SharedSubspace | FlatFactors | None = None,
+    space_name: str = "shared_subspace",
+    k: int = 32,
+    wordings: int = 0,
+    validation: float = 0.1,
+    kin: str = "task",
+    seed: int = 0,
+    suite: TaskSuite | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> Prepared:
+    """Encodes a bank's experts and descriptions.
+
+    Args:
+        bank: The training experts, and only they.
+        embedder: Embeds descriptions.
+        space: A fitted weight space; without one, `space_name` is fitted.
+        space_name: "shared_subspace" or "flat_factors".
+        k: Dimensions of a shared subspace.
+        wordings: Descriptions used of each expert; 0 uses all.
+        validation: Share of the experts held out for early stopping.
+        kin: What is hidden, or held out, together with a task's own expert: see `TrainConfig`.
+        seed: Chooses which.
+        suite: The experts' tasks; without it nothing runs the base model.
+        device: Where the base model runs.
+        dtype: In which precision.
+        quiet: No progress bars.
+    """
+    bank.base.check()
+    if kin not in _KIN or kin != "task" and suite is None:
+        raise ConfigError("kin cannot be used", got=repr(kin), expected=" or ".join(_KIN), remedy="Other than task, it needs tasks=PATH.")
+    layout = bank.base.layout
+    if space is None:
+        if space_name == "shared_subspace":
+            space = SharedSubspace.fit(bank.adapters, layout, k)
+        elif space_name == "flat_factors":
+            space = FlatFactors.fit(bank.adapters, layout)
+        else:
+            raise ConfigError("space is unknown", got=repr(space_name), expected="shared_subspace or flat_factors")
+    codes, deviations = [], []
+    for expert in tqdm(bank.experts, desc="encoding experts", disable=quiet, leave=False):
+        late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
+        codes.append(late[-1])
+        deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
+    texts = [expert.descriptions[: wordings or None] for expert in bank.experts]
+    flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
+    embeddings = [[next(flat) for _ in own] for own in texts]
+    kin_of = _kin(bank, suite, kin)
+    held = _held_out(kin_of, validation, torch.Generator().manual_seed(seed))
+    functional = None
+    if suite is not None:
+        model = bank.base.model.load(device, dtype)
+        objective = make_objective(bank.base.objective, bank.base.model.tokenizer(), bank.base.settings)
+        tasks = {task.key: task for task in suite}
+        missing = [name for name in bank.names if name not in tasks]
+        if missing:
+            raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
+        functional = TaskLoss(RowAdapters(model, layout), objective, space.to(model.device), [tasks[name] for name in bank.names])
+    data = FitData(
+        codes=torch.stack(codes),
+        deviations=torch.stack(deviations),
+        embeddings=embeddings,
+        conditioner=Conditioner.fit(bank.names, embeddings),
+        training=sorted(set(range(len(bank))) - set(held)),
+        validation=held,
+        kin=kin_of,
+        zero=space.zero.cpu(),
+        modules=space.parts,
+        functional=functional,
+    )
+    return Prepared(bank, space, data, embedder)
+
+
+def _kin(bank: AdapterBank, suite: TaskSuite | None, rule: str) -> list[list[int]]:
+    """For each expert those that an unseen task like its own would not have beside it, itself among them."""
+    tasks = {task.key: task for task in suite or ()}
+    marks: list[set[str]] = []
+    for name in bank.names:
+        found = {name}
+        if rule == "source":
+            found = {tasks[name].source}
+        elif rule == "texts":
+            found |= {example.input for example in tasks[name].split("train")}
+        marks.append(found)
+    of = {index: group for group in connected(marks) for index in group}
+    return [of[index] for index in range(len(bank))]
+
+
+def _held_out(kin: Sequence[Sequence[int]], share: float, rng: torch.Generator) -> list[int]:
+    """Experts held out for validation: whole groups of kin, as many as fit into the share."""
+    groups = sorted({tuple(group) for group in kin})
+    most = int(share * len(kin))
+    held: list[int] = []
+    for place in torch.randperm(len(groups), generator=rng).tolist():
+        if len(held) + len(groups[place]) <= most:
+            held += groups[place]
+    return sorted(held)
