@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from lorag.adapter import LoraAdapter
 from lorag.artifacts import read_json, write_json
 from lorag.bank import AdapterBank
-from lorag.experts import ExpertConfig, train_group
+from lorag.experts import train_group
 from lorag.fusion import fuse_experts
 from lorag.generator import LoraGenerator
 from lorag.merging import merge
 from lorag.preparation import find_bank, find_tasks
 from lorag.row_adapters import stack_adapters
+from lorag.sandbox.build import SandboxConfig
 from lorag.sandbox.grid import Cell, splits
 from lorag.support_examples import few_examples, learn_weights, tasks_of
 from lorag.tasks import Task, TaskSuite
@@ -34,7 +35,7 @@ from lorag.tasks import Task, TaskSuite
 RARE = 8  # training examples of the rare task of a long-tailed set
 LONG_TAILED = 4  # tasks of such a set
 RESAMPLES = 2000
-TRAINING = ExpertConfig(steps=80, batch=8, learning_rate=1e-2, checkpoints=1)
+TRAINING = replace(SandboxConfig().experts, checkpoints=1)  # as the bank's experts were trained
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
-    def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:
+    def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
         return fuse_experts(generator, world.bank, names, seed=seed, steps=world.steps, **more)
 
     made: dict[str, Callable[[], LoraAdapter]] = {
@@ -131,7 +132,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}
     others = list(world.bank.adapters(names[1:]))
 
-    def fused(**more: Any) -> LoraAdapter:
+    def fused(**more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
         own = {names[0]: expert}
         return fuse_experts(world.generator, world.bank, names, adapters=own, seed=seed, steps=world.steps, suite=suite, **more)
 

@@ -53,15 +53,15 @@ class HouseSettings(Settings):
     heads: int = 4
     hidden: int = 384
     dropout: float = 0.1
-    word_dropout: float = 0.0
-    noise: float = 0.0
+    word_dropout: float = 0.1
+    noise: float = 0.2
     view: int = 32
     temperature: float = 0.2
     offset: bool = True
-    steps: int = 120
+    steps: int = 400
     learning_rate: float = 1e-3
     batch: int = 64
-    functional: FunctionalSettings = field(default_factory=FunctionalSettings)
+    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1100, tasks=64, examples=2))
 
 
 class _Sum(nn.Module):
