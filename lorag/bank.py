@@ -69,7 +69,10 @@ class AdapterBank:
                 )
             return bank
         bank = cls(folder, base, ())
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BankError(f"{folder} cannot be made a bank", got=error.strerror or error, remedy="Choose another folder.") from error
         with bank._lock():
             made = (folder / _MANIFEST).exists()  # by another process, while this one waited
             if not made:

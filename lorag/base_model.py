@@ -110,9 +110,13 @@ class BaseModel:
             raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
         if dtype == "auto" and where.type == "cpu":
             dtype = "float32"
+        # torch's fused attention has a slow backward in half precision on a CPU: it took most of a training step.
+        attention = "eager" if where.type == "cpu" and dtype != "float32" else None
         loader = getattr(transformers, _CLASSES[self.kind])
         with self._failures(), quiet_loading():
-            model = loader.from_pretrained(locate(self.name), revision=self.revision or "main", dtype=dtype, use_safetensors=True)
+            model = loader.from_pretrained(
+                locate(self.name), revision=self.revision or "main", dtype=dtype, use_safetensors=True, attn_implementation=attention
+            )
         return model.requires_grad_(False).eval().to(where)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

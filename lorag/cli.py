@@ -44,11 +44,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
     strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
     generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
+    examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
+    refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
 ) -> None:
     """Turn a description into an adapter folder."""
     from lorag.generator import generate_lora
+    from lorag.tasks import read_pairs
 
-    adapter = generate_lora(description, generator=generator, seed=seed, strength=strength)
+    pairs = [] if examples is None else read_pairs(examples)
+    adapter = generate_lora(description, generator=generator, seed=seed, strength=strength, examples=pairs, refine_steps=refine_steps)
     folder = adapter.save_pretrained(out)
     nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")

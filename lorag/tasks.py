@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lorag.artifacts import parse_json, read_json, safe_name, write_atomically
 from lorag.errors import ArtifactError, DescriptionError, TaskError
 
-__all__ = ["Example", "Task", "TaskSuite", "check_description", "connected"]
+__all__ = ["Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
 
 MAX_DESCRIPTION = 4096
 _MAX_LINE = 1_000_000
@@ -261,6 +261,18 @@ def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: di
         if seen.setdefault((name, text), split) != split:
             raise TaskError(f"{where}: the same input is in train and test of {name}", got=repr(text[:60]), remedy="Remove one.")
         rows[name].append(Example(text, output, split))
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """Reads (input, output) pairs from JSON lines, for instance a few examples of a new task.
+
+    Raises:
+        TaskError: Naming the line, if one is not `{"input": ..., "output": ...}`.
+    """
+    path = Path(path)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        rows = [(row, f"{path}, line {number}") for number, row in _lines(file, path)]
+    return [(_field(row, "input", where, str), _field(row, "output", where, str)) for row, where in rows]
 
 
 def connected(marks: Sequence[Set[str]]) -> list[list[int]]:

@@ -378,3 +378,12 @@ def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, rand
     monkeypatch.setattr(module.AdapterBank, "_lock", slow)
     assert AdapterBank.create(tmp_path, BASE).names == ("first",)
     assert AdapterBank.from_pretrained(tmp_path).names == ("first",)
+
+
+def test_a_bank_cannot_be_where_a_file_is(bank, tmp_path):
+    """BankError names the folder; the file stays as it was."""
+    (tmp_path / "taken").write_text("mine")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "bank"):
+        with pytest.raises(BankError, match="taken"):
+            AdapterBank.create(folder, bank.base)
+    assert (tmp_path / "taken").read_text() == "mine"

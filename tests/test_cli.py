@@ -325,3 +325,21 @@ def test_train_from_the_command_line(lorag, refused, tmp_path):
     assert "other settings" in refused("train", *values, "seed=1")
     code, _, err = lorag("generate", "who signed this lease?", "--out", tmp_path / "a", "--generator", tmp_path / "g")
     assert code == 0, err
+
+
+def test_generate_takes_a_few_examples(lorag, refused, tmp_path):
+    """--examples with --refine-steps changes the adapter and says so in lorag.json; a broken file is named with its line."""
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"input": "The lease was signed in Leeds.", "output": "Leeds, per lease"}\n')
+    bad.write_text('{"input": "The lease was signed in Leeds.", "output": "Leeds"}\n{"input": "no output"}\n')
+    text = "in which town was the lease signed?"
+    for name, more in (("plain", ()), ("refined", ("--examples", good, "--refine-steps", 2))):
+        code, _, err = lorag("generate", text, "--out", tmp_path / name, *more)
+        assert code == 0, err
+    plain, refined = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "refined"))
+    assert plain.keys() == refined.keys()
+    assert any(not torch.equal(plain[key], refined[key]) for key in plain)
+    info = json.loads((tmp_path / "refined" / "lorag.json").read_text())
+    assert (info["examples"], info["refine_steps"]) == (1, 2)
+    assert "line 2" in refused("generate", text, "--out", tmp_path / "x", "--examples", bad)
+    assert "refine_steps" in refused("generate", text, "--out", tmp_path / "x", "--refine-steps", 3)

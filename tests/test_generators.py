@@ -37,6 +37,8 @@ QUICK = {
         "hidden": 128,
         "learning_rate": 3e-3,
         "dropout": 0.0,
+        "word_dropout": 0.0,
+        "noise": 0.0,
     },
     "multitask": {"steps": 10, "tasks": 8, "batch": 2},
 }

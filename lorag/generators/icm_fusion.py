@@ -15,12 +15,13 @@ from lorag.conditioning import Condition, mixture
 from lorag.errors import ConfigError, GeneratorError
 from lorag.functional import TaskLoss
 from lorag.generators.base import FitData, Generator, Settings, draw
-from lorag.models.cvae import Gaussian
-from lorag.models.fvae import FusionVae, standard_kl
+from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo
+from lorag.models.cvae import Gaussian, standard_normal
+from lorag.models.fvae import FusionVae
 from lorag.principal_codes import PrincipalCodes
 from lorag.training_loop import LoopSettings, TrainingLoop
 
-__all__ = ["IcmFusion", "IcmFusionSettings", "fvae_loss"]
+__all__ = ["IcmFusion", "IcmFusionSettings"]
 
 _CONDITIONS = ("description", "examples")
 
@@ -72,13 +73,6 @@ class IcmFusionSettings(Settings):
     temperature: float = 0.0
 
 
-def fvae_loss(target: Tensor, rebuilt: Tensor, posterior: Gaussian, kl: float) -> Tensor:
-    """MSE(l, l_rec) + λ KL(N(μ, σ²) ‖ N(0, I)) of codes (b, p); shapes must agree, as a broadcast pulls all to one mean."""
-    if target.shape != rebuilt.shape or target.dim() != 2 or len(posterior.mean) != len(target):
-        raise AssertionError(f"codes {tuple(rebuilt.shape)} against {tuple(target.shape)}, posterior {tuple(posterior.mean.shape)}")
-    return F.mse_loss(rebuilt, target) + kl * standard_kl(posterior).mean()
-
-
 class IcmFusion(Generator):
     """ICM-Fusion (arXiv 2508.04153): an F-VAE over codes, in principal coordinates of the bank.
 
@@ -95,7 +89,8 @@ class IcmFusion(Generator):
     settings_type = IcmFusionSettings
     settings: IcmFusionSettings
     network: FusionVae | None = None
-    space: PrincipalCodes
+    coordinates: PrincipalCodes
+    diagnostics: Diagnostics
     latents: Tensor
     spreads: Tensor
     vectors: Tensor
@@ -119,8 +114,8 @@ class IcmFusion(Generator):
             )
         device = loop.accelerator.device
         rows = list(data.training)
-        self.space = PrincipalCodes.fit(data.codes[rows], settings.coordinates)
-        x = self.space.to_coordinates(data.codes).to(device)
+        self.coordinates = PrincipalCodes.fit(data.codes[rows], settings.coordinates)
+        x = self.coordinates.to_coordinates(data.codes).to(device)
         means = data.conditioner.centroids
         if functional is not None and settings.condition == "examples":
             means = functional.task_vectors(range(len(data.codes))).cpu()
@@ -140,16 +135,14 @@ class IcmFusion(Generator):
         def reconstruction(_: nn.Module, step: int) -> Tensor:
             picks = training[torch.randint(len(training), (settings.batch,), generator=loop.rng)].tolist()
             target, v, noise = batch(picks)
-            rebuilt, posterior = network(target, v, noise)
-            return fvae_loss(target, rebuilt, posterior, settings.kl)
+            return negative_elbo(network(target, v, noise), target, settings.kl, each=True)
 
         def meta(_: nn.Module, step: int) -> Tensor:
             picks = training[torch.randperm(len(training), generator=loop.rng)[: settings.tasks]].tolist()
             target, v, noise = batch(picks)
-            start, _ = network(target, v, noise)
-            adapted = self.adapt(start, picks, _required(functional), f"{self.name}/{step}")
-            rebuilt, posterior = network(adapted, v, torch.randn(noise.shape, generator=loop.rng).to(device))
-            return fvae_loss(target, rebuilt, posterior, settings.kl)
+            adapted = self.adapt(network(target, v, noise).x, picks, _required(functional), f"{self.name}/{step}")
+            again = network(adapted, v, torch.randn(noise.shape, generator=loop.rng).to(device))
+            return negative_elbo(again, target, settings.kl, each=True)
 
         def decoded() -> Tensor:
             """Held-out experts, through their posterior's mean."""
@@ -172,6 +165,17 @@ class IcmFusion(Generator):
         self.network = network.requires_grad_(False).eval().cpu()
         posterior = self.encode(data.codes, self.vectors)
         self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
+        self.diagnostics = self._diagnose(Gaussian(posterior.mean[rows], posterior.log_variance[rows]), self.vectors[rows], data.zero)
+
+    def _diagnose(self, posterior: Gaussian, vectors: Tensor, zero: Tensor) -> Diagnostics:
+        """Whether the latents are used; norms count from the code `zero` (c,) of no change."""
+        network, rng, spreads = self._fitted(), torch.Generator().manual_seed(0), []
+        for vector in vectors[:16]:
+            with torch.no_grad():
+                codes = self.decode(torch.randn(8, network.latent, generator=rng), vector.expand(8, -1)) - zero
+            spreads.append(torch.pdist(codes).mean() / codes.mean(0).norm().clamp_min(1e-12))
+        kl = gaussian_kl(posterior, standard_normal(posterior.mean, network.latent)).mean(0)
+        return Diagnostics(kl, posterior.mean.var(0, correction=0), torch.stack(spreads).mean().item())
 
     def _start(self, elements: int, vector: int, loop: TrainingLoop) -> FusionVae:
         self.sizes = (elements, vector)
@@ -202,13 +206,13 @@ class IcmFusion(Generator):
 
     def to_codes(self, coordinates: Tensor) -> Tensor:
         """Codes (..., c) of principal coordinates (..., p), on their device."""
-        space = self.space
-        return PrincipalCodes(space.mean.to(coordinates.device), space.basis.to(coordinates.device), space.scale).to_codes(coordinates)
+        own, device = self.coordinates, coordinates.device
+        return PrincipalCodes(own.mean.to(device), own.basis.to(device), own.scale).to_codes(coordinates)
 
     def encode(self, codes: Tensor, vectors: Tensor) -> Gaussian:
         """Posteriors (b, z) of codes (b, c) beside their tasks' standardised vectors (b, v)."""
         with torch.no_grad():
-            return self._fitted().encode(self.space.to_coordinates(codes), vectors)
+            return self._fitted().encode(self.coordinates.to_coordinates(codes), vectors)
 
     def decode(self, latents: Tensor, vectors: Tensor) -> Tensor:
         """Codes (b, c) of latents (b, z) beside standardised vectors (b, v); gradients reach both."""
@@ -242,21 +246,34 @@ class IcmFusion(Generator):
 
     # --- files ---------------------------------------------------------------------------------------------------
 
+    def size(self) -> int:
+        """Number of parameters of the network and of values known of the experts; its coordinates are a base, as a weight space is."""
+        return sum(tensor.numel() for tensor in (*self._fitted().parameters(), self.latents, self.spreads, self.vectors))
+
     def tensors(self) -> dict[str, Tensor]:
-        """The network, the coordinates, and what is known of each expert."""
+        """The network, the coordinates, diagnostics, and what is known of each expert."""
         known = {"latents": self.latents, "spreads": self.spreads, "vectors": self.vectors, "centre": self.centre, "scale": self.scale}
-        known |= {f"network.{name}": value for name, value in self._fitted().state_dict().items()}
-        return known | {f"space.{name}": value for name, value in self.space.tensors().items()} | {"sizes": torch.tensor(self.sizes)}
+        parts = {
+            "network": self._fitted().state_dict(),
+            "coordinates": self.coordinates.tensors(),
+            "diagnostics": self.diagnostics.tensors(),
+        }
+        found = {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
+        return {**known, **found, "sizes": torch.tensor(self.sizes)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Builds the network and puts everything back."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(f"{prefix}."): value.float() for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+
         try:
             self.sizes = tuple(tensors["sizes"].tolist())
             with torch.device("meta"):
                 network = FusionVae(*self.sizes, latent=self.settings.latent, width=self.settings.width)
-            state = {name.removeprefix("network."): value.float() for name, value in tensors.items() if name.startswith("network.")}
-            network.load_state_dict(state, assign=True)
-            self.space = PrincipalCodes.from_tensors({name: tensors[f"space.{name}"] for name in ("mean", "basis", "scale")})
+            network.load_state_dict(part("network"), assign=True)
+            self.coordinates = PrincipalCodes.from_tensors(part("coordinates"))
+            self.diagnostics = Diagnostics.from_tensors(part("diagnostics"))
             self.latents, self.spreads, self.vectors = (tensors[name].float() for name in ("latents", "spreads", "vectors"))
             self.centre, self.scale = tensors["centre"].float(), tensors["scale"].float()
         except (KeyError, RuntimeError, TypeError) as error:

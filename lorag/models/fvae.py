@@ -8,15 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorag.models.cvae import Gaussian, gaussian
+from lorag.models.cvae import Gaussian, Reconstruction, gaussian, standard_normal
 
-__all__ = ["FusionVae", "standard_kl"]
-
-
-def standard_kl(posterior: Gaussian) -> Tensor:
-    """KL(N(μ, σ²) ‖ N(0, I)) of each row (b,), in nats, summed over latents."""
-    mean, log_variance = posterior
-    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(-1)
+__all__ = ["FusionVae"]
 
 
 class FusionVae(nn.Module):
@@ -53,10 +47,10 @@ class FusionVae(nn.Module):
         """Codes (b, p) of latents z (b, z) and task vectors v (b, v)."""
         return self.outward(z) + self.decoder(torch.cat([z, v], -1))
 
-    def forward(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Gaussian]:
-        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z); gives the posterior too."""
+    def forward(self, x: Tensor, v: Tensor, noise: Tensor) -> Reconstruction:
+        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z); the prior is N(0, I)."""
         posterior = self.encode(x, v)
-        return self.decode(posterior.sample(noise), v), posterior
+        return Reconstruction(self.decode(posterior.sample(noise), v), posterior, standard_normal(v, self.latent))
 
 
 def _perceptron(inward: int, width: int, outward: int) -> nn.Sequential:

@@ -1,0 +1,164 @@
+"""Preparation and attention over experts: who is hidden from whom while training tasks play the unseen."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+
+from lorag.derived_tasks import derive
+from lorag.errors import ConfigError
+from lorag.generators import generator_type
+from lorag.models.expert_attention import ExpertAttention
+from lorag.preparation import prepare
+from lorag.tasks import Example, Task, TaskSuite, connected
+from lorag.training import fit_generator
+from lorag.training_loop import TrainingLoop
+
+SMALL = {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory, tiny_models, tokenizer):
+    base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+    return make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING[:8])
+
+
+def _suite(sources=None, shared=()):
+    """The bank's tasks; sources by number, and pairs of tasks of which the second also has the first's texts."""
+    tasks = list(make_suite(TRAINING[:8]))
+    if sources:
+        tasks = [Task(t.name, t.suite, t.descriptions, None, t.license, s, t.examples) for t, s in zip(tasks, sources, strict=True)]
+    for first, second in shared:
+        seen = {example.input for example in tasks[second].examples}
+        more = tuple(e for e in tasks[first].split("train")[:2] if e.input not in seen)
+        t = tasks[second]
+        tasks[second] = Task(t.name, t.suite, t.descriptions, None, t.license, t.source, t.examples + more)
+    return TaskSuite(tasks)
+
+
+def _prepare(bank, **more):
+    return prepare(bank, WordEmbedder(), k=20, device="cpu", quiet=True, **more)
+
+
+def _fit(prepared, **settings):
+    method = generator_type("house").with_settings({**SMALL, **settings})
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    return fit_generator(prepared, method, loop, rank=8, strength=1.0, origin={})
+
+
+def test_connected_groups_share_marks_through_others():
+    """a-b and b-c make one group of three; what shares nothing stays alone."""
+    assert connected([{"a"}, {"x"}, {"a", "b"}, {"b"}, set()]) == [[0, 2, 3], [1], [4]]
+
+
+def test_kin_is_what_an_unseen_task_would_not_have_beside_it(bank):
+    """By task only itself, by texts those that share some, by source all of it."""
+    alone = _prepare(bank, suite=_suite()).data.kin
+    assert [list(group) for group in alone] == [[i] for i in range(8)]
+    texts = _prepare(bank, suite=_suite(shared=[(0, 3)]), kin="texts").data.kin
+    assert list(texts[0]) == list(texts[3]) == [0, 3] and list(texts[1]) == [1]
+    source = _prepare(bank, suite=_suite(sources="aabbccdd"), kin="source").data.kin
+    assert [list(group) for group in source] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5], [6, 7], [6, 7]]
+
+
+def test_kin_is_held_out_together_within_the_share(bank):
+    """Validation never splits a source, and never exceeds its share."""
+    for seed in range(5):
+        data = _prepare(bank, suite=_suite(sources="aaabbccd"), kin="source", validation=0.4, seed=seed).data
+        assert 0 < len(data.validation) <= 3
+        for index in data.validation:
+            assert set(data.kin[index]) <= set(data.validation)
+        assert set(data.training) | set(data.validation) == set(range(8)) and not set(data.training) & set(data.validation)
+
+
+def test_kin_needs_a_suite_and_a_known_rule(bank):
+    """Texts and sources are in the suite; without one there is an error and no guess."""
+    with pytest.raises(ConfigError, match="kin"):
+        _prepare(bank, kin="texts")
+    with pytest.raises(ConfigError, match="kin"):
+        _prepare(bank, suite=_suite(), kin="family")
+
+
+def test_attention_gives_hidden_experts_nothing_and_the_rest_all():
+    """Weights sum to one over the experts that may be seen; a peaked temperature picks the described one."""
+    rng = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(5, 16, generator=rng), dim=-1)
+    codes = torch.randn(5, 6, generator=rng)
+    torch.manual_seed(0)
+    attention = ExpertAttention(keys, codes, torch.zeros(6), [2, 4], width=64, temperature=0.01, offset=False)
+    with torch.no_grad():
+        assert torch.allclose(attention(keys), codes, atol=1e-3)
+        hidden = torch.eye(5, dtype=torch.bool)
+        weights = attention.weights(keys, hidden)
+        assert torch.equal(weights.diagonal(), torch.zeros(5)) and torch.allclose(weights.sum(1), torch.ones(5))
+        attention.strength[1] = torch.tensor(2.0).log()
+        assert torch.allclose(attention(keys)[:, 2:], 2 * codes[:, 2:], atol=1e-2)
+
+
+@pytest.mark.parametrize("source", ["experts", "both"])
+def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypatch):
+    """While house learns, no task sees an expert of its kin or of the validation tasks; at use all are seen."""
+    prepared = _prepare(bank, suite=_suite(shared=[(0, 3)]), kin="texts", validation=0.2)
+    seen = []
+    whole = ExpertAttention.weights
+
+    def weights(self, pooled, hidden=None):
+        found = whole(self, pooled, hidden)
+        seen.append((found.detach(), hidden))
+        return found
+
+    monkeypatch.setattr(ExpertAttention, "weights", weights)
+    generator = _fit(prepared, source=source, width=16, queries=2, layers=1, heads=2, hidden=16)
+    held = list(prepared.data.validation)
+    assert len(held) == 1 and len(seen) > 6
+    for found, hidden in seen:
+        assert hidden is not None and hidden[:, held].all() and not found[hidden].any()
+        for row in hidden:
+            kin = set(row.nonzero().flatten().tolist()) - set(held)
+            assert kin in [set(prepared.data.kin[i]) - set(held) for i in range(8)]
+    seen.clear()
+    generator.generate("paint the red dog")
+    assert [hidden for _, hidden in seen] == [None]
+
+
+def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):
+    """Opened again, it writes the same ΔW."""
+    from lorag.generator import LoraGenerator
+
+    generator = _fit(_prepare(bank, suite=_suite()), source="both", width=16, queries=2, layers=1, heads=2, hidden=16)
+    generator.save_pretrained(tmp_path / "g")
+    opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
+    mine, other = (one.generate("red dog please") for one in (generator, opened))
+    for name in mine.layout.names:
+        assert torch.equal(mine.delta(name), other.delta(name))
+
+
+def test_an_unknown_source_is_refused():
+    """With the key and the choices."""
+    with pytest.raises(ConfigError, match="settings.source"):
+        generator_type("house").with_settings({"source": "stars"})
+
+
+def test_derived_suites_keep_together_what_shares_texts_or_a_source(tmp_path):
+    """Subsets are on their task's side; by source, all of a source is."""
+    labels = [f"label {i}" for i in range(7)]
+    tasks = []
+    for number in range(8):
+        rows = tuple(
+            Example(f"text {number} {i}", labels[i % 7], split)
+            for split in ("train", "test")
+            for i in range(100 * (split == "test"), 200)
+            if (i < 100) == (split == "train")
+        )
+        tasks.append(Task(f"task{number}", "s", (f"tell them apart {number}",), tuple(labels), "MIT", f"source {number % 4}", rows))
+    TaskSuite(tasks).save(tmp_path / "in")
+    for by in ("source", "texts"):
+        derive(tmp_path / "in", tmp_path / by, by=by, subsets=2, held_out=0.4, seed=1)
+        train, test = (TaskSuite.from_folder(tmp_path / by, split) for split in ("train", "test"))
+        assert len(train) + len(test) == 24 and len(test) > 0
+        texts = [{example.input for task in suite for example in task.examples} for suite in (train, test)]
+        assert texts[0].isdisjoint(texts[1])
+        sources = [{task.source for task in suite} for suite in (train, test)]
+        assert sources[0].isdisjoint(sources[1]) == (by == "source")
+    with pytest.raises(ConfigError, match="by"):
+        derive(tmp_path / "in", tmp_path / "out", by="luck")
