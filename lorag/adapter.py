@@ -7,6 +7,7 @@ an error, on reading and on writing, and shapes are judged from the file's heade
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,26 @@ import torch
 from torch import Tensor
 
 from lorag import __version__
-from lorag.adapter_checks import CONFIG, KEY, MAX_RANK, PROVENANCE, WEIGHTS, Factors, check_alpha, check_config, check_spec, fold
-from lorag.artifacts import read_json, write_json
-from lorag.errors import AdapterError, BaseModelError, LayoutError
+from lorag.adapter_checks import CONFIG, KEY, MAX_RANK, PROVENANCE, WEIGHTS, Factors, check_alpha
+from lorag.adapter_folder import own_layout, read_facts
+from lorag.adapter_reading import AdapterParts, read_folder
+from lorag.artifacts import replace_together, write_json
+from lorag.base_model import BaseModel, kind_of
+from lorag.errors import AdapterError, BaseModelError, LayoutError, NonFiniteError, NormRangeError, RankRangeError
+from lorag.hub import fetch
 from lorag.layout import LoraLayout
-from lorag.tensor_files import load_tensors, read_header, save_tensors
+from lorag.model_card import CARD, adapter_card, own_card, write_card
+from lorag.portability import Facts, check_portability
+from lorag.publishing import push_files, require_public
+from lorag.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
 __all__ = ["Factors", "LoraAdapter"]
+
+_LARGEST = 1e9  # of any value: with it products, and their squares, stay far from the largest fp32 and fp64
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,21 @@ class LoraAdapter:
         self.layout.check_factors(self.factors)
         ranks = {rows.shape[0] for rows, _ in self.factors.values()}
         if len(ranks) != 1 or not 1 <= next(iter(ranks)) <= MAX_RANK:
-            raise AdapterError("an adapter must have one rank", got=sorted(ranks), expected=f"one rank from 1 to {MAX_RANK}")
+            raise RankRangeError("an adapter must have one rank", got=sorted(ranks), expected=f"one rank from 1 to {MAX_RANK}")
         check_alpha(self.alpha, "lora_alpha")
         for name, pair in self.factors.items():
             for factor, tensor in zip("AB", pair, strict=True):
-                if not torch.isfinite(tensor).all():
-                    raise AdapterError(
+                largest = tensor.abs().amax()  # NaN if one value is
+                if not torch.isfinite(largest):
+                    raise NonFiniteError(
                         f"factor {factor} of {name} holds NaN or infinite values",
                         remedy="Train or export the adapter again; it would poison the base model.",
+                    )
+                if largest > _LARGEST:
+                    raise NormRangeError(
+                        f"factor {factor} of {name} holds absurdly large values",
+                        got=f"{largest.item():.3g}",
+                        expected=f"at most {_LARGEST:g}",
                     )
 
     @property
@@ -99,11 +116,14 @@ class LoraAdapter:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes a PEFT adapter folder in the portable profile: one r, one lora_alpha, no bias, sorted keys.
 
+        Beside it lie lorag.json, which says how it came about, and README.md, a model card made from that. A README.md
+        that somebody wrote stays.
+
         Returns:
             The folder.
 
         Raises:
-            StorageError: If writing fails; an adapter that was there before is then intact or incomplete, never mixed.
+            StorageError: If writing fails; an adapter that was there before is then intact.
         """
         from peft import LoraConfig
 
@@ -120,10 +140,22 @@ class LoraAdapter:
         ).to_dict()
         config["target_modules"] = sorted(target)
         config["peft_type"] = "LORA"
-        save_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
-        write_json(folder / PROVENANCE, {"kind": "adapter", "lorag": __version__, **self.info})
-        write_json(folder / CONFIG, config)  # last: PEFT reads no folder without it
+
+        def write(staging: Path) -> None:
+            save_tensors(staging / WEIGHTS, self.state_dict(), {"format": "pt"})
+            write_json(staging / PROVENANCE, {"kind": "adapter", "lorag": __version__, **self.info})
+            write_json(staging / CONFIG, config)
+            if own_card(folder) is None:
+                write_card(staging, self._card(config))
+
+        replace_together(folder, write, CONFIG)  # PEFT reads no folder without its config
         return folder
+
+    def _card(self, config: Mapping[str, Any]) -> str:
+        facts = Facts(config, {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in self.state_dict().items()})
+        fits = [f"{verdict.target}: {verdict.line()}" for verdict in check_portability(facts)]
+        targets = self.layout.target_modules
+        return adapter_card(self.info, base_model=self.base_model, rank=self.rank, alpha=self.alpha, modules=targets, fits=fits)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors under the names that PEFT writes."""
@@ -134,31 +166,64 @@ class LoraAdapter:
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, layout: LoraLayout, *, allow_missing: bool = False) -> LoraAdapter:
-        """Reads a PEFT adapter folder and folds its scalings into one rank and one lora_alpha.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        layout: LoraLayout | None = None,
+        *,
+        allow_missing: bool = False,
+        ignore_extra: bool = False,
+        revision: str | None = None,
+    ) -> LoraAdapter:
+        """Reads a PEFT adapter, from a folder or the hub, and folds its scalings into one rank and one lora_alpha.
 
         Args:
-            folder: Holds adapter_config.json and adapter_model.safetensors.
-            layout: The layout of the base model that it must fit.
+            path: Folder with adapter_config.json and adapter_model.safetensors, or a hub id such as user/name.
+            layout: The layout of the base model that it must fit. Without one, the modules are those of its own tensors;
+                whether a base model has just these is then checked by `apply_to`.
             allow_missing: Whether modules of the layout without tensors count as unchanged.
+            ignore_extra: Whether factors of modules outside of the layout are left out.
+            revision: Revision on the hub.
 
         Raises:
-            AdapterError: If anything about it differs from plain LoRA on this layout.
+            AdapterError: If anything about it differs from plain LoRA on this layout; see `lorag.adapter_reading`.
+            ArtifactError: If there is no such folder or repository, or a file is not what it should be.
         """
-        folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise AdapterError(f"{folder} is no PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
-        config = read_json(folder / CONFIG)
-        scalings = check_config(config, layout, folder)
-        if not (folder / WEIGHTS).is_file():
-            raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
-        spec, _ = read_header(folder / WEIGHTS)
-        found = check_spec(spec, layout, scalings, folder, allow_missing)
-        tensors = load_tensors(folder / WEIGHTS)
-        pairs = {name: (tensors[a], tensors[b]) for name, (a, b) in found.items()}
-        info = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-        folded, alpha = fold(pairs, scalings, layout)
-        return cls(layout, folded, alpha, config.get("base_model_name_or_path"), config.get("task_type"), info)
+        folder = fetch(path, "adapter", revision)
+        if layout is None:
+            facts = read_facts(folder, values=False)
+            layout = own_layout(facts.config, facts.spec, folder)
+        return cls.from_parts(read_folder(folder, layout, allow_missing=allow_missing, ignore_extra=ignore_extra), layout)
+
+    @classmethod
+    def from_parts(cls, parts: AdapterParts, layout: LoraLayout) -> LoraAdapter:
+        """The adapter of what was read from a folder."""
+        return cls(
+            layout, parts.factors, parts.alpha, parts.config.get("base_model_name_or_path"), parts.config.get("task_type"), parts.info
+        )
+
+    def push_to_hub(self, repository: str, *, base_model: str | None = None, private: bool = True, readme: str | None = None) -> str:
+        """Publishes the adapter, as `save_pretrained` writes it, and returns the commit's address.
+
+        Args:
+            repository: Hub id user/name; made if there is none.
+            base_model: The base model's hub id, where the adapter names a local folder.
+            private: Whether a new repository is private.
+            readme: A model card of one's own; by default lorag makes one.
+
+        Raises:
+            BaseModelError: If the base model is named by a folder of this machine.
+            StorageError: If the upload fails.
+        """
+        named = self.base_model if base_model is None else base_model
+        if named is not None:
+            require_public(named, "Give base_model=HUB_ID, or --base-model, under which others find it.")
+        published = LoraAdapter(self.layout, self.factors, self.alpha, named, self.task_type, self.info)
+        with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
+            folder = published.save_pretrained(Path(staging))
+            card = (folder / CARD).read_text(encoding="utf-8")
+            names = (CONFIG, WEIGHTS, PROVENANCE)
+            return push_files(folder, names, card, repository, kind="adapter", private=private, readme=readme)
 
     # --- use -----------------------------------------------------------------------------------------------------
 
@@ -179,12 +244,9 @@ class LoraAdapter:
         from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
         if model is None:
-            from lorag.base_model import BaseModel
-
             if self.base_model is None:
                 raise BaseModelError("the adapter names no base model", remedy="Pass the model to apply_to.")
-            kind = "causal_lm" if self.task_type == "CAUSAL_LM" else "seq2seq_lm" if self.task_type == "SEQ_2_SEQ_LM" else "encoder"
-            model = BaseModel(self.base_model, kind).load()
+            model = BaseModel(self.base_model, kind_of(self.base_model, task_type=self.task_type)).load()
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
@@ -194,7 +256,7 @@ class LoraAdapter:
             inference_mode=True,
         )
         bare = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._check_base(bare)  # before PEFT wraps anything: a refused model stays as it was
+        self.check_base(bare)  # before PEFT wraps anything: a refused model stays as it was
         if isinstance(model, PeftModel):
             if name in model.peft_config:
                 model.delete_adapter(name)
@@ -212,7 +274,7 @@ class LoraAdapter:
         wrapped.set_adapter(name, inference_mode=True)
         return wrapped.eval()
 
-    def _check_base(self, bare: nn.Module) -> None:
+    def check_base(self, bare: nn.Module) -> None:
         """Raises BaseModelError unless the adapter's targets name just the modules of its layout in a base model."""
         what, expected = f"{type(bare).__name__} is not the adapter's base model", self.base_model or "the model that it was made for"
         try:

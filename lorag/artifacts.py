@@ -1,4 +1,4 @@
-"""Files: safe names and paths, atomic writes, manifests with checksums, limits read from headers before allocation.
+"""Files: safe names and paths, strict JSON within limits, manifests with checksums.
 
 Only safetensors and JSON are written here, and nothing else is read. A folder is complete when its manifest exists,
 because the manifest is written last.
@@ -6,26 +6,24 @@ because the manifest is written last.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorag.errors import ArtifactError, StorageError
-
-if TYPE_CHECKING:
-    pass
+from lorag.atomic_files import finish_replacing, replace_together, write_atomically, writing
+from lorag.errors import ArtifactError, FormatVersionError, NonFiniteError
+from lorag.plain_files import check_part, is_foreign_link, looks_like, read_bounded
 
 __all__ = [
     "check_manifest",
     "embedded",
+    "finish_replacing",
     "read_json",
+    "replace_together",
     "require_name",
     "resolve_inside",
     "safe_name",
@@ -34,26 +32,34 @@ __all__ = [
     "write_atomically",
     "write_json",
     "write_manifest",
+    "writing",
 ]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MAX_JSON = 64 * 2**20
+_MAX_VALUES = 4_000_000  # of one file; each takes up to 64 bytes, however short its text
+_MAX_DEPTH = 64
+_LONGEST_PATH = 1024
 
 
 def require_name(name: str, what: str = "name") -> str:
     """Returns `name` if it can safely name a file, an expert or a task.
 
     Raises:
-        ArtifactError: If it holds anything but lower-case letters, digits, `_` and `-`.
+        ArtifactError: If it holds anything but lower-case letters, digits, `_` and `-`, or names a device under Windows.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _is_safe(name):
         raise ArtifactError(
             f"{what} cannot be used",
             got=repr(name)[:80],
-            expected="1 to 64 of a-z, 0-9, _ and -, the first a letter or digit",
+            expected="1 to 64 of a-z, 0-9, _ and -, the first a letter or digit, and no device of Windows such as con or nul",
             remedy="Rename it.",
         )
     return name
+
+
+def _is_safe(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and check_part(name) is None
 
 
 def slug(text: str) -> str:
@@ -64,56 +70,33 @@ def slug(text: str) -> str:
 
 def safe_name(text: str) -> str:
     """Returns `text` if it is a safe name already, else its slug."""
-    return text if _NAME.fullmatch(text) else slug(text)
+    return text if _is_safe(text) else slug(text)
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
     """Returns `root / relative`, which must be a plain path below `root` that passes through no link.
 
+    The rules of POSIX and of Windows hold on every system, so that a folder means the same everywhere.
+
     Raises:
-        ArtifactError: If it is absolute, has a drive, a backslash or `..`, or if a link is on the way.
+        ArtifactError: If it is absolute, has a drive, a backslash, `..` or a part that is no plain name everywhere, or if a
+            link is on the way.
     """
-    parts = relative.split("/")
-    if not relative or "\\" in relative or ":" in relative or "\0" in relative or any(p in ("", ".", "..") for p in parts):
-        raise ArtifactError(f"a path in {root} leaves its folder", got=repr(relative)[:80], expected="a plain relative path")
+    if not isinstance(relative, str) or len(relative) > _LONGEST_PATH:
+        raise ArtifactError(f"a path in {root} cannot be used", got=repr(relative)[:80], expected="a plain relative path")
     path = root
-    for part in parts:
+    for part in relative.split("/"):
+        wrong = check_part(part)
+        if wrong is not None:
+            raise ArtifactError(
+                f"a path in {root} leaves its folder or names no plain file",
+                got=f"{relative!r:.80} with {wrong}",
+                expected="a plain relative path",
+            )
         path = path / part
-        try:
-            linked = path.is_symlink()
-        except OSError as error:  # a name longer than the file system takes
-            raise ArtifactError(f"a path in {root} cannot be used", got=repr(relative)[:80]) from error
-        if linked:
+        if is_foreign_link(path):
             raise ArtifactError("a link was found where a file belongs", got=path, remedy="Replace it by the file itself.")
     return path
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"writing {path} failed: {error.strerror or error}",
-            remedy="Free space or choose another folder; what was written before is intact.",
-        ) from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary sibling of `path`, flushes it to disk and renames it into place."""
-    with _storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-        os.close(handle)
-        sibling = Path(name)
-        try:
-            write(sibling)
-            with sibling.open("rb+") as file:
-                os.fsync(file.fileno())
-            sibling.chmod(0o644)
-            sibling.replace(path)
-        finally:
-            sibling.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -133,60 +116,85 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class _NotFiniteError(ValueError):
+    """A number that no setting may be."""
+
+
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+    raise _NotFiniteError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise _NotFiniteError(f"{text[:20]} is no finite number")
     return number
 
 
-def parse_json(text: str | bytes, origin: object) -> Any:  # noqa: ANN401 - JSON is any value
+def parse_json(text: str | bytes, origin: object, most: int = _MAX_VALUES) -> Any:  # noqa: ANN401 - JSON is any value
     """Parses JSON strictly: no NaN, no infinity (nor a number too large for a float, such as 1e999), no key twice."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")  # json would also take UTF-16
+        if text.count(",") + text.count("[") + text.count("{") > most:
+            raise ValueError(f"more than {most} values")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except _NotFiniteError as error:
+        raise NonFiniteError(f"{origin} is not valid JSON", got=str(error)[:120], remedy="Replace it by a number.") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{origin} is not valid JSON", got=str(error)[:120]) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object strictly.
+def read_json(path: Path, most: int = _MAX_JSON) -> dict[str, Any]:
+    """Reads a JSON object of at most `most` bytes strictly.
 
     Raises:
-        ArtifactError: If the file is missing, too large, not UTF-8, not strict JSON or not an object.
+        ArtifactError: If the file is missing, no plain file, too large, not UTF-8, not strict JSON, nested too deeply or not
+            an object.
     """
-    if not path.is_file():
-        raise ArtifactError("a file is missing", got=path)
-    if path.stat().st_size > _MAX_JSON:
-        raise ArtifactError(f"{path} is too large for a JSON file", got=f"{path.stat().st_size} bytes", expected=f"at most {_MAX_JSON}")
+    raw = read_bounded(path, most)
+    if not re.match(rb"\s*[{\[]", raw):
+        raise ArtifactError(f"{path} is not valid JSON", got=looks_like(raw[:64]), expected="a JSON object")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8 text", got=str(error)[:120]) from error
     value = parse_json(text, path)
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds no JSON object", got=type(value).__name__)
-    return value
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (child.values() if isinstance(child, dict) else child for child in level)
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return value
+    raise ArtifactError(f"{path} is nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read", got=error.strerror or error) from error
 
 
-def write_manifest(folder: Path, name: str, fields: Mapping[str, object], files: list[str]) -> None:
-    """Writes `folder/name` last: the fields, and size and sha256 of each file. Its existence means complete."""
-    listed = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)} for file in sorted(files)}
+def write_manifest(
+    folder: Path, name: str, fields: Mapping[str, object], files: list[str], known: Mapping[str, Mapping[str, object]] | None = None
+) -> None:
+    """Writes `folder/name` last: the fields, and size and sha256 of each file. Its existence means complete.
+
+    Files whose size and sha256 are `known` from the manifest before are not read again: what was damaged since stays noticed.
+    """
+    listed = {
+        file: (known or {}).get(file) or {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
+        for file in sorted(files)
+    }
     write_json(folder / name, {**fields, "files": listed})
 
 
-def check_manifest(folder: Path, name: str, kind: str, version: int) -> dict[str, Any]:
-    """Reads a manifest and checks kind, format version, and every listed file's size and checksum.
+def check_manifest(folder: Path, name: str, kind: str, version: int, *, contents: bool = True) -> dict[str, Any]:
+    """Reads a manifest and checks kind, format version, and every listed file's size and, with `contents`, checksum.
 
     Raises:
         ArtifactError: If the folder is not a complete `kind` of a known version, or a file differs.
@@ -195,7 +203,7 @@ def check_manifest(folder: Path, name: str, kind: str, version: int) -> dict[str
         raise ArtifactError(f"{folder} is not a complete lorag {kind}", got=f"no {name}", remedy="Check the path, or build it again.")
     manifest = read_json(folder / name)
     if manifest.get("kind") != kind or manifest.get("format") != version:
-        raise ArtifactError(
+        raise (FormatVersionError if manifest.get("kind") == kind else ArtifactError)(
             f"{folder / name} cannot be read",
             got=f"kind {str(manifest.get('kind'))[:40]!r}, format {str(manifest.get('format'))[:20]}",
             expected=f"kind {kind!r}, format {version}",
@@ -210,7 +218,7 @@ def check_manifest(folder: Path, name: str, kind: str, version: int) -> dict[str
             not isinstance(entry, dict)
             or not path.is_file()
             or path.stat().st_size != entry.get("bytes")
-            or sha256(path) != entry.get("sha256")
+            or (contents and sha256(path) != entry.get("sha256"))
         ):
             raise ArtifactError(f"{path} is missing or differs from its manifest", remedy="Copy or build the folder again.")
     return manifest

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from torch import Tensor
 
 from lorag.adapter import LoraAdapter
 from lorag.artifacts import check_manifest, require_name, resolve_inside, write_manifest
-from lorag.bank_entries import PRECISIONS, BankBase, Expert, known_details, stack_checkpoints, texts
+from lorag.bank_entries import BankBase, Expert, known_details, texts
+from lorag.bank_shards import PRECISIONS, ShardReader, check_shard, stack_checkpoints
 from lorag.base_model import TASK_TYPES
-from lorag.errors import BankError, LoragError
+from lorag.errors import BankError, LoragError, StorageError
 from lorag.hub import fetch
 from lorag.merging import merge
+from lorag.model_card import bank_card
+from lorag.publishing import push_files, require_public
 from lorag.tasks import check_description
-from lorag.tensor_files import TensorSpec, read_header, save_tensors
+from lorag.tensor_files import save_tensors
 
 __all__ = ["AdapterBank", "BankBase", "Expert"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
-_STORED = ("F32", "F16", "I8")
 
 
 class AdapterBank:
@@ -40,13 +40,16 @@ class AdapterBank:
         folder: Where it is stored.
         base: What its experts share.
         experts: Their entries.
+        files: Size and sha256 of the shards, as the manifest has them.
     """
 
-    def __init__(self, folder: Path, base: BankBase, experts: Sequence[Expert]) -> None:
+    def __init__(
+        self, folder: Path, base: BankBase, experts: Sequence[Expert], files: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         self.folder, self.base = folder, base
-        self.experts = tuple(experts)
+        self.experts, self.files = tuple(experts), dict(files or {})
         self._by_name = {expert.name: expert for expert in self.experts}
-        self._shards: dict[str, Any] = {}
+        self._shards = ShardReader(folder, base.layout)
 
     # --- open and create -----------------------------------------------------------------------------------------
 
@@ -87,58 +90,53 @@ class AdapterBank:
             ArtifactError: If it is not a complete bank of a known format.
             BankError: If an entry contradicts its shard.
         """
-        folder = fetch(path, "bank", revision)
-        manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
+        bank = cls._open(fetch(path, "bank", revision), contents=True)
+        for file, experts in bank._by_file().items():
+            check_shard(bank.folder, file, experts, bank.base.layout)
+        return bank
+
+    @classmethod
+    def _open(cls, folder: Path, *, contents: bool) -> AdapterBank:
+        """Reads the manifest; with `contents`, every file's checksum is compared, which takes as long as reading the bank."""
+        manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT, contents=contents)
         try:
             experts = [Expert(**{**entry, "descriptions": tuple(texts(entry["descriptions"]))}) for entry in manifest["experts"]]
         except (KeyError, TypeError) as error:
             raise BankError(f"{folder / _MANIFEST} has an unreadable entry", got=repr(error)[:120]) from error
-        bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts)
+        bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts, manifest["files"])
         if len(bank._by_name) != len(experts):
             raise BankError(f"{folder / _MANIFEST} names an expert twice")
-        for file in sorted({expert.file for expert in experts}):
-            if file not in manifest["files"]:
-                raise BankError(f"{folder / _MANIFEST} has no checksum of a shard", got=file[:80])
-            bank._check_shard(file)
+        unknown = sorted(bank._by_file().keys() - bank.files.keys())
+        if unknown:
+            raise BankError(f"{folder / _MANIFEST} has no checksum of a shard", got=unknown[0][:80])
         return bank
+
+    def _by_file(self) -> dict[str, list[Expert]]:
+        found: dict[str, list[Expert]] = {}
+        for expert in self.experts:
+            found.setdefault(expert.file, []).append(expert)
+        return found
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        lock = FileLock(self.folder / ".lock", timeout=120)
         try:
-            with FileLock(self.folder / ".lock", timeout=120):
-                yield
+            lock.acquire()
         except Timeout as error:
             raise BankError(f"{self.folder} is locked by another process", remedy="Wait for it to finish.") from error
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be locked: {error.strerror or error}", remedy="Is it writable?") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _write(self) -> None:
+    def _write(self) -> AdapterBank:
+        """Writes the manifest and returns the bank as it now is. Shards that the manifest before listed are not read again."""
         entries = [{**asdict(expert), "descriptions": list(expert.descriptions)} for expert in self.experts]
-        files = sorted({expert.file for expert in self.experts})
         fields = {"kind": _KIND, "format": _FORMAT, "base": self.base.to_dict(), "experts": entries}
-        write_manifest(self.folder, _MANIFEST, fields, files)
-
-    def _check_shard(self, file: str) -> None:
-        spec, _ = read_header(resolve_inside(self.folder, file))
-        mine = [expert for expert in self.experts if expert.file == file]
-        shapes = {(expert.checkpoints, expert.rank) for expert in mine}
-        if len(shapes) != 1:
-            raise BankError(f"{file} mixes ranks or numbers of checkpoints")
-        late, rank = shapes.pop()
-        count = spec.get("0.A", ("", (0,)))[1][:1]
-        expected: TensorSpec = {}
-        for number, module in enumerate(self.base.layout.modules):
-            sides = (("A", (rank, module.in_features), (rank, 1)), ("B", (module.out_features, rank), (1, rank)))
-            for factor, tail, scale in sides:
-                key = f"{number}.{factor}"
-                dtype = spec.get(key, ("", ()))[0]
-                expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, late, *tail))
-                if dtype == "I8":
-                    expected[f"{key}.scale"] = ("F32", (*count, late, *scale))
-        strange = sorted(key for key in spec.keys() | expected.keys() if spec.get(key) != expected.get(key))
-        if strange:
-            key = strange[0]
-            raise BankError(f"{file} does not hold what its entries say", got=f"{key[:40]} {spec.get(key)}", expected=expected.get(key))
-        if any(expert.index >= count[0] for expert in mine):
-            raise BankError(f"{file} holds fewer experts than its entries say", got=count[0])
+        write_manifest(self.folder, _MANIFEST, fields, sorted(self._by_file()), self.files)
+        return AdapterBank._open(self.folder, contents=False)
 
     # --- read ----------------------------------------------------------------------------------------------------
 
@@ -161,16 +159,7 @@ class AdapterBank:
     def adapter(self, name: str, checkpoint: int = -1) -> LoraAdapter:
         """Reads one checkpoint of an expert, by default the final one."""
         expert = self[name]
-        if expert.file not in self._shards:
-            self._shards[expert.file] = safe_open(resolve_inside(self.folder, expert.file), framework="pt")
-        shard, late = self._shards[expert.file], range(expert.checkpoints)[checkpoint]
-        keys = set(shard.keys())
-
-        def read(key: str) -> Tensor:
-            value = shard.get_slice(key)[expert.index, late]
-            return value.float() * shard.get_slice(f"{key}.scale")[expert.index, late].float() if f"{key}.scale" in keys else value
-
-        factors = {module: (read(f"{i}.A"), read(f"{i}.B")) for i, module in enumerate(self.base.layout.names)}
+        factors = self._shards.read(expert, checkpoint)
         info = {"expert": name, "descriptions": list(expert.descriptions), "license": expert.license}
         model = self.base.model
         return LoraAdapter(self.base.layout, factors, expert.alpha, model.name, TASK_TYPES[model.kind], info)
@@ -185,6 +174,13 @@ class AdapterBank:
         One adapter cannot tell apart tasks that share their inputs; `lorag.fusion.fuse` looks at them and warns.
         """
         return merge([self.adapter(name) for name in names], method, **settings)
+
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Publishes manifest, shards and a card as user/name on the hub, and returns the commit's address."""
+        model, entries = self.base.model, [(expert.name, expert.descriptions[0], expert.license) for expert in self.experts]
+        require_public(model.name, "Build the bank with base=HUB_ID.")
+        card = bank_card(base_model=model.name, modules=self.base.layout.target_modules, experts=entries)
+        return push_files(self.folder, [_MANIFEST, *self.files], card, repository, kind="bank", private=private)
 
     # --- write ---------------------------------------------------------------------------------------------------
 
@@ -242,13 +238,26 @@ class AdapterBank:
         ]
         tensors = stack_checkpoints(self.base.layout, [late for _, _, late in experts], precision)
         with self._lock():
-            now = AdapterBank.from_pretrained(self.folder)
+            now = AdapterBank._open(self.folder, contents=False)
             taken = [name for name in names if name in now]
             if taken:
                 raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
             save_tensors(self.folder / file, tensors)
-            bank = AdapterBank(self.folder, self.base, [*now.experts, *entries])
-            bank._write()
+            return AdapterBank(self.folder, self.base, [*now.experts, *entries], now.files)._write()
+
+    def remove(self, names: Sequence[str]) -> AdapterBank:
+        """Takes experts out of the bank; shards that no other expert needs are deleted.
+
+        Raises:
+            BankError: If it has no expert of a name; nothing is removed then.
+        """
+        with self._lock():
+            now = AdapterBank._open(self.folder, contents=False)
+            gone = {now[name].name for name in names}
+            left = [expert for expert in now.experts if expert.name not in gone]
+            bank = AdapterBank(self.folder, self.base, left, now.files)._write()
+            for file in now.files.keys() - bank.files.keys():
+                resolve_inside(self.folder, file).unlink(missing_ok=True)
         return bank
 
     def copy_to(self, folder: str | Path, names: Sequence[str], precision: str) -> AdapterBank:
@@ -267,13 +276,11 @@ class AdapterBank:
     def describe(self, descriptions: Mapping[str, Sequence[str]]) -> AdapterBank:
         """Replaces the descriptions of experts."""
         with self._lock():
-            now = AdapterBank.from_pretrained(self.folder)
+            now = AdapterBank._open(self.folder, contents=False)
             experts = [
                 replace(e, descriptions=tuple(check_description(t) for t in descriptions.get(e.name, e.descriptions))) for e in now.experts
             ]
-            bank = AdapterBank(self.folder, self.base, experts)
-            bank._write()
-        return bank
+            return AdapterBank(self.folder, self.base, experts, now.files)._write()
 
     def check(self) -> Iterator[tuple[Expert, str | None]]:
         """Reads every expert and yields it with what is wrong with it, or None."""

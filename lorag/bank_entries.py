@@ -1,23 +1,17 @@
-"""What a bank's files say: its experts' entries, the base that they share, and the tensors of a shard."""
+"""What a bank's manifest says: its experts' entries, and the base that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lorag.adapter import LoraAdapter
 from lorag.artifacts import require_name
 from lorag.base_model import BaseModel
-from lorag.errors import BankError, BaseModelError
+from lorag.errors import BankError, BaseModelError, LoragError
 from lorag.layout import LoraLayout
 
-__all__ = ["PRECISIONS", "BankBase", "Expert", "known_details", "quantise", "stack_checkpoints", "texts"]
-
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+__all__ = ["BankBase", "Expert", "known_details", "texts"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,9 @@ class BankBase:
             model = BaseModel(**value["model"])
             layout = LoraLayout.from_dict(value["layout"])
             return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
-        except (KeyError, TypeError) as error:
+        except LoragError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
 
     def check(self) -> None:
@@ -116,29 +112,3 @@ def texts(value: object) -> list[str]:
     if not isinstance(value, list):
         raise TypeError(f"descriptions {value!r}")
     return value
-
-
-def quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Int8 values and one scale for each vector along `axis`."""
-    scale = values.abs().amax(axis, keepdim=True).clamp_min(1e-12) / 127
-    return (values / scale).round().to(torch.int8), scale
-
-
-def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:
-    """A shard's tensors: A (n, checkpoints, r, i) and B (n, checkpoints, o, r) of each module, by its number.
-
-    Raises:
-        BankError: If a value overflows the precision.
-    """
-    tensors: dict[str, Tensor] = {}
-    for number, module in enumerate(layout.names):
-        for side, factor in enumerate("AB"):
-            values = torch.stack([torch.stack([a.factors[module][side].float() for a in late]) for late in experts])
-            key = f"{number}.{factor}"
-            if precision == "int8":
-                tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)
-            else:
-                tensors[key] = values.to(PRECISIONS[precision])
-                if not torch.isfinite(tensors[key]).all():
-                    raise BankError(f"values of {module} overflow {precision}", remedy="Store them as float32.")
-    return tensors

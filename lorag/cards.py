@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorag.adapter import CONFIG, PROVENANCE, WEIGHTS
+from lorag.adapter_checks import CONFIG, PROVENANCE
+from lorag.adapter_folder import read_facts
+from lorag.adapter_reading import read_provenance
 from lorag.artifacts import read_json
 from lorag.bank import AdapterBank
-from lorag.errors import ArtifactError
+from lorag.errors import ArtifactError, LoragError, printable
 from lorag.generators.latent import Diagnostics
+from lorag.licences import UNKNOWN, derive
+from lorag.portability import check_portability
+from lorag.provenance import licence_of
 from lorag.tasks import TaskSuite
 from lorag.tensor_files import load_tensors, read_header
 
@@ -21,16 +27,23 @@ def describe_path(path: Path) -> str:
     """Describes a folder.
 
     Raises:
-        ArtifactError: If it holds nothing that lorag knows.
+        ArtifactError: If it holds nothing that lorag knows, or what it holds cannot be read.
     """
     for marker, describe in (
         ("bank.json", _bank),
         ("generator.json", _generator),
         (CONFIG, _adapter),
         ("tasks.jsonl", _suite),
+        (PROVENANCE, _merged),
     ):
         if (path / marker).is_file():
-            return "\n".join(f"{key + ':':<16}{value}" for key, value in describe(path).items())
+            try:
+                found = describe(path)
+            except LoragError:
+                raise
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ArtifactError(f"{path / marker} cannot be read", got=repr(error)[:120]) from error
+            return "\n".join(f"{key + ':':<16}{printable(str(value))}" for key, value in found.items())
     raise ArtifactError(
         f"{path} holds nothing that lorag knows", expected="a folder with bank.json, generator.json, adapter_config.json or tasks.jsonl"
     )
@@ -49,6 +62,7 @@ def _bank(path: Path) -> dict[str, Any]:
         "objective": bank.base.objective,
         "ranks": ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items())),
         "checkpoints": sum(expert.checkpoints for expert in bank.experts),
+        "licence": _licence(expert.license for expert in bank.experts),
         "mean score": f"{sum(scores) / len(scores):.3f} of {len(scores)}" if scores else "not measured",
         "size": f"{size / 1e6:.1f} MB",
     }
@@ -80,6 +94,7 @@ def _generator(path: Path) -> dict[str, Any]:
         "rank": manifest["rank"],
         "strength": manifest["strength"],
         "experts": len(manifest["experts"]),
+        "licence": _licence(manifest.get("licenses", {}).get(name, UNKNOWN) for name in manifest["experts"]),
         "embedder": manifest["embedder"],
         "values": f"{values('method.') - base_values:,} in the method, {values('space.') + base_values:,} in the weight space",
         "size": f"{(path / 'generator.safetensors').stat().st_size / 1e6:.1f} MB",
@@ -89,24 +104,59 @@ def _generator(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    config = read_json(path / CONFIG)
+    facts = read_facts(path)
+    config = facts.config
     card = {
         "kind": "adapter",
         "base model": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
-        "modules": config.get("target_modules"),
+        "modules": ", ".join(map(str, named)) if isinstance(named := config.get("target_modules"), list) else named,
     }
-    if (path / WEIGHTS).is_file():
-        card["tensors"] = len(read_header(path / WEIGHTS)[0])
-    if (path / PROVENANCE).is_file():
-        info = read_json(path / PROVENANCE)
-        for key in ("description", "method", "novelty", "seed", "strength", "norm", "embedder"):
-            if key in info:
-                card[key] = info[key]
-        if "neighbours" in info:
-            card["neighbours"] = ", ".join(f"{name} {score:.2f}" for name, score in info["neighbours"][:5])
-    return card
+    info = read_provenance(path)
+    for key in ("description", "method", "novelty", "seed", "strength", "norm", "embedder"):
+        if key in info:
+            card[key] = info[key]
+    if "neighbours" in info:
+        card["neighbours"] = _pairs(info["neighbours"])
+    if isinstance(info.get("parents"), list):
+        card["parents"] = _parents(info["parents"])
+    derived = licence_of(info)
+    card["licence"] = f"{derived.name}: {derived.reason}" if info else "not stated: no lorag.json"
+    return card | {f"in {verdict.target}": verdict.line() for verdict in check_portability(facts)}
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    info = read_json(path / PROVENANCE)
+    if info.get("kind") != "merged":
+        raise ArtifactError(f"{path / PROVENANCE} belongs to something else", got=str(info.get("kind"))[:40], expected="merged")
+    card = {"kind": "base model with an adapter merged into its weights", "base model": info["base_model"]["name"]}
+    card |= {key: info[key] for key in ("description", "method", "seed") if key in info}
+    derived = licence_of(info)
+    return card | {"factor on ΔW": info["merged_strength"], "licence": f"{derived.name}: {derived.reason}"}
+
+
+def _licence(licences: Iterable[str]) -> str:
+    derived = derive(licences)
+    return f"{derived.name}: {derived.reason}"
+
+
+def _pairs(neighbours: object) -> str:
+    """Names and cosines, from a file that anybody may have written."""
+    try:
+        return ", ".join(f"{name} {float(score):.2f}" for name, score in list(neighbours)[:5])  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            "the neighbours in lorag.json cannot be read", got=str(error)[:80], expected="pairs of a name and a number"
+        ) from error
+
+
+def _parents(parents: list[Any]) -> str:
+    weighted = [p for p in parents if isinstance(p, dict) and isinstance(p.get("weight"), int | float)]
+    if not weighted:
+        return f"all {len(parents)} experts of the generator's bank together"
+    shown = ", ".join(f"{p.get('name')} {p['weight']:.2f}" for p in weighted[:5])
+    return shown + (f" and {len(weighted) - 5} more" if len(weighted) > 5 else "")
 
 
 def _suite(path: Path) -> dict[str, Any]:

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lorag.errors import BankError, LoragError
+from lorag import cli_bank, cli_publishing
+from lorag.errors import LoragError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
-bank_app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of experts.")
 sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of small tasks.")
 tasks_app = typer.Typer(no_args_is_help=True, help="Task suites.")
-app.add_typer(bank_app, name="bank")
+app.add_typer(cli_bank.app, name="bank")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(tasks_app, name="tasks")
+cli_publishing.register(app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -31,9 +32,18 @@ def _quiet(flag: bool) -> bool:
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    trusted: Annotated[
+        list[str] | None, typer.Option("--trust-remote-code", help="Base model whose own Python code may run; you have read it.")
+    ] = None,
+) -> None:
+    for name in trusted or []:
+        from lorag.base_model import trust_remote_code
+
+        trust_remote_code(name)
     _state["debug"] = debug
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of other libraries: HTTP clients log what servers answer
     logging.getLogger("lorag").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
@@ -156,77 +166,6 @@ def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or 
     from lorag.cards import describe_path
 
     print(describe_path(path))
-
-
-@bank_app.command("build")
-def bank_build(
-    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as experts.steps=100.")] = None,
-    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Train an expert for each task of a suite; goes on at the last finished group."""
-    from lorag.bank_build import BankConfig, build_bank
-    from lorag.base_model import BaseModel
-    from lorag.config import load_config
-    from lorag.preparation import find_tasks
-
-    values = load_config(BankConfig, config, settings or [])
-    bank = build_bank(
-        values.out,
-        find_tasks(values.tasks, values.split),
-        BaseModel(values.base, values.kind, values.revision),
-        values.objective,
-        values.objective_settings,
-        values.experts,
-        device=values.device,
-        dtype=values.dtype,
-        quiet=_quiet(quiet),
-    )
-    print(f"{values.out}: {len(bank)} experts of {bank.base.model.name}")
-    print(f"next: lorag train bank={values.out} tasks={values.tasks}")
-
-
-@bank_app.command("add")
-def bank_add(
-    folders: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders.")],
-    bank: Annotated[Path, typer.Option(help="The bank.")],
-    description: Annotated[list[str] | None, typer.Option(help="What its task is; may be repeated.")] = None,
-    name: Annotated[str | None, typer.Option(help="Its name in the bank; by default the folder's.")] = None,
-    licence: Annotated[str, typer.Option("--license", help="Licence of the adapter.")] = "unknown",
-) -> None:
-    """Add PEFT LoRA adapters to a bank."""
-    from lorag.bank_import import add_folder
-
-    if name is not None and len(folders) > 1:
-        raise typer.BadParameter("--name needs a single folder")
-    for folder in folders:
-        expert, energy = add_folder(bank, folder, description or [], name=name, licence=licence)
-        kept = "" if energy is None else f", {energy:.1%} of its energy lies in the other experts' subspace"
-        print(f"added {expert.name}: rank {expert.rank}{kept}")
-
-
-@bank_app.command("list")
-def bank_list(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
-    """List a bank's experts."""
-    from lorag.preparation import find_bank
-
-    for expert in find_bank(bank).experts:
-        score = "" if expert.score is None else f"{expert.score:.2f}"
-        print(f"{expert.name:<40} r={expert.rank:<3} {score:>5}  {expert.descriptions[0][:80]}")
-
-
-@bank_app.command("check")
-def bank_check(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
-    """Read every expert of a bank and say what is wrong."""
-    from lorag.preparation import find_bank
-
-    found = find_bank(bank)
-    wrong = [(expert.name, problem) for expert, problem in found.check() if problem]
-    for name, problem in wrong:
-        print(f"{name}: {problem}")
-    if wrong:
-        raise BankError(f"{len(wrong)} of {len(found)} experts have problems")
-    print(f"{len(found)} experts, all sound")
 
 
 @tasks_app.command("derive")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorag.embedding import Embedding
 
-__all__ = ["Condition", "Conditioner", "Mixture", "mixture"]
+__all__ = ["Condition", "Conditioner", "Mixture", "mixture", "mixture_weights"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Conditioner:
         best = similarities.topk(max(1, min(keep, len(self.names) - len(exclude))))
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
+
+
+def mixture_weights(similarities: Tensor, top: int, temperature: float) -> Tensor:
+    """Weights (n,) of `mixture`: a softmax over the nearest `top` experts, 0 for the others."""
+    best = similarities.topk(min(top, len(similarities)))
+    return torch.zeros_like(similarities).scatter(0, best.indices, torch.softmax(best.values / temperature, 0))
 
 
 def mixture(similarities: Tensor, codes: Tensor, deviations: Tensor | None, *, top: int, temperature: float) -> Mixture:

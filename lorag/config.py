@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,12 +13,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorag.errors import ConfigError
+from lorag.errors import ArtifactError, ConfigError
+from lorag.plain_files import looks_like, read_bounded
 
-__all__ = ["from_plain", "load_config", "preset_names", "to_plain"]
+__all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "to_plain"]
 
 T = TypeVar("T")
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 32 * 1024
+_MAX_DEPTH = 32
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def preset_names() -> list[str]:
@@ -29,21 +34,104 @@ def preset_names() -> list[str]:
 def _read(preset: str) -> dict[str, Any]:
     path = Path(preset)
     if preset in preset_names():
-        text = resources.files("lorag").joinpath("configs", f"{preset}.yaml").read_text(encoding="utf-8")
-    elif path.suffix in (".yaml", ".yml") and path.is_file() and path.stat().st_size <= _MAX_BYTES:
-        text = path.read_text(encoding="utf-8")
+        raw = resources.files("lorag").joinpath("configs", f"{preset}.yaml").read_bytes()
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        raw = _read_file(path)
     else:
         raise ConfigError("no such preset or YAML file", got=repr(preset)[:80], expected=", ".join(preset_names()))
-    if "&" in text or "*" in text:
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-                raise ConfigError(f"{preset} uses YAML anchors", remedy="Write the values out.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{preset} is not valid YAML", got=str(error)[:160]) from error
+    value = parse_yaml(raw, preset)
     if not isinstance(value, dict):
-        raise ConfigError(f"{preset} holds no mapping")
+        raise ConfigError(f"{preset} holds no mapping", got=looks_like(raw[:64]) if b":" not in raw else None)
+    return value
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return read_bounded(path, _MAX_BYTES, named=True)
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
+
+
+def parse_yaml(raw: bytes | str, origin: object) -> Any:  # noqa: ANN401 - YAML is any value
+    """Parses YAML that holds values only: text, finite numbers, true, false, null, lists and mappings with text as keys.
+
+    Anchors, aliases, tags, merge keys, keys that occur twice, and nesting beyond 32 levels are refused while the text is
+    scanned, before any value exists: a few hundred bytes of aliases can stand for billions of values.
+
+    Raises:
+        ConfigError: Naming the origin and the line.
+    """
+    try:
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise ConfigError(f"{origin}, line {event.start_mark.line + 1} uses YAML anchors", remedy="Write the values out.")
+            if getattr(event, "tag", None) is not None:
+                raise ConfigError(
+                    f"{origin}, line {event.start_mark.line + 1} uses a YAML tag", got=str(event.tag)[:40], remedy="Write plain values."
+                )
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise ConfigError(f"{origin} is nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
+        loader = _Values(text)
+        try:
+            return _checked(loader.get_single_data(), origin)
+        finally:
+            loader.dispose()
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: no UTF-8, the date 2001-99-99
+        raise ConfigError(f"{origin} is not valid YAML", got=str(error)[:160]) from error
+
+
+class _Values(yaml.SafeLoader):
+    """A SafeLoader to which keys that occur twice and `<<` are errors, dates are text, and 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[:40]!r} occurs twice", node.start_mark)
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.Inf|\.INF)$|\.nan$|\.NaN$|\.NAN$"),
+    list("-+0123456789."),
+)
+
+
+def _checked(value: Any, origin: object) -> Any:  # noqa: ANN401 - YAML is any value
+    """Returns a value that consists of plain ones; the nesting is bounded already."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{origin} has a key that is no text", got=repr(key)[:40], remedy="Put it in quotes.")
+            _checked(child, origin)
+    elif isinstance(value, list):
+        for child in value:
+            _checked(child, origin)
+    elif not isinstance(value, _PLAIN) or isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(
+            f"{origin} holds a value that is no plain one", got=repr(value)[:40], expected="text, a finite number, true or false"
+        )
+    elif isinstance(value, str):
+        _uninterpolated(value, origin)
+    return value
+
+
+def _uninterpolated(value: Any, origin: object) -> Any:  # noqa: ANN401 - JSON is any value
+    """Returns a value without OmegaConf's `${…}`, which would read other settings and the environment."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{origin} uses interpolation", got=repr(value)[:80], expected="a plain value")
+    for child in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _uninterpolated(child, origin)
     return value
 
 
@@ -58,15 +146,12 @@ def load_config(schema: type[T], preset: str | None = None, overrides: Sequence[
     Raises:
         ConfigError: Naming the key that is unknown or has a value of the wrong type.
     """
+    given: dict[str, Any] = {}
     for override in overrides:
-        if "=" not in override:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
             raise ConfigError("a setting cannot be read", got=repr(override)[:80], expected="KEY=VALUE")
-        if "${" in override:
-            raise ConfigError("a setting uses interpolation", got=repr(override)[:80], expected="a plain value")
-    try:
-        given = OmegaConf.from_dotlist(list(overrides))
-    except yaml.YAMLError as error:
-        raise ConfigError("a setting cannot be read", got=" ".join(overrides)[:80], expected="KEY=VALUE, the value in YAML") from error
+        _put(given, key.split("."), parse_yaml(text, f"the setting {key[:60]}"), key)
     return _merge(schema, _read(preset) if preset else {}, given)
 
 
@@ -76,15 +161,28 @@ def from_plain(schema: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ConfigError: Naming the key that is unknown or has a value of the wrong type.
     """
-    return _merge(schema, dict(values))
+    return _merge(schema, _uninterpolated(dict(values), "a stored config"))
+
+
+def _put(into: dict[str, Any], keys: Sequence[str], value: Any, whole: str) -> None:  # noqa: ANN401 - YAML is any value
+    *outer, last = keys
+    for key in outer:
+        into = into.setdefault(key, {})
+        if not isinstance(into, dict):
+            raise ConfigError("a setting is a value and a group of settings at once", got=whole[:80])
+    if isinstance(value, dict) and isinstance(into.get(last), dict):
+        for key, child in value.items():
+            _put(into[last], [key], child, whole)
+    else:
+        into[last] = value
 
 
 def _merge(schema: type[T], *parts: Any) -> T:  # noqa: ANN401 - dictionaries and OmegaConf's own
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
-        what = str(error).strip().splitlines()[0]
+        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {what}" if key else what, expected=f"settings among {known}") from error
 

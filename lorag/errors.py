@@ -4,18 +4,37 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
+    "AlphaRangeError",
     "ArtifactError",
     "BankError",
+    "BaseMismatchError",
     "BaseModelError",
     "ConfigError",
     "DescriptionError",
+    "DtypeOverflowError",
+    "ExtraTensorError",
+    "FactorShapeError",
+    "FormatVersionError",
     "GeneratorError",
     "LayoutError",
     "LoragError",
     "MissingDependencyError",
+    "MissingPrefixError",
+    "MissingTensorError",
+    "NonFiniteError",
+    "NormRangeError",
+    "PeftTypeError",
+    "RankRangeError",
     "StorageError",
     "TaskError",
+    "UndescribedError",
+    "UnsupportedLoraError",
 ]
+
+
+def printable(text: str) -> str:
+    """Text from a file as it may be shown: what would move a terminal's cursor, or forge another line, is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class LoragError(Exception):
@@ -37,7 +56,7 @@ class LoragError(Exception):
         text = "; ".join(parts)
         if remedy is not None:
             text = f"{text}. {remedy}"
-        super().__init__(text)
+        super().__init__(printable(text))
         self.what, self.got, self.expected, self.remedy = what, got, expected, remedy
 
 
@@ -83,3 +102,62 @@ class StorageError(LoragError, OSError):
 
 class MissingDependencyError(LoragError, ImportError):
     """An optional package is needed and not installed."""
+
+
+# --- what can be wrong with an adapter; docs/importing.md lists them with what to do ------------------------------
+
+
+class MissingPrefixError(AdapterError):
+    """Tensor names lack PEFT's prefix `base_model.model.`; PEFT would load none of them, silently."""
+
+
+class MissingTensorError(AdapterError):
+    """A factor has no partner, or a module that must have factors has none."""
+
+
+class ExtraTensorError(AdapterError):
+    """A file holds tensors that the layout has no place for."""
+
+
+class FactorShapeError(AdapterError):
+    """A or B is transposed, does not match r, or holds no floats."""
+
+
+class NonFiniteError(ArtifactError, AdapterError):
+    """A weight, a setting or another number is NaN or infinite."""
+
+
+class AlphaRangeError(AdapterError):
+    """A lora_alpha is no number, 0 or absurdly large."""
+
+
+class RankRangeError(AdapterError):
+    """A rank is no whole number, below 1 or absurdly large."""
+
+
+class DtypeOverflowError(AdapterError):
+    """Values do not fit the type that they are cast to."""
+
+
+class NormRangeError(AdapterError):
+    """An adapter changes nothing, or its norm lies far outside those of the bank."""
+
+
+class PeftTypeError(AdapterError):
+    """An adapter is of another PEFT method than LoRA."""
+
+
+class UnsupportedLoraError(AdapterError):
+    """A setting makes more of the adapter than the ΔW of its factors: DoRA, biases, trained tokens and the like."""
+
+
+class UndescribedError(AdapterError):
+    """Nothing says what an adapter is for."""
+
+
+class BaseMismatchError(BaseModelError):
+    """An adapter belongs to another base model: another name, revision, weights or layout."""
+
+
+class FormatVersionError(ArtifactError):
+    """A file is of a format version that this version of lorag does not know."""

@@ -23,6 +23,7 @@ from lorag.generators.icm_fusion import IcmFusion
 from lorag.merging import MERGES
 from lorag.objectives import make_objective
 from lorag.preparation import find_bank, find_tasks
+from lorag.provenance import base_fields, parents, versions
 from lorag.refinement import refine
 from lorag.row_adapters import RowAdapters
 from lorag.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
@@ -208,7 +209,9 @@ def fuse_experts(
         "refine_steps": refine_steps,
         "seed": seed,
         "generator": {"revision": generator.revision},
-        "base_model": {"name": base.name, "kind": base.kind, "identity": generator.base.identity},
+        "base_model": base_fields(base, generator.base.identity, generator.base.layout),
+        "parents": parents(names, {name: bank[name].license for name in names}, learned),
+        "versions": versions(),
     }
     if found is not None:
         info["settings"] |= {"worth": worth, "steps": steps, "support_loss": [round(value, 4) for value in found]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from lorag.bank import BankBase
 from lorag.base_model import TASK_TYPES
 from lorag.conditioning import Condition, Conditioner
 from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
-from lorag.errors import GeneratorError
+from lorag.errors import GeneratorError, LoragError
 from lorag.generators import Generator, generator_type
-from lorag.hub import fetch, push
+from lorag.hub import fetch
 from lorag.objectives import Objective, make_objective
+from lorag.provenance import base_fields, licence_of, parents, public_name, versions
+from lorag.publishing import push_generator_folder
 from lorag.refinement import check_examples, refine
 from lorag.row_adapters import RowAdapters
 from lorag.tasks import check_description
@@ -47,6 +50,7 @@ class LoraGenerator:
         rank: Rank of the adapters that it writes.
         strength: Factor on ΔW, chosen on held-out training tasks.
         origin: How it was trained: settings, seed, bank, validation.
+        licenses: Licence of each expert by name, as the bank states it.
         revision: Digest of the stored weights; "unsaved" before saving.
     """
 
@@ -58,6 +62,7 @@ class LoraGenerator:
     rank: int
     strength: float = 1.0
     origin: Mapping[str, Any] = field(default_factory=dict)
+    licenses: Mapping[str, str] = field(default_factory=dict)
     revision: str = "unsaved"
     _runtime: tuple[RowAdapters, Objective] | None = field(default=None, repr=False, compare=False)
 
@@ -114,8 +119,8 @@ class LoraGenerator:
         adapter = adapter.scaled(self.strength * strength)
         if refine_steps:
             adapter = refine(*self.runtime(), adapter, examples, refine_steps, seed)
-        norms = adapter.norms()
-        info = {
+        norms, shares = adapter.norms(), self.method.shares(condition)
+        info: dict[str, Any] = {
             "description": description.strip(),
             "method": self.method.name,
             "neighbours": [list(pair) for pair in condition.neighbours],
@@ -125,12 +130,14 @@ class LoraGenerator:
             "examples": len(examples),
             "refine_steps": refine_steps,
             "generator": {"revision": self.revision, "strength": self.strength},
-            "base_model": {"name": model.name, "kind": model.kind, "identity": self.base.identity},
-            "embedder": self.embedder.name,
+            "base_model": base_fields(model, self.base.identity, self.base.layout),
+            "embedder": public_name(self.embedder.name),
+            "parents": parents(self.conditioner.names, self.licenses, None if shares is None else shares.tolist()),
             "norm": round(sum(norm**2 for norm in norms.values()) ** 0.5, 6),
             "norms": {name: round(norm, 6) for name, norm in norms.items()},
-            "versions": {"lorag": __version__, "torch": torch.__version__},
+            "versions": versions(),
         }
+        info["license"] = licence_of(info).name
         return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, adapter.base_model, adapter.task_type, info)
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -155,6 +162,7 @@ class LoraGenerator:
             "base": self.base.to_dict(),
             "space": space_values,
             "experts": list(self.conditioner.names),
+            "licenses": dict(self.licenses),
             "method": self.method.name,
             "settings": self.method.values(),
             "embedder": self.embedder.name,
@@ -199,11 +207,18 @@ class LoraGenerator:
             centroids = tensors["conditioner.centroids"].float()
             names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
             wanted = str(manifest["embedder"])
-        except (KeyError, TypeError) as error:
+            licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
+            digest = str(manifest["files"][_WEIGHTS]["sha256"])
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("an expert's name that is no text")
+        except LoragError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise GeneratorError(f"{folder / _MANIFEST} cannot be read", got=repr(error)[:120]) from error
         if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
             raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
-        method.restore(part("method."))
+        conditioner = Conditioner(names, centroids)
+        method.restore_whole(part("method."), conditioner, space.size, lambda codes: space.decode(codes, rank))
         if embedder is None:
             embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
         if embedder.name != wanted or embedder.size != centroids.shape[1]:
@@ -211,18 +226,20 @@ class LoraGenerator:
         return cls(
             base=base,
             space=space,
-            conditioner=Conditioner(names, centroids),
+            conditioner=conditioner,
             method=method,
             embedder=embedder,
             rank=rank,
             strength=strength,
             origin=manifest.get("origin", {}),
-            revision="sha256:" + manifest["files"][_WEIGHTS]["sha256"][:16],
+            licenses=licenses,
+            revision="sha256:" + digest[:16],
         )
 
-    def push_to_hub(self, repository: str, folder: str | Path, *, private: bool = True) -> str:
-        """Saves to a folder and uploads it to `user/name`."""
-        return push(self.save_pretrained(folder), repository, private=private)
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Publishes the generator, as `save_pretrained` writes it, to user/name and returns the commit's address."""
+        with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
+            return push_generator_folder(self.save_pretrained(staging), repository, private=private)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation import BASELINES, evaluate
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.generators import generator_type
-from lorag.preparation import find_bank, find_tasks, prepare
+from lorag.preparation import find_bank, find_split, find_tasks, prepare
 from lorag.training import fit_generator
 from lorag.training_loop import TrainingLoop
 
@@ -80,9 +80,7 @@ def run_ladder(
     everything: dict[str, list[LoraGenerator]] = {}
     if baselines:
         first = next(iter(given.values()))[0]
-        training = None
-        if split != "train" and _has_train_split(tasks):
-            training = find_tasks(tasks, "train")
+        training = find_split(tasks, "train") if split != "train" else None
         prepared = prepare(experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
         for name in baselines:
@@ -102,10 +100,3 @@ def run_ladder(
         device=device,
         quiet=quiet,
     )
-
-
-def _has_train_split(tasks: str) -> bool:
-    try:
-        return len(find_tasks(tasks, "train")) > 0
-    except (ArtifactError, ValueError):
-        return False

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorag.adapter import LoraAdapter
 from lorag.errors import AdapterError
+from lorag.provenance import parents_of
 
 __all__ = ["MERGES", "check_mergeable", "merge"]
 
@@ -250,6 +251,7 @@ def merge(
         "experts": [adapter.info.get("expert") for adapter in adapters],
         "settings": values | ({} if weights is None else {"weights": [[round(w, 6) for w in row] for row in shares.tolist()]}),
         "energy": round(kept / whole, 6) if whole else 1.0,
+        "parents": parents_of([adapter.info for adapter in adapters], shares.mean(1).tolist()),
     }
     first = adapters[0]
     return LoraAdapter(layout, factors, float(wanted), first.base_model, first.task_type, info)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from lorag.artifacts import embedded
+from lorag.artifacts import embedded, read_json
 from lorag.bank import AdapterBank
 from lorag.conditioning import Conditioner
 from lorag.embedding import TextEmbedder
@@ -20,8 +21,10 @@ from lorag.row_adapters import RowAdapters
 from lorag.tasks import TaskSuite, connected
 from lorag.weight_space import FlatFactors, SharedSubspace
 
-__all__ = ["Prepared", "find_bank", "find_tasks", "prepare"]
+__all__ = ["WITHOUT_EXPERT", "Prepared", "find_bank", "find_split", "find_tasks", "prepare"]
 
+# The split of a suite whose tasks have training examples but no expert.
+WITHOUT_EXPERT = "without_expert"
 _KIN = ("task", "texts", "source")
 
 
@@ -32,7 +35,17 @@ def find_bank(name: str) -> AdapterBank:
 
 def find_tasks(name: str, split: str | None = None) -> TaskSuite:
     """Reads a suite by folder, or "sandbox"."""
-    return TaskSuite.from_folder(embedded("data/sandbox/tasks") if name == "sandbox" else name, split)
+    return TaskSuite.from_folder(_suite_folder(name), split)
+
+
+def find_split(name: str, split: str) -> TaskSuite | None:
+    """A split of a suite, or None if its splits.json does not name it."""
+    listed = _suite_folder(name) / "splits.json"
+    return find_tasks(name, split) if listed.is_file() and read_json(listed).get(split) else None
+
+
+def _suite_folder(name: str) -> Path:
+    return embedded("data/sandbox/tasks") if name == "sandbox" else Path(name)
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ def prepare(
     kin: str = "task",
     seed: int = 0,
     suite: TaskSuite | None = None,
+    without_expert: TaskSuite | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quiet: bool = False,
@@ -74,6 +88,7 @@ def prepare(
         kin: What is hidden, or held out, together with a task's own expert: see `TrainConfig`.
         seed: Chooses which.
         suite: The experts' tasks; without it nothing runs the base model.
+        without_expert: More training tasks, which have examples but no expert.
         device: Where the base model runs.
         dtype: In which precision.
         quiet: No progress bars.
@@ -94,11 +109,13 @@ def prepare(
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
         codes.append(late[-1])
         deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
-    texts = [expert.descriptions[: wordings or None] for expert in bank.experts]
+    more = list(without_expert or ())
+    texts = [own.descriptions[: wordings or None] for own in (*bank.experts, *more)]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
     embeddings = [[next(flat) for _ in own] for own in texts]
-    kin_of = _kin(bank, suite, kin)
-    held = _held_out(kin_of, validation, torch.Generator().manual_seed(seed))
+    kin_of = _kin([*bank.names, *(task.key for task in more)], suite, kin)
+    experts_kin = [[i for i in group if i < len(bank)] for group in kin_of]
+    held = _held_out(experts_kin[: len(bank)], validation, torch.Generator().manual_seed(seed))
     functional = None
     if suite is not None:
         model = bank.base.model.load(device, dtype)
@@ -107,27 +124,29 @@ def prepare(
         missing = [name for name in bank.names if name not in tasks]
         if missing:
             raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-        functional = TaskLoss(RowAdapters(model, layout), objective, space.to(model.device), [tasks[name] for name in bank.names])
+        functional = TaskLoss(RowAdapters(model, layout), objective, space.to(model.device), [*(tasks[name] for name in bank.names), *more])
     data = FitData(
         codes=torch.stack(codes),
         deviations=torch.stack(deviations),
         embeddings=embeddings,
-        conditioner=Conditioner.fit(bank.names, embeddings),
+        conditioner=Conditioner.fit(bank.names, embeddings[: len(bank)]),
         training=sorted(set(range(len(bank))) - set(held)),
         validation=held,
-        kin=kin_of,
+        kin=experts_kin,
         zero=space.zero.cpu(),
         modules=space.parts,
         functional=functional,
+        # Kin of a held-out task would give it away.
+        without_expert=[i for i in range(len(bank), len(kin_of)) if functional is not None and not set(kin_of[i]) & set(held)],
     )
     return Prepared(bank, space, data, embedder)
 
 
-def _kin(bank: AdapterBank, suite: TaskSuite | None, rule: str) -> list[list[int]]:
-    """For each expert those that an unseen task like its own would not have beside it, itself among them."""
+def _kin(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[list[int]]:
+    """For each task those that an unseen task like its own would not have beside it, itself among them."""
     tasks = {task.key: task for task in suite or ()}
     marks: list[set[str]] = []
-    for name in bank.names:
+    for name in names:
         found = {name}
         if rule == "source":
             found = {tasks[name].source}
@@ -135,7 +154,7 @@ def _kin(bank: AdapterBank, suite: TaskSuite | None, rule: str) -> list[list[int
             found |= {example.input for example in tasks[name].split("train")}
         marks.append(found)
     of = {index: group for group in connected(marks) for index in group}
-    return [of[index] for index in range(len(bank))]
+    return [of[index] for index in range(len(names))]
 
 
 def _held_out(kin: Sequence[Sequence[int]], share: float, rng: torch.Generator) -> list[int]:

@@ -7,19 +7,34 @@ from torch import Tensor
 
 from lorag.adapter import LoraAdapter
 
-__all__ = ["Span", "reduced"]
+__all__ = ["RunningSpan", "Span", "cosine", "reduced"]
 
 
 def reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64.
+    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64; r is at most o and i.
 
     QR first, so that the only dense decomposition is of an r x r matrix.
     """
     rows, columns = adapter.factors[module]
     q_out, r_out = torch.linalg.qr(columns.double())
     q_in, r_in = torch.linalg.qr(rows.double().T)
-    left, values, right = torch.linalg.svd(adapter.scaling * r_out @ r_in.T)
+    core = adapter.scaling * r_out @ r_in.T  # r x r, or smaller where r exceeds a side of the module
+    left, values, right = torch.linalg.svd(core, full_matrices=core.shape[0] == core.shape[1])
     return q_out @ left, values, q_in @ right.T
+
+
+def cosine(one: LoraAdapter, other: LoraAdapter) -> float:
+    """Cosine of the ΔW of two adapters of one layout, all modules together, from Gram matrices; 0 where one changes nothing."""
+
+    def product(a: LoraAdapter, b: LoraAdapter) -> float:
+        total = 0.0
+        for module in a.layout.names:
+            (rows_a, columns_a), (rows_b, columns_b) = (tuple(f.double() for f in x.factors[module]) for x in (a, b))
+            total += ((columns_a.T @ columns_b) * (rows_a @ rows_b.T)).sum().item()
+        return a.scaling * b.scaling * total
+
+    size = (product(one, one) * product(other, other)) ** 0.5
+    return product(one, other) / size if size else 0.0
 
 
 class Span:
@@ -58,3 +73,51 @@ class Span:
         probe = torch.randn(left.shape[0], generator=torch.Generator().manual_seed(1), dtype=left.dtype)
         signs = torch.where(probe @ left < 0, -1.0, 1.0)
         return (left * signs).float().contiguous()  # as it will be when read from a file: products round by layout
+
+
+class RunningSpan:
+    """Leading left singular vectors of columns that keep coming (Brand, "Incremental singular value decomposition", 2002).
+
+    It forgets what lies outside of its leading directions whenever it is refitted, so that it never has to see earlier
+    columns again; it keeps more directions than are asked of it, so that one that gains weight slowly is not lost.
+
+    Args:
+        size: Length of the columns.
+        keep: Directions kept.
+        columns: Orthogonal columns (size, at most keep) whose norms are their singular values, the largest first.
+    """
+
+    def __init__(self, size: int, keep: int, columns: Tensor | None = None) -> None:
+        self.keep = min(keep, size)
+        self.columns = torch.zeros(size, 0) if columns is None else columns
+        self._new: list[Tensor] = []
+
+    @property
+    def waiting(self) -> int:
+        """Number of columns that came since the last refit."""
+        return sum(columns.shape[1] for columns in self._new)
+
+    def add(self, columns: Tensor) -> None:
+        """Takes columns (size, any)."""
+        self._new.append(columns.float())
+
+    def refit(self) -> None:
+        """Works in the columns that came."""
+        if not self._new:
+            return
+        stacked = torch.cat([self.columns, *self._new], 1).double()
+        self._new = []
+        # The smaller Gram matrix: fp64 leaves room for squaring what is stored in fp32.
+        if stacked.shape[1] <= stacked.shape[0]:
+            _, right = torch.linalg.eigh(stacked.T @ stacked)
+            self.columns = (stacked @ right.flip(1))[:, : self.keep].float()
+        else:
+            values, left = torch.linalg.eigh(stacked @ stacked.T)
+            self.columns = (left * values.clamp_min(0).sqrt()).flip(1)[:, : self.keep].float()
+
+    def basis(self, k: int) -> Tensor:
+        """At most k orthonormal columns (size, k) in fp64, as of the last refit."""
+        leading = self.columns[:, :k].double()
+        norms = leading.norm(dim=0)
+        real = norms > 1e-5 * norms.max().clamp_min(1e-30) if len(norms) else norms > 0  # the others are rounding
+        return leading[:, real] / norms[real]

@@ -13,12 +13,16 @@ from typing import Any, TextIO
 
 from lorag.artifacts import parse_json, read_json, safe_name, write_atomically
 from lorag.errors import ArtifactError, DescriptionError, TaskError
+from lorag.plain_files import require_plain
 
 __all__ = ["Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
 
 MAX_DESCRIPTION = 4096
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 2_000_000_000  # of one decompressed examples file
+_MAX_BLANK = 100_000
+_MAX_TASKS_BYTES = 256 * 2**20
+_MAX_RATIO, _RATIO_FREE = 100, 10_000_000  # text shrinks to a fifth or a twentieth; gzip of nothing but blanks to a thousandth
 
 
 def check_description(text: object) -> str:
@@ -123,7 +127,10 @@ class TaskSuite:
             splits = read_json(folder / "splits.json")
             if split not in splits:
                 raise TaskError(f"{folder / 'splits.json'} has no split {split!r}", expected=" or ".join(splits))
-            return cls.from_folder(folder).select(splits[split])
+            names = splits[split]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TaskError(f"{folder / 'splits.json'}: split {split!r} cannot be used", expected="a list of tasks' names")
+            return cls.from_folder(folder).select(names)
         if (folder / "tasks.jsonl").is_file():
             return cls(_read_suite(folder))
         found = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
@@ -173,15 +180,16 @@ def _dump(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _lines(file: TextIO, path: Path, most: int = _MAX_BYTES) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Objects of the lines of a file, by line number. Never more than one line's limit is held: files may be compressed."""
-    total = 0
+    total = blank = 0
     for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
         total += len(line)
         if len(line) > _MAX_LINE:
             raise TaskError(f"{path}, line {number} is too long", expected=f"at most {_MAX_LINE} characters")
-        if total > _MAX_BYTES:
-            raise TaskError(f"{path} is too large", expected=f"at most {_MAX_BYTES} characters")
+        blank += not line.strip()
+        if total > most or blank > _MAX_BLANK:
+            raise TaskError(f"{path} is too large for what it holds", expected=f"at most {most} characters, {_MAX_BLANK} empty lines")
         if line.strip():
             try:
                 value = parse_json(line, f"{path}, line {number}")
@@ -206,8 +214,9 @@ def _read_suite(folder: Path) -> list[Task]:
     rows: dict[str, list[Example]] = {name: [] for name in tasks}
     if packed.is_file():
         try:
+            most = min(_MAX_BYTES, _RATIO_FREE + _MAX_RATIO * require_plain(packed))
             with gzip.open(packed, "rt", encoding="utf-8") as file:
-                _read_examples(file, packed, tasks, rows)
+                _read_examples(file, packed, tasks, rows, most)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise TaskError(f"{packed} cannot be read", got=str(error)[:120]) from error
     return [replace(task, examples=tuple(rows[name])) for name, task in tasks.items()]
@@ -216,10 +225,12 @@ def _read_suite(folder: Path) -> list[Task]:
 def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     try:
-        text = path.read_text(encoding="utf-8")
+        require_plain(path)
+        with path.open(encoding="utf-8") as file:
+            rows = list(_lines(file, path, _MAX_TASKS_BYTES))
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read", got=str(error)[:120]) from error
-    for number, row in _lines(io.StringIO(text), path):
+    for number, row in rows:
         where = f"{path}, line {number}"
         name = _field(row, "name", where, str)
         if not 1 <= len(name) <= 200 or not name.isprintable():
@@ -246,9 +257,9 @@ def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
     return tasks
 
 
-def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]]) -> None:
+def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]], most: int) -> None:
     seen: dict[tuple[str, str], str] = {}
-    for number, row in _lines(file, path):
+    for number, row in _lines(file, path, most):
         where = f"{path}, line {number}"
         name, split, text, output = (_field(row, key, where, str) for key in ("task", "split", "input", "output"))
         if name not in tasks:
@@ -270,8 +281,11 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         TaskError: Naming the line, if one is not `{"input": ..., "output": ...}`.
     """
     path = Path(path)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        rows = [(row, f"{path}, line {number}") for number, row in _lines(file, path)]
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            rows = [(row, f"{path}, line {number}") for number, row in _lines(file, path, _MAX_TASKS_BYTES)]
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read", got=error.strerror or error) from error
     return [(_field(row, "input", where, str), _field(row, "output", where, str)) for row, where in rows]
 
 

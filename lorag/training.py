@@ -18,7 +18,8 @@ from lorag.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.errors import ConfigError
 from lorag.generator import LoraGenerator
 from lorag.generators import FitData, Generator, generator_type
-from lorag.preparation import Prepared, find_bank, find_tasks, prepare
+from lorag.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
+from lorag.provenance import public_name
 from lorag.training_loop import TrainingLoop
 from lorag.weight_space import FlatFactors, SharedSubspace
 
@@ -90,6 +91,7 @@ def fit_generator(
         rank=rank,
         strength=strength,
         origin=origin,
+        licenses={expert.name: expert.license for expert in prepared.bank.experts},
     )
 
 
@@ -155,6 +157,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         kin=config.kin,
         seed=config.seed,
         suite=suite,
+        without_expert=find_split(config.tasks, WITHOUT_EXPERT) if config.tasks else None,
         device=config.device,
         dtype=config.dtype,
         quiet=quiet,
@@ -162,7 +165,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")
     loop = TrainingLoop(out, torch.Generator().manual_seed(config.seed), quiet or not accelerator.is_local_main_process, accelerator)
     # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
-    origin = {"config": {key: value for key, value in plain.items() if key not in ("out", "device")}, "experts": len(bank)}
+    settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
+    settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
+    origin = {"config": settings, "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
     generator.save_pretrained(out)
     loop.finish()

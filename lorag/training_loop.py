@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lorag.tensor_files import load_tensors, save_tensors
-from lorag.training_state import load_training_state, save_training_state
+from lorag.artifacts import writing
+from lorag.tensor_files import save_tensors
+from lorag.training_state import load_best, load_training_state, save_training_state
 
 __all__ = ["LoopSettings", "TrainingLoop"]
 
@@ -86,10 +87,10 @@ class TrainingLoop:
         state = None if self.folder is None else self.folder / f"{stage}.state.safetensors"
         kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"
         if state is not None and kept is not None and state.exists():
-            counters = load_training_state(state, module, [optimizer], self.rng)
-            start, waited = int(counters["step"]), int(counters["waited"])
+            counters = load_training_state(state, module, [optimizer], self.rng, ("step", "waited", "best"))
+            start, waited = int(counters["step"] or 0), int(counters["waited"] or 0)
             best = math.inf if counters["best"] is None else float(counters["best"])
-            best_state = load_tensors(kept) if kept.exists() else None
+            best_state = None if counters["best"] is None else load_best(kept, module)
             logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
         began = time.monotonic()
         left = range(start, settings.steps if waited < settings.patience else start)
@@ -143,7 +144,6 @@ class TrainingLoop:
     def _record(self, stage: str, step: int, loss: float, validation: float, seconds: float) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         row: Mapping[str, object] = {
             "stage": stage,
             "step": step,
@@ -151,8 +151,11 @@ class TrainingLoop:
             "validation": None if math.isnan(validation) else round(validation, 6),
             "seconds": round(seconds, 1),
         }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / "metrics.jsonl"
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorag.artifacts import parse_json
 from lorag.errors import ArtifactError
 from lorag.tensor_files import load_tensors, read_header, save_tensors
 
-__all__ = ["load_training_state", "save_training_state"]
+__all__ = ["load_best", "load_training_state", "save_training_state"]
 
 _REMEDY = "Delete it to start afresh."
+_ADAM, _MOMENTUM = frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"momentum_buffer"})
+# What the next step of an optimizer reads for a parameter that it has moved before.
+_STATE: dict[type[torch.optim.Optimizer], frozenset[str]] = {
+    torch.optim.Adam: _ADAM,  # AdamW is a kind of Adam
+    torch.optim.SGD: _MOMENTUM,
+    getattr(torch.optim, "Muon", torch.optim.SGD): _MOMENTUM,  # not in older versions of torch
+}
 
 
 def save_training_state(
@@ -48,9 +56,20 @@ def _named(module: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_training_state(
-    path: Path, module: nn.Module | Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], rng: torch.Generator
+    path: Path,
+    module: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    rng: torch.Generator,
+    numbers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Puts back what `save_training_state` wrote and returns the counters.
+
+    Args:
+        path: The file.
+        module: As it was saved.
+        optimizers: As they were saved: SGD with momentum, Adam, AdamW or Muon.
+        rng: The loop's source of randomness.
+        numbers: Counters that must be there, each a number or null.
 
     Raises:
         ArtifactError: If the file does not fit the module and optimizers, or lacks a part; nothing is changed then.
@@ -59,15 +78,18 @@ def load_training_state(
     tensors = load_tensors(path)
     parameters = {name.removeprefix("parameter."): value for name, value in tensors.items() if name.startswith("parameter.")}
     own = _named(module)
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in parameters.items()}:
+    if {name: _form(value) for name, value in own.items()} != {name: _form(value) for name, value in parameters.items()}:
         raise ArtifactError(f"{path} belongs to another model or setting", remedy=_REMEDY)
     try:
-        counters, stream = json.loads(metadata["counters"]), tensors["rng"]
+        counters, stream = parse_json(metadata["counters"], path), tensors["rng"]
         moments = [_moments(tensors, f"optimizer.{number}.", optimizer) for number, optimizer in enumerate(optimizers)]
         if not isinstance(counters, dict):
             raise TypeError(f"counters {counters!r}")
+        for name in numbers:
+            if isinstance(counters[name], bool) or not isinstance(counters[name], int | float | None):
+                raise TypeError(f"counter {name} {counters[name]!r}")
         rng.set_state(stream)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:  # ArtifactError is a ValueError
         raise ArtifactError(f"{path} holds no complete training state", got=repr(error)[:120], remedy=_REMEDY) from error
     with torch.no_grad():  # only now, so that a refused file leaves everything as it was
         for name, value in own.items():
@@ -77,17 +99,41 @@ def load_training_state(
     return counters
 
 
+def load_best(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Reads the state of a module that `save_tensors` kept as its best.
+
+    Raises:
+        ArtifactError: If it is not the state of such a module.
+    """
+    tensors = load_tensors(path)
+    if {name: _form(value) for name, value in module.state_dict().items()} != {name: _form(value) for name, value in tensors.items()}:
+        raise ArtifactError(f"{path} belongs to another model or setting", remedy=_REMEDY)
+    return tensors
+
+
+def _form(value: Tensor) -> tuple[torch.Size, bool]:
+    return value.shape, value.is_floating_point()
+
+
 def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """One optimizer's state by parameter; each must be of a parameter that there is, and have its shape or be a number."""
+    """One optimizer's state by parameter, all that its next step reads: of a parameter that there is, in its shape."""
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    wrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds the optimizer itself
+    expected = next((keys for kind, keys in _STATE.items() if isinstance(wrapped, kind)), None)
+    if expected is None:
+        raise TypeError(f"{type(wrapped).__name__} is no optimizer whose state lorag knows")
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):
             index, key = name.removeprefix(prefix).split(".", 1)
-            if not 0 <= int(index) < len(shapes) or value.shape not in (shapes[int(index)], torch.Size()):
+            if not 0 <= int(index) < len(shapes) or str(int(index)) != index or key not in expected:
                 raise ValueError(f"{name} {tuple(value.shape)}")
+            if not value.is_floating_point() or value.shape != (torch.Size() if key == "step" else shapes[int(index)]):
+                raise ValueError(f"{name} {value.dtype} {tuple(value.shape)}")
+            if key == "step" and not 0 <= value < 2**40:
+                raise ValueError(f"{name} {value}")
             found.setdefault(int(index), {})[key] = value
-    keys = {frozenset(state) for state in found.values()}
-    if len(keys) > 1:
-        raise ValueError(f"{prefix}* differ between parameters")
+    for index, state in found.items():
+        if state.keys() != expected:
+            raise ValueError(f"{prefix}{index} lacks {min(expected - state.keys())}")
     return found

@@ -191,6 +191,11 @@ def random_adapter() -> Callable[..., LoraAdapter]:
 @pytest.fixture(scope="session")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a word; pad, begin and end tokens as the tiny models number them."""
+    return word_tokenizer()
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Makes that tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>"))

@@ -70,7 +70,7 @@ def test_saving_twice_gives_the_same_bytes(llama_layout, random_adapter, tmp_pat
     adapter = random_adapter(llama_layout)
     first, second = adapter.save_pretrained(tmp_path / "a"), adapter.save_pretrained(tmp_path / "b")
     files = sorted(path.name for path in first.iterdir())
-    assert files == sorted([CONFIG, PROVENANCE, WEIGHTS])
+    assert files == sorted(["README.md", CONFIG, PROVENANCE, WEIGHTS])
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
 
 

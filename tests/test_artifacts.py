@@ -197,11 +197,10 @@ def test_loose_json_is_refused(tmp_path, text):
         artifacts.read_json(path)
 
 
-def test_unreadable_json_files_are_refused(tmp_path, monkeypatch):
+def test_unreadable_json_files_are_refused(tmp_path):
     """Missing, a folder, not UTF-8, too large."""
     (tmp_path / "latin").write_bytes(b'{"a": "\xe9"}')
     (tmp_path / "large").write_text('{"a": "' + "x" * 100 + '"}')
-    monkeypatch.setattr(artifacts, "_MAX_JSON", 100)
     for path, text in (
         (tmp_path / "no", "missing"),
         (tmp_path, "missing"),
@@ -209,7 +208,7 @@ def test_unreadable_json_files_are_refused(tmp_path, monkeypatch):
         (tmp_path / "large", "too large"),
     ):
         with pytest.raises(ArtifactError, match=text):
-            artifacts.read_json(path)
+            artifacts.read_json(path, 100)
 
 
 def test_nan_is_never_written(tmp_path):
@@ -411,3 +410,78 @@ def test_missing_embedded_folder_names_where_it_looked():
     """The remedy is part of the message."""
     with pytest.raises(LoragError, match="lorag sandbox build"):
         artifacts.embedded("checkpoints/no-such")
+
+
+# --- files that belong together -----------------------------------------------------------------------------------------
+
+
+def _pair(text):
+    def write(staging):
+        for name in ("a", "b", "last"):
+            (staging / name).write_text(text)
+
+    return write
+
+
+def _texts(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_are_replaced_together(tmp_path):
+    """All of them, nothing else, and nothing is left lying about."""
+    (tmp_path / "mine").write_text("kept")
+    for text in ("old", "new"):
+        artifacts.replace_together(tmp_path, _pair(text), "last")
+        assert _texts(tmp_path) == {"mine": "kept", "a": text, "b": text, "last": text}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_replacement_that_fails_changes_nothing(tmp_path, error):
+    """A full disk or an interruption while the second of three files is written."""
+    artifacts.replace_together(tmp_path, _pair("old"), "last")
+
+    def fail(staging):
+        (staging / "a").write_text("new")
+        raise error
+
+    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
+        artifacts.replace_together(tmp_path, fail, "last")
+    assert _texts(tmp_path) == {"a": "old", "b": "old", "last": "old"}
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_replacement_cut_off_after_its_decision_is_finished(tmp_path, moved):
+    """However many of the files were moved when the process died; until then nobody takes old and new for one."""
+    artifacts.replace_together(tmp_path, _pair("old"), "last")
+    journal = tmp_path / ".replacing"
+    journal.mkdir()
+    _pair("new")(journal)
+    if moved:
+        (tmp_path / "last").unlink()
+    for name in ("a", "b", "last")[: max(0, moved - 1)]:
+        (journal / name).replace(tmp_path / name)
+    artifacts.finish_replacing(tmp_path, "last")
+    assert _texts(tmp_path) == {"a": "new", "b": "new", "last": "new"}
+
+
+def test_a_folder_without_a_rest_is_not_touched(tmp_path):
+    """Readers may call it on folders that cannot be written to, or that are none."""
+    artifacts.finish_replacing(tmp_path / "no", "last")
+    (tmp_path / ".replacing").symlink_to("/etc")
+    artifacts.finish_replacing(tmp_path, "last")
+    assert (tmp_path / ".replacing").is_symlink()
+
+
+def test_debris_of_killed_writers_is_swept(tmp_path):
+    """Unfinished siblings go after an hour; those of a writer that may still be at it stay, and so do other files."""
+    old, new, other = tmp_path / ".a.json.x.tmp", tmp_path / ".a.json.y.tmp", tmp_path / ".b.json.x.tmp"
+    for path in (old, new, other):
+        path.write_text("")
+    folder = tmp_path / ".new.x.tmp"
+    (folder / "sub").mkdir(parents=True)
+    for path in (old, other, folder):
+        os.utime(path, (1, 1))
+    artifacts.write_json(tmp_path / "a.json", {})
+    assert not old.exists() and new.exists() and other.exists()
+    artifacts.replace_together(tmp_path, _pair("new"), "last")
+    assert not folder.exists() and new.exists()

@@ -12,7 +12,7 @@ import torch
 from lorag import artifacts, tensor_files
 from lorag.bank import AdapterBank, BankBase
 from lorag.base_model import BaseModel
-from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, LoragError
+from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError
 from lorag.layout import LoraLayout
 
 LAYOUT = LoraLayout.from_dict(
@@ -91,7 +91,7 @@ def test_copy_keeps_entries_and_is_smaller(bank, tmp_path):
         assert {k: v for k, v in old.items() if k not in ("file", "index")} == {k: v for k, v in new.items() if k not in ("file", "index")}
     for j in range(3):
         assert (copy.adapter("one", j).delta("layers.0.q") - bank.adapter("one", j).delta("layers.0.q")).norm() < 0.1
-    with pytest.raises(BankError, match="overflow"):
+    with pytest.raises(DtypeOverflowError, match="overflow"):
         huge = dataclasses.replace(bank.adapter("three"), factors={n: (a, b * 1e6) for n, (a, b) in bank.adapter("three").factors.items()})
         copy.add([("huge", ["task"], [huge])], precision="float16")
     assert "huge" not in AdapterBank.from_pretrained(copy.folder)
@@ -290,6 +290,27 @@ def test_tampered_files_are_refused(bank):
                 AdapterBank.from_pretrained(bank.folder)
             path.write_bytes(good)
     assert AdapterBank.from_pretrained(bank.folder).names == bank.names
+
+
+def test_adding_blesses_no_damage(bank, random_adapter):
+    """A shard that was damaged before an expert was added is still found afterwards: checksums are carried over, not made anew."""
+    path = bank.folder / bank["one"].file
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    bank.add([("four", ["task"], [random_adapter(LAYOUT, seed=4)])])
+    with pytest.raises(ArtifactError, match=path.name):
+        AdapterBank.from_pretrained(bank.folder)
+
+
+def test_few_shards_are_open_at_once(tmp_path, random_adapter):
+    """A bank of many shards is read without keeping them all open, in any order, and reads right."""
+    bank = AdapterBank.create(tmp_path / "bank", BASE)
+    for number in range(12):
+        bank = bank.add([(f"e{number}", ["task"], [random_adapter(LAYOUT, seed=number)])])
+    for number in (*range(12), 0, 11, 5):
+        assert _equal(bank.adapter(f"e{number}"), random_adapter(LAYOUT, seed=number))
+        assert len(bank._shards._open) <= 8
 
 
 def test_missing_bank_is_refused(tmp_path):

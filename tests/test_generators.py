@@ -467,6 +467,6 @@ def test_a_stage_that_stopped_early_is_not_trained_further(tmp_path):
 
 
 def test_weights_are_read_as_written_by_peft_name(fitted, tmp_path):
-    """A generated folder holds PEFT's file names and nothing else."""
+    """A generated folder holds PEFT's file names, where it came from, a card, and nothing else."""
     fitted("ridge").generate("red dog").save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["adapter_config.json", WEIGHTS, "lorag.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", "adapter_config.json", WEIGHTS, "lorag.json"])

@@ -148,13 +148,17 @@ def test_a_module_is_one_idea(name):
 
 
 FORBIDDEN = ("torch.load", "pickle", "cPickle", "joblib", "eval(", "exec(", "trust_remote_code", "yaml.load(", "os.system", "shell=True")
+# Where a word stands for what is refused, or for a person's own permission; tests/attacks holds them to that.
+ALLOWED = {("lorag.plain_files", "pickle"), ("lorag.base_model", "trust_remote_code"), ("lorag.embedding", "trust_remote_code")}
+ALLOWED |= {("lorag.cli", "trust_remote_code"), ("lorag.embedding", "pickle")}
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_nothing_is_unpickled_or_evaluated(name):
     """Neither called nor named in code; `.eval()` of a module is another thing."""
     code = _code(SOURCES[name]).replace(".eval()", "")
-    assert not [word for word in FORBIDDEN if re.search(rf"(?<!\w){re.escape(word)}", code)]
+    found = {word for word in FORBIDDEN if re.search(rf"(?<!\w){re.escape(word)}", code)}
+    assert not {word for word in found if (name, word) not in ALLOWED}
 
 
 def test_shipped_configs_load():

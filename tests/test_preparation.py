@@ -7,6 +7,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.derived_tasks import derive
 from lorag.errors import ConfigError
+from lorag.functional import TaskLoss
 from lorag.generators import generator_type
 from lorag.models.expert_attention import ExpertAttention
 from lorag.preparation import prepare
@@ -77,6 +78,42 @@ def test_kin_needs_a_suite_and_a_known_rule(bank):
         _prepare(bank, kin="texts")
     with pytest.raises(ConfigError, match="kin"):
         _prepare(bank, suite=_suite(), kin="family")
+
+
+def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkeypatch):
+    """Functional steps draw them, reconstruction does not; kin of what is held out stays out of both."""
+    cells = [*TRAINING[:8], *TRAINING[8:11]]
+    more = TaskSuite(list(make_suite(cells))[8:])
+    prepared = _prepare(bank, suite=TaskSuite([*_suite(), *more]), without_expert=more)
+    data = prepared.data
+    assert list(data.without_expert) == [8, 9, 10] and len(data.codes) == len(data.conditioner.names) == 8
+    drawn = []
+    whole = TaskLoss.losses
+
+    def losses(self, codes, indices, count, seed):
+        drawn.extend(indices)
+        return whole(self, codes, indices, count, seed)
+
+    monkeypatch.setattr(TaskLoss, "losses", losses)
+    _fit(prepared, width=16, queries=2, layers=1, heads=2, hidden=16, steps=3)
+    assert {8, 9, 10} <= set(drawn) <= set(range(11))
+    for method in ("ridge", "icm_lora"):
+        settings = {} if method == "ridge" else {"steps": 3}
+        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+        generator_type(method).with_settings(settings).fit(data, loop)
+
+
+def test_a_task_without_an_expert_stays_out_if_it_is_kin_of_a_held_out_one(bank):
+    """Its texts would be those of a validation task."""
+    first = next(iter(_suite()))
+    twin = Task("twin", first.suite, first.descriptions, None, first.license, first.source, first.examples)
+    suite, more = TaskSuite([*_suite(), twin]), TaskSuite([twin])
+    seen = set()
+    for seed in range(12):
+        data = _prepare(bank, suite=suite, without_expert=more, kin="texts", validation=0.2, seed=seed).data
+        assert list(data.without_expert) == ([] if 0 in data.validation else [8])
+        seen.add(0 in data.validation)
+    assert seen == {True, False}
 
 
 def test_attention_gives_hidden_experts_nothing_and_the_rest_all():

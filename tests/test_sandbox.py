@@ -150,7 +150,7 @@ def test_splits_are_disjoint_and_held_out_combinations_are_new_but_their_pairs_a
     found = splits()
     pairs = len(world.SKILLS) * len(world.DOMAINS) - len(HARD_PAIRS)
     train = BANK_STYLES * pairs
-    assert {name: len(own) for name, own in found.items()} == {"train": train, "test": 60, "hard": 36, "spare": 792 - 96 - train}
+    assert {name: len(own) for name, own in found.items()} == {"train": train, "test": 60, "hard": 36, "without_expert": 792 - 96 - train}
     everything = [cell for own in found.values() for cell in own]
     assert len(set(everything)) == len(everything) == len(cells())
     train = found["train"]
@@ -158,7 +158,7 @@ def test_splits_are_disjoint_and_held_out_combinations_are_new_but_their_pairs_a
     for cell in found["test"]:
         wanted = ((cell.skill, cell.domain), (cell.skill, cell.style), (cell.domain, cell.style))
         assert all(pair in own for pair, own in zip(wanted, pairs, strict=True)), cell
-    seen = {(cell.skill, cell.domain) for cell in (*train, *found["spare"])}
+    seen = {(cell.skill, cell.domain) for cell in (*train, *found["without_expert"])}
     assert seen.isdisjoint(HARD_PAIRS)
     assert {(cell.skill, cell.domain) for cell in found["hard"]} == set(HARD_PAIRS)
     assert "legal-summarise-plain" in {cell.name for cell in found["test"]}

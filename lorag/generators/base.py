@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from lorag.conditioning import Condition, Conditioner
 from lorag.config import from_plain
 from lorag.embedding import Embedding
-from lorag.errors import ConfigError, GeneratorError
+from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.functional import TaskLoss
 from lorag.training_loop import TrainingLoop
 
 __all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate", "draw"]
+
+
+_MOST_LAYERS = 256
 
 
 @dataclass
@@ -36,11 +39,13 @@ class FitData:
         conditioner: Compares descriptions with the experts.
         training: Indices that may be learned from.
         validation: Indices of training tasks held out for early stopping; never tasks of the test split.
-        kin: For each expert the experts that must not be seen while it plays an unseen task: itself, and where whole
+        kin: For each task the experts that must not be seen while it plays an unseen task: itself, and where whole
             sources of tasks are held out, all of its source.
         zero: Code of the adapter that changes nothing (c,).
         modules: Length of each adapted module's part of a code, in order.
         functional: The base model's loss on the experts' tasks, if their examples are at hand.
+        without_expert: Indices, after the experts', of training tasks that have examples but no expert. `embeddings`, `kin` and
+            `functional` go on to them; they teach what learns through the base model, and nothing else.
     """
 
     codes: Tensor
@@ -53,6 +58,7 @@ class FitData:
     zero: Tensor
     modules: Sequence[int]
     functional: TaskLoss | None = None
+    without_expert: Sequence[int] = ()
 
 
 class Generator(abc.ABC):
@@ -80,7 +86,11 @@ class Generator(abc.ABC):
         unknown = set(values) - known
         if unknown:
             raise ConfigError(f"method.{min(unknown)} is no setting of {cls.name}", expected=", ".join(sorted(known)) or "no setting")
-        return cls(from_plain(cls.settings_type, values))
+        settings = from_plain(cls.settings_type, values)
+        for name in ("layers", "depth"):  # what is built takes time for each, even of a file that is refused then
+            if not 0 <= getattr(settings, name, 0) <= _MOST_LAYERS:
+                raise ConfigError(f"method.{name} cannot be used", got=getattr(settings, name), expected=f"0 to {_MOST_LAYERS}")
+        return cls(settings)
 
     @abc.abstractmethod
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
@@ -98,10 +108,40 @@ class Generator(abc.ABC):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `tensors` gave."""
 
+    def restore_whole(self, tensors: Mapping[str, Tensor], conditioner: Conditioner, size: int, use: Callable[[Tensor], object]) -> None:
+        """`restore`, then a trial on one condition: what does not fit together shows now, and not at a user's first task.
+
+        Args:
+            tensors: As `restore` takes them.
+            conditioner: The generator's.
+            size: Length c of a code.
+            use: What is done with codes (1, c).
+
+        Raises:
+            GeneratorError: If tensors and settings do not make a generator of such codes.
+        """
+        try:
+            self.restore(tensors)
+            if self.needs_task_vectors:
+                return
+            vector = nn.functional.normalize(torch.ones(conditioner.centroids.shape[1]), dim=0)
+            codes = self.generate(conditioner(Embedding(vector, vector[None])), torch.Generator().manual_seed(0))
+            if codes.shape != (1, size) or not codes.isfinite().all():
+                raise ValueError(f"codes {tuple(codes.shape)}, where {(1, size)} finite values are expected")
+            use(codes)
+        except LoragError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise GeneratorError(f"stored tensors and settings do not fit {self.name}", got=repr(error)[:160]) from error
+
     @property
     def needs_task_vectors(self) -> bool:
         """Whether conditions must carry a task vector, which takes example inputs."""
         return False
+
+    def shares(self, condition: Condition) -> Tensor | None:
+        """How much each expert counts (n,) in what `generate` makes; None if all are learned from together."""
+        return None
 
     def values(self) -> dict[str, Any]:
         """Settings as plain values."""

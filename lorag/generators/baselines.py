@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition, mixture
+from lorag.conditioning import Condition, mixture, mixture_weights
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator, Settings
 from lorag.generators.functional_training import require_tasks
@@ -93,7 +93,7 @@ class Multitask(Mean):
         """Trains one code, from the mean, with the base model's loss on all training tasks."""
         settings, functional = self.settings, require_tasks(self.name, data)
         module = _Code(data.codes[list(data.training)].mean(0))
-        training = torch.tensor(list(data.training))
+        training = torch.tensor([*data.training, *data.without_expert])
 
         def loss(_: nn.Module, step: int) -> Tensor:
             chosen = training[torch.randint(len(training), (settings.tasks,), generator=loop.rng)].tolist()
@@ -134,6 +134,10 @@ class Nearest(_Stored):
 
     name = "nearest"
 
+    def shares(self, condition: Condition) -> Tensor:
+        """All from the nearest."""
+        return nn.functional.one_hot(condition.similarities.argmax(), len(self.codes)).float()
+
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The nearest expert's code."""
         return self.codes[int(condition.similarities.argmax())].expand(count, -1).clone()
@@ -159,6 +163,10 @@ class TopK(_Stored):
     settings_type = MixtureSettings
     settings: MixtureSettings
 
+    def shares(self, condition: Condition) -> Tensor:
+        """The mixture's weights."""
+        return mixture_weights(condition.similarities, self.settings.top, self.settings.temperature)
+
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The mixture's mean."""
         found = mixture(condition.similarities, self.codes, None, top=self.settings.top, temperature=self.settings.temperature)
@@ -171,6 +179,10 @@ class SgMixture(_Stored):
     name = "sg_mixture"
     settings_type = MixtureSettings
     settings: MixtureSettings
+
+    def shares(self, condition: Condition) -> Tensor:
+        """The mixture's weights."""
+        return mixture_weights(condition.similarities, self.settings.top, self.settings.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Samples of N(μ*, σ*²)."""

@@ -17,6 +17,10 @@ from lorag.training_loop import LoopSettings, TrainingLoop
 __all__ = ["FunctionalSettings", "require_tasks", "train_functionally"]
 
 
+_LEAST = 0.02  # running loss below which a task counts as learned; it is still drawn now and then
+_NEWS = 0.3  # weight of a new loss in the running one
+
+
 @dataclass
 class FunctionalSettings:
     """Length and width of functional training.
@@ -26,6 +30,8 @@ class FunctionalSettings:
         learning_rate: Their peak rate.
         tasks: Tasks in a step, each with its own generated adapter.
         examples: Training examples of each.
+        focus: Tasks are drawn in proportion to this power of their running loss, so that hard ones come more often; with 0
+            all are alike.
         validate_every: Steps between validations.
     """
 
@@ -33,6 +39,7 @@ class FunctionalSettings:
     learning_rate: float = 1e-3
     tasks: int = 32
     examples: int = 4
+    focus: float = 0.5
     validate_every: int = 100
 
 
@@ -63,8 +70,8 @@ def train_functionally(
     Args:
         name: Names the stage.
         network: What is trained.
-        predict: Codes (b, c) for experts (indices) described by embeddings.
-        data: The bank, with the tasks' examples.
+        predict: Codes (b, c) for tasks (indices) described by embeddings.
+        data: The bank, with the tasks' examples; tasks without an expert count too.
         loop: Runs the stage.
         settings: Its length.
 
@@ -77,12 +84,15 @@ def train_functionally(
     if settings.steps == 0:
         return float("nan")
     functional = require_tasks(name, data)
-    training = torch.tensor(list(data.training))
+    training = torch.tensor([*data.training, *data.without_expert])
+    pupil = _Pupil(network, len(training))
 
     def loss(_: nn.Module, step: int) -> Tensor:
-        rows = training[torch.randperm(len(training), generator=loop.rng)[: settings.tasks]].tolist()
-        codes = predict(rows, draw(data, rows, loop))
-        return functional.losses(codes, rows, settings.examples, f"{name}/{step}").mean()
+        picks = pupil.pick(settings.tasks, settings.focus, loop.rng)
+        rows = training[picks].tolist()
+        losses = functional.losses(predict(rows, draw(data, rows, loop)), rows, settings.examples, f"{name}/{step}")
+        pupil.remember(picks, losses)
+        return losses.mean()
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():
@@ -90,4 +100,25 @@ def train_functionally(
         return functional.loss(codes, data.validation, 8, "validation")
 
     steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
-    return loop.run(f"{name} functional", network, loss, validate if data.validation else None, steps)
+    return loop.run(f"{name} functional", pupil, loss, validate if data.validation else None, steps)
+
+
+class _Pupil(nn.Module):
+    """A network and its running loss on each task (n,), together so that an interrupted stage goes on with both."""
+
+    running: Tensor
+
+    def __init__(self, network: nn.Module, tasks: int) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("running", torch.ones(tasks, device=next(network.parameters()).device))
+
+    def pick(self, count: int, focus: float, rng: torch.Generator) -> Tensor:
+        """Draws `count` different tasks, or all if there are fewer, in proportion to a power of their losses."""
+        odds = self.running.cpu().clamp_min(_LEAST) ** focus
+        return torch.multinomial(odds, min(count, len(odds)), generator=rng)
+
+    def remember(self, picks: Tensor, losses: Tensor) -> None:
+        """Mixes new losses (b,) into the running ones."""
+        picks = picks.to(self.running.device)
+        self.running[picks] = torch.lerp(self.running[picks], losses.detach().to(self.running), _NEWS)

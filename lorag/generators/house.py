@@ -49,19 +49,19 @@ class HouseSettings(Settings):
     source: str = "description"
     width: int = 192
     queries: int = 8
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
-    hidden: int = 384
+    hidden: int = 256
     dropout: float = 0.1
     word_dropout: float = 0.1
     noise: float = 0.2
     view: int = 32
     temperature: float = 0.2
     offset: bool = True
-    steps: int = 400
+    steps: int = 300
     learning_rate: float = 1e-3
     batch: int = 64
-    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1100, tasks=64, examples=2))
+    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1300, tasks=64, examples=2))
 
 
 class _Sum(nn.Module):

@@ -55,7 +55,7 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     falls back to characters and bytes. An opening quotation mark is followed by a space inside the tokenizer only.
     """
     rng = random.Random(seed)
-    seen = sorted(splits()["train"] + splits()["spare"])
+    seen = sorted(splits()["train"] + splits()["without_expert"])
     inward = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r'(?<=")(?=\w)'), " ")])
     words = pre_tokenizers.Sequence(
         [

@@ -93,14 +93,13 @@ def build(config: SandboxConfig, *, quiet: bool = False) -> Iterator[str]:
 
 
 def _write_tasks(folder: Path, config: SandboxConfig) -> None:
-    """The suite that ships: training tasks with examples to learn from, held-out tasks with examples to be scored on."""
+    """The suite that ships: training tasks, with expert or not, with examples to learn from, held-out tasks with examples to be scored on."""
     held = splits()["test"] + splits()["hard"]
-    known = build_suite(
-        splits()["train"], train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed
-    )
+    taught = splits()["train"] + splits()["without_expert"]
+    known = build_suite(taught, train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed)
     unseen = build_suite(held, train=0, test=config.test_examples, descriptions=config.eval_descriptions, wording="eval", seed=config.seed)
     TaskSuite([*known, *unseen]).save(folder)
-    write_json(folder / "splits.json", {name: [cell.name for cell in splits()[name]] for name in ("train", "test", "hard")})
+    write_json(folder / "splits.json", {name: [cell.name for cell in splits()[name]] for name in splits()})
 
 
 def _build_experts(folder: Path, config: SandboxConfig, quiet: bool) -> AdapterBank:

@@ -1,6 +1,6 @@
 """The sandbox's tasks: the grid skill x domain x style, its splits, and suites of examples for them.
 
-Splits are by task. `train` tasks have experts in the bank. `test` tasks are unseen combinations: the bank has experts of
+Splits are by task. `train` tasks have experts in the bank, `without_expert` ones only examples. `test` tasks are unseen combinations: the bank has experts of
 each pair of their skill, domain and style, but never of all three. `hard` tasks are skill-domain pairs that no style of
 was ever seen. The base model is trained on all cells but those of `test` and `hard`.
 """
@@ -51,7 +51,7 @@ def cells() -> tuple[Cell, ...]:
 
 @functools.cache
 def splits() -> dict[str, tuple[Cell, ...]]:
-    """Returns the cells of `train`, `test`, `hard` and `spare` (seen by the base, without an expert).
+    """Returns the cells of `train`, `test`, `hard` and `without_expert` (training tasks that the bank has no expert of).
 
     The same on every machine. `test` takes five skills of each domain, its styles in equal numbers, and always
     the plain summary of a legal text.
@@ -74,12 +74,12 @@ def splits() -> dict[str, tuple[Cell, ...]]:
             if (skill, name) not in HARD_PAIRS:
                 free = [cell for style in world.STYLES if (cell := Cell(skill, name, style)) not in test]
                 train += rng.sample(free, _BANK_STYLES)
-    spare = set(cells()) - set(hard) - set(test) - set(train)
+    left = set(cells()) - set(hard) - set(test) - set(train)
     return {
         "train": tuple(sorted(train)),
         "test": tuple(sorted(test)),
         "hard": hard,
-        "spare": tuple(sorted(spare)),
+        "without_expert": tuple(sorted(left)),
     }
 
 

@@ -1,0 +1,146 @@
+"""Writing so that a kill at any moment, or a full disk, leaves what was there before: siblings, flushed and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lorag.errors import StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["finish_replacing", "replace_together", "write_atomically", "writing"]
+
+_JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
+_ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns failures of the system while `path` is written into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error, StorageError) and isinstance(error.__cause__, OSError) else error
+        raise StorageError(
+            f"writing {path} failed: {cause.strerror or cause}",
+            remedy="Free space or choose another folder; what was written before is intact.",
+        ) from cause
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary sibling of `path`, flushes it to disk and renames it into place.
+
+    Raises:
+        StorageError: If the system fails; the file that was there before is intact then.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name[:40]}."
+        _sweep(path.parent, prefix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
+        os.close(handle)
+        sibling = Path(name)
+        try:
+            write(sibling)
+            with sibling.open("rb+") as file:
+                os.fsync(file.fileno())
+            sibling.chmod(0o644)
+            sibling.replace(path)
+        finally:
+            sibling.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+
+
+def replace_together(folder: Path, write: Callable[[Path], None], last: str) -> None:
+    """Replaces files of a folder that belong together: after a kill at any moment all of them are the old or the new ones.
+
+    New files are written elsewhere first. One rename decides; what is left to do then, `finish_replacing` does again after
+    a kill. While they are moved into place the file `last` is absent, so that no reader takes old and new for one.
+
+    Args:
+        folder: The folder; its other files are left alone.
+        write: Writes the new files into the empty folder that it is given.
+        last: The file without which nobody reads the folder.
+
+    Raises:
+        StorageError: If the system fails; the files that were there before are intact then.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder, ".new.")
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".new.", suffix=".tmp"))
+        try:
+            write(staging)
+            _flush_folder(staging)
+            with _alone(folder):
+                _move_into_place(folder, last)
+                staging.rename(folder / _JOURNAL)
+                _flush_folder(folder)
+                _move_into_place(folder, last)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def finish_replacing(folder: Path, last: str) -> None:
+    """Does what a killed `replace_together` left undone; a folder without such a rest is not touched."""
+    if (folder / _JOURNAL).is_dir():
+        with writing(folder), _alone(folder):
+            _move_into_place(folder, last)
+
+
+def _move_into_place(folder: Path, last: str) -> None:
+    journal = folder / _JOURNAL
+    if journal.is_symlink() or not journal.is_dir():
+        return
+    names = sorted(path.name for path in journal.iterdir())
+    if last in names:
+        (folder / last).unlink(missing_ok=True)
+        names = [name for name in names if name != last] + [last]
+    for name in names:
+        (journal / name).replace(folder / name)
+    journal.rmdir()
+    _flush_folder(folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder itself locked, which leaves no file behind; where folders cannot be locked, nothing is held."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Writes the names of a folder to disk, so that renames survive a power cut in their order; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Removes what processes that were killed an hour ago or more left unfinished."""
+    for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix) and entry.name.endswith(".tmp")]:
+        with contextlib.suppress(OSError):  # another process may sweep too
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)

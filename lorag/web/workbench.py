@@ -1,0 +1,334 @@
+"""What the page computes: adapters for a description, what is known of them, and answers with and without them.
+
+Nothing here knows the page. An adapter follows from its `Order` alone, so that an order is all that is kept of a user.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorag.adapter import LoraAdapter
+from lorag.artifacts import embedded
+from lorag.errors import ConfigError, TaskError
+from lorag.generator import DEFAULT, LoraGenerator
+from lorag.row_adapters import stack_adapters
+from lorag.task_map import TaskMap
+from lorag.tasks import check_description
+
+__all__ = ["MOST_INPUTS", "MOST_INPUT", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook", "Verdict", "Workbench"]
+
+MOST_SAMPLES, MOST_INPUTS, MOST_INPUT = 4, 8, 2000
+_MOST_SEED, _MOST_STRENGTH = 2**31 - 1, 10.0
+_REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
+_CHECKS_ITSELF = "on_unknown" in inspect.signature(LoraGenerator.generate).parameters
+
+Progress = Callable[[float, str], object]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a user asked for; the same order gives the same adapters.
+
+    Attributes:
+        description: Of the task.
+        methods: Labels of generators.
+        seed: Of the first sample; each further sample takes the next.
+        strength: Factor on ΔW.
+        samples: Adapters of each generator.
+        anyway: Whether to generate where the generator would refuse.
+    """
+
+    description: str
+    methods: tuple[str, ...]
+    seed: int = 0
+    strength: float = 1.0
+    samples: int = 1
+    anyway: bool = False
+
+    def __post_init__(self) -> None:
+        check_description(self.description)
+        if not self.methods:
+            raise ConfigError("no generator is chosen", remedy="Tick at least one.")
+        for name, value, least, most in (
+            ("seed", self.seed, 0, _MOST_SEED),
+            ("strength", self.strength, 0, _MOST_STRENGTH),
+            ("samples", self.samples, 1, MOST_SAMPLES),
+        ):
+            whole = name != "strength"
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
+            if not fits or whole and value != int(value):
+                kind = "whole number" if whole else "number"
+                raise ConfigError(f"{name} cannot be used", got=repr(value)[:40], expected=f"a {kind} from {least} to {most}")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a description looks like from a bank, before anything is generated.
+
+    Attributes:
+        neighbours: The nearest experts and their cosines, best first.
+        novelty: 1 - the best cosine.
+        place: Where it lies on the map of tasks.
+    """
+
+    neighbours: tuple[tuple[str, float], ...]
+    novelty: float
+    place: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an adapter's own provenance says of its use; None for what its generator does not estimate."""
+
+    novelty: float | None = None
+    decision: str | None = None
+    reason: str | None = None
+    gain: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Verdict:
+        """Reads `info["gate"]`, or the bare novelty where there is none."""
+        gate = info.get("gate") or {}
+        low_high = gate.get("expected_gain_interval")
+        return cls(
+            novelty=gate.get("novelty", info.get("novelty")),
+            decision=gate.get("decision"),
+            reason=gate.get("reason"),
+            gain=gate.get("expected_gain"),
+            interval=None if low_high is None else (float(low_high[0]), float(low_high[1])),
+        )
+
+
+@dataclass(frozen=True)
+class Made:
+    """One adapter of an order: its label on the page, the generator's label, its seed, and how long it took in seconds."""
+
+    label: str
+    method: str
+    seed: int
+    adapter: LoraAdapter
+    seconds: float
+    repeats: str | None = None  # label of the sample whose very bytes it has
+
+    @property
+    def verdict(self) -> Verdict:
+        """What its provenance says."""
+        return Verdict.of(self.adapter.info)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to inputs, side by side: columns are ("base", answers), then one for each adapter."""
+
+    inputs: tuple[str, ...]
+    columns: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class Workbench:
+    """Generators of one base model, and that model, for several users at once.
+
+    Args:
+        generators: Label to generator; labels are unique and shown.
+        sources: Label to what `generate_lora(generator=...)` takes for it; None for the embedded one.
+    """
+
+    def __init__(self, generators: Mapping[str, LoraGenerator], sources: Mapping[str, str | None] | None = None) -> None:
+        if not generators:
+            raise ConfigError("no generator to show")
+        self.generators = dict(generators)
+        self.sources = {label: None for label in generators} | dict(sources or {})
+        self.first = next(iter(generators.values()))
+        for label, made in generators.items():
+            if made.base != self.first.base:
+                raise ConfigError(
+                    f"generator {label} is for another base model or layout",
+                    got=made.base.model.name,
+                    expected=self.first.base.model.name,
+                    remedy="Start one page for each base model.",
+                )
+            if made.embedder.name == self.first.embedder.name:
+                made.embedder = self.first.embedder  # one in memory, and each description is embedded once
+        self._maps: dict[str, TaskMap] = {}
+        self._made: OrderedDict[tuple[object, ...], tuple[LoraAdapter, float]] = OrderedDict()
+        self._lock = threading.Lock()  # hooks on the one base model must not meet
+
+    @classmethod
+    def from_folders(cls, names: Sequence[str], *, device: str = "auto") -> Workbench:
+        """Opens generators by folder or hub id; the embedded one if there are none."""
+        if not names:
+            return cls({"house": LoraGenerator.from_pretrained(embedded(DEFAULT), device=device)})
+        generators: dict[str, LoraGenerator] = {}
+        sources: dict[str, str | None] = {}
+        for name in dict.fromkeys(names):
+            made = LoraGenerator.from_pretrained(name, device=device)
+            label = made.method.name
+            if label in generators:
+                label = f"{label} ({Path(name).name})"
+            if label in generators:
+                label = f"{made.method.name} ({name})"
+            generators[label], sources[label] = made, name
+        return cls(generators, sources)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the base model writes answers; a sentence encoder chooses among candidates instead."""
+        return self.first.base.model.kind != "encoder"
+
+    @property
+    def can_refuse(self) -> bool:
+        """Whether generators refuse what lies outside their bank's reach, unless told otherwise."""
+        return _CHECKS_ITSELF
+
+    def warm_up(self) -> None:
+        """Loads all that the first user would wait for: embedder, maps, base model and its tokenizer."""
+        for label in self.generators:
+            self.outlook("warm up", label)
+        rows, objective = self.first.runtime()
+        with self._lock, torch.inference_mode():
+            objective.hidden(rows.model, ["warm up"])
+
+    def map_of(self, label: str) -> TaskMap:
+        """The map of the tasks of a generator's bank."""
+        if label not in self._maps:
+            conditioner = self._generator(label).conditioner
+            self._maps[label] = TaskMap.fit(conditioner.names, conditioner.centroids)
+        return self._maps[label]
+
+    def outlook(self, description: str, label: str) -> Outlook:
+        """Compares a description with the bank of a generator.
+
+        Raises:
+            DescriptionError: If it cannot be used.
+        """
+        generator = self._generator(label)
+        with self._lock:
+            condition = generator.condition(description)
+        return Outlook(condition.neighbours, condition.novelty, self.map_of(label).place(condition.embedding.pooled))
+
+    def make(self, order: Order, progress: Progress = lambda share, text: None) -> list[Made]:
+        """Carries out an order.
+
+        Args:
+            order: What is asked for.
+            progress: Told the share done, from 0 to 1, and what comes next.
+
+        Returns:
+            The adapters, by generator, then by seed.
+
+        Raises:
+            LoragError: If a generator refuses the description, or cannot work from a description alone.
+        """
+        found: list[Made] = []
+        total = len(order.methods) * int(order.samples)
+        for method in order.methods:
+            several = len(self.generators) > 1 or order.samples > 1
+            own: list[Made] = []
+            for seed in range(int(order.seed), int(order.seed) + int(order.samples)):
+                label = f"{method}, seed {seed}" if several else method
+                progress((len(found) + len(own)) / total, f"generating: {label}")
+                adapter, seconds = self._adapter(order, method, seed)
+                twin = next((one.label for one in own if one.repeats is None and _same(one.adapter, adapter)), None)
+                own.append(Made(label, method, seed, adapter, seconds, twin))
+            found += own
+        return found
+
+    def answers(
+        self,
+        made: Sequence[Made],
+        inputs: Sequence[str],
+        candidates: Sequence[str] = (),
+        progress: Progress = lambda share, text: None,
+    ) -> Answers:
+        """Runs the base model on a user's own inputs, bare and with each adapter.
+
+        Args:
+            made: The adapters.
+            inputs: At most `MOST_INPUTS` texts.
+            candidates: For sentence encoders, which choose the nearest of them: at least two texts.
+            progress: Told the share done, from 0 to 1, and what comes next.
+
+        Raises:
+            TaskError: If inputs or candidates are missing, too many or too long.
+        """
+        texts = _checked("example inputs", inputs, least=1)
+        choices = () if self.writes else _checked("candidates", candidates, least=2)
+        rows, objective = self.first.runtime()
+        columns = []
+        distinct = [one for one in made if one.repeats is None]
+        for number, one in enumerate((None, *distinct)):
+            label = "base" if one is None else one.label
+            progress(number / (len(distinct) + 1), f"answering: {label}")
+            with self._lock, torch.inference_mode():
+                own = nullcontext(rows.model) if one is None else rows.use(stack_adapters([one.adapter], rows.model.device))
+                with own as model:
+                    columns.append((label, tuple(_answer(objective, model, texts, choices))))
+        return Answers(tuple(texts), tuple(columns))
+
+    def python(self, order: Order, made: Made) -> str:
+        """Three lines of Python that make the same adapter."""
+        arguments = [repr(order.description.strip())]
+        if (source := self.sources[made.method]) is not None:
+            arguments.append(f"generator={source!r}")
+        if made.seed:
+            arguments.append(f"seed={made.seed}")
+        if order.strength != 1:
+            arguments.append(f"strength={order.strength!r}")
+        if order.anyway and self.can_refuse:
+            arguments.append('on_unknown="warn"')
+        call = f"adapter = generate_lora({', '.join(arguments)})"
+        return f'from lorag import generate_lora\n{call}\nadapter.save_pretrained("adapter")\n'
+
+    def _generator(self, label: str) -> LoraGenerator:
+        if label not in self.generators:
+            raise ConfigError("no generator has this label", got=repr(label)[:60], expected=" or ".join(self.generators))
+        return self.generators[label]
+
+    def _adapter(self, order: Order, method: str, seed: int) -> tuple[LoraAdapter, float]:
+        """The adapter, and the seconds that it took when it was made."""
+        generator = self._generator(method)
+        key = (order.description, method, seed, order.strength, order.anyway)
+        with self._lock:
+            if key not in self._made:
+                start = time.perf_counter()
+                more: dict[str, Any] = {"on_unknown": "warn" if order.anyway else "raise"} if self.can_refuse else {}
+                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), **more)
+                self._made[key] = adapter, time.perf_counter() - start
+                while len(self._made) > _REMEMBERED:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(key)
+            return self._made[key]
+
+
+def _same(one: LoraAdapter, other: LoraAdapter) -> bool:
+    pairs = zip(one.factors.values(), other.factors.values(), strict=True)
+    return one.alpha == other.alpha and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def _checked(what: str, texts: Sequence[str], least: int) -> list[str]:
+    found = [text.strip() for text in texts if text.strip()]
+    if not least <= len(found) <= MOST_INPUTS:
+        raise TaskError(f"{what} cannot be used", got=len(found), expected=f"{least} to {MOST_INPUTS}, one on each line")
+    longest = max(map(len, found))
+    if longest > MOST_INPUT:
+        raise TaskError(f"{what} cannot be used", got=f"a line of {longest} characters", expected=f"at most {MOST_INPUT}")
+    return found
+
+
+def _answer(objective: Any, model: Any, texts: list[str], choices: Sequence[str]) -> list[str]:  # noqa: ANN401 - any objective and model
+    if not choices:
+        return objective.generate(model, texts)
+    vectors = torch.nn.functional.normalize(objective.hidden(model, [*texts, *choices]), dim=-1)
+    cosines = vectors[: len(texts)] @ vectors[len(texts) :].T
+    return [f"{choices[place]} ({value:.2f})" for value, place in zip(*(part.tolist() for part in cosines.max(-1)), strict=True)]

@@ -1,0 +1,169 @@
+"""A stand-in for the hub on 127.0.0.1: the part of its HTTP interface that the official client uses to publish and to fetch."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_standinstandinstandin"
+
+
+class StandIn(ThreadingHTTPServer):
+    """Repositories in memory. Small files are committed as they are; safetensors go through the large-file protocol."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories = {}  # name -> list of (commit, {path: bytes}), the newest last
+        self.objects = {}  # sha256 -> bytes
+        self.log = []  # (method, path)
+        self.private = {}
+        self.broken_commits = False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self):
+        """Its endpoint."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def files(self, name):
+        """The newest files of a repository."""
+        return self.repositories[name][-1][1]
+
+    def put(self, name, files):
+        """Places files in a repository, as somebody else would have."""
+        commits = self.repositories.setdefault(name, [])
+        content = {**(commits[-1][1] if commits else {}), **files}
+        sha = hashlib.sha1(json.dumps([len(commits), sorted(content)]).encode()).hexdigest()
+        commits.append((sha, content))
+        return sha
+
+    def fetched(self, name):
+        """Paths in a repository whose contents were asked for."""
+        return {
+            path.split("/resolve/")[1].split("/", 1)[1] for how, path in self.log if how == "GET" and path.startswith(f"/{name}/resolve/")
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def _answer(self, status=200, body=None, headers=None, head=False):
+        data = body if isinstance(body, bytes) else json.dumps(body if body is not None else {}).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not head:
+            self.wfile.write(data)
+
+    def _missing(self, code, status=404, head=False):
+        self._answer(status, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code}, head=head)
+
+    def _body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _may_write(self):
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _find(self, name, revision):
+        for sha, files in reversed(self.server.repositories.get(name, [])):
+            if revision in ("main", sha):
+                return sha, files
+        return None
+
+    def do_HEAD(self):
+        self._get(head=True)
+
+    def do_GET(self):
+        self._get(head=False)
+
+    def _get(self, head):
+        path = unquote(urlsplit(self.path).path)
+        self.server.log.append(("HEAD" if head else "GET", path))
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name, revision, file = found.groups()
+            commit = self._find(name, revision)
+            if commit is None:
+                return self._missing("RepoNotFound", head=head)
+            if file not in commit[1]:
+                return self._missing("EntryNotFound", head=head)
+            data = commit[1][file]
+            etag = hashlib.sha256(data).hexdigest()
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit[0], "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            return self._answer(body=data, headers=headers, head=head)
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
+            name, what, revision = found.groups()
+            commit = self._find(name, revision)
+            if commit is None:
+                return self._missing("RepoNotFound" if name not in self.server.repositories else "RevisionNotFound", head=head)
+            if what == "revision":
+                return self._answer(body={"id": name, "sha": commit[0], "siblings": [{"rfilename": file} for file in commit[1]]})
+            entries = [
+                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for file, data in commit[1].items()
+            ]
+            return self._answer(body=entries)
+        return self._missing("NotFound", head=head)
+
+    def do_PUT(self):
+        data = self._body()
+        self.server.log.append(("PUT", self.path))
+        self.server.objects[self.path.rsplit("/", 1)[1]] = data
+        self._answer()
+
+    def do_POST(self):
+        body, path = self._body(), unquote(urlsplit(self.path).path)
+        self.server.log.append(("POST", path))
+        if not self._may_write():
+            # A careless server might well repeat what it was sent.
+            text = f"Invalid credentials: {self.headers.get('Authorization')}"
+            return self._answer(401, {"error": text}, {"X-Error-Message": text})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            known = name in self.server.repositories
+            self.server.repositories.setdefault(name, [])
+            self.server.private.setdefault(name, asked.get("visibility") == "private")
+            return self._answer(409 if known else 200, {"url": f"{self.server.address}/{name}"})
+        if path == "/api/validate-yaml":
+            front = json.loads(body)["content"].split("---\n")[1]
+            good = isinstance(yaml.safe_load(front), dict)
+            return self._answer(200 if good else 400, {"warnings": [], "errors": [] if good else [{"message": "bad"}]})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "authenticated": True, "actions": {"upload": {"href": f"{self.server.address}/lfs/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self._answer(body={"transfer": "basic", "objects": objects})
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        name, what = found.groups()
+        if what == "preupload":
+            modes = [
+                {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return self._answer(body={"files": modes})
+        if self.server.broken_commits:
+            return self._answer(500, {"error": "out of order"})
+        files = {}
+        for line in body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                data = self.server.objects[value["oid"]]
+                assert hashlib.sha256(data).hexdigest() == value["oid"]
+                files[value["path"]] = data
+        sha = self.server.put(name, files)
+        return self._answer(body={"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha})
