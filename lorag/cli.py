@@ -10,16 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lorag import cli_bank, cli_publishing
+from lorag import cli_bank, cli_gate, cli_publishing, cli_web
 from lorag.errors import LoragError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
 sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of small tasks.")
 tasks_app = typer.Typer(no_args_is_help=True, help="Task suites.")
 app.add_typer(cli_bank.app, name="bank")
+app.add_typer(cli_gate.app, name="gate")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(tasks_app, name="tasks")
 cli_publishing.register(app)
+cli_web.register(app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -56,16 +58,40 @@ def generate(
     generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
     examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
     refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
+    on_unknown: Annotated[
+        str, typer.Option(help="If the bank has nothing near the description: warn, raise, fallback (an adapter that changes nothing), ignore.")
+    ] = "warn",
+    bank: Annotated[str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")] = None,
 ) -> None:
     """Turn a description into an adapter folder."""
+    import warnings
+
+    from lorag.errors import UnknownTaskWarning
     from lorag.generator import generate_lora
+    from lorag.preparation import find_bank
     from lorag.tasks import read_pairs
 
-    pairs = [] if examples is None else read_pairs(examples)
-    adapter = generate_lora(description, generator=generator, seed=seed, strength=strength, examples=pairs, refine_steps=refine_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
+        adapter = generate_lora(
+            description,
+            generator=generator,
+            seed=seed,
+            strength=strength,
+            examples=[] if examples is None else read_pairs(examples),
+            refine_steps=refine_steps,
+            on_unknown=on_unknown,
+            bank=None if bank is None else find_bank(bank),
+        )
     folder = adapter.save_pretrained(out)
     nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
+    gate = adapter.info["gate"]
+    if gate["decision"] == "refuse":
+        print(f"lorag: do not expect this adapter to work: {gate['reason']}", file=sys.stderr)
+    if gate["expected_gain"] is not None:
+        low, high = gate["expected_gain_interval"]
+        print(f"{gate['served']}; expected to close {gate['expected_gain']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}")
     print(f"novelty {adapter.info['novelty']:.2f}; nearest experts: {nearest}")
     print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
 
@@ -85,7 +111,11 @@ def train(
     generator = run(values, quiet=_quiet(quiet))
     size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
     print(f"{values.out}: {values.method} from {len(generator.conditioner.names)} experts, strength {generator.strength:g}, {size:.1f} MB")
-    print(f"next: lorag evaluate --generator {values.out}")
+    if values.tasks is None:  # there is nothing to score it on
+        print(f'next: lorag generate "DESCRIPTION" --generator {values.out} --out my-adapter')
+    else:
+        more = "" if (values.bank, values.tasks) == ("sandbox", "sandbox") else f" --bank {values.bank} --tasks {values.tasks}"
+        print(f"next: lorag evaluate --generator {values.out}{more}")
 
 
 @app.command()

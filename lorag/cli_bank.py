@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of e
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 _MOST_ROWS = 30
+_NEW = "Only for a new bank"
 
 
 def _quiet(flag: bool) -> bool:
@@ -58,7 +59,7 @@ def build(
 @app.command("add")
 def add(
     places: Annotated[list[str], typer.Argument(help="PEFT LoRA folders, folders of such folders, or hub ids such as user/name.")],
-    bank: Annotated[Path, typer.Option(help="The bank.")],
+    bank: Annotated[Path, typer.Option(help="The bank; a new one is started from what the adapters' configs say.")],
     description: Annotated[
         list[str] | None,
         typer.Option(help="What its task is; may be repeated. By default its description.txt, lorag.json or model card says it."),
@@ -70,15 +71,35 @@ def add(
     base_alias: Annotated[list[str] | None, typer.Option(help="Another name of the bank's base model; may be repeated.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     embedder: Annotated[str | None, typer.Option(help="Compares descriptions; 'none' compares none.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a new bank: base model, a hub id or a folder.", rich_help_panel=_NEW)] = None,
+    kind: Annotated[str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder or two_towers.", rich_help_panel=_NEW)] = None,
+    base_revision: Annotated[str | None, typer.Option(help="The base model's revision on the hub.", rich_help_panel=_NEW)] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="How the base model is run on tasks; by default its kind's first.", rich_help_panel=_NEW)
+    ] = None,
+    objective_setting: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE, such as template='{input}\n'; may be repeated.", rich_help_panel=_NEW)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Add PEFT LoRA adapters to a bank: checked, folded to plain ΔW, compared with the experts that are there."""
+    """Add PEFT LoRA adapters to a bank: checked, folded to plain ΔW, compared with the experts that are there.
+
+    A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
+    """
     from lorag.adapter_sources import find_sources
     from lorag.bank_import import Terms, import_adapters
+    from lorag.bank_start import Start, start_bank
+    from lorag.config import read_settings
 
     sources = find_sources(places)
     if (name is not None or description) and len(sources) > 1:
         raise typer.BadParameter(f"--name and --description are for a single adapter; these are {len(sources)}")
+    start = Start(base, kind, base_revision, objective, read_settings(objective_setting or []), tuple(base_alias or ()))
+    started = start_bank(bank, sources, start, revision=revision, quiet=_quiet(quiet))
+    if started is not None:
+        model, layout = started.base.model, started.base.layout
+        typer.echo(f"started {bank}: base model {model.name} ({model.kind}, {started.base.identity}), objective {started.base.objective}")
+        typer.echo(f"  {len(layout)} modules: {', '.join(layout.target_modules[:8])}{' …' if len(layout.target_modules) > 8 else ''}")
     terms = Terms(tuple(description or ()), name, licence, ignore_extra, any_norm, tuple(base_alias or ()), revision)
     refused: list[Imported] = []
     done = import_adapters(bank, sources, terms, embedder=_embedder(embedder), quiet=_quiet(quiet))

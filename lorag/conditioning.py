@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from lorag.embedding import Embedding
 
 __all__ = ["Condition", "Conditioner", "Mixture", "mixture", "mixture_weights"]
+
+_DIRECTIONS = 64  # in which the descriptions of a bank are taken to differ, at most; a third of the experts in small banks
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,20 @@ class Conditioner:
         best = similarities.topk(max(1, min(keep, len(self.names) - len(exclude))))
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
+
+    def outside(self, embedding: Embedding) -> float:
+        """Share of a description, less the bank's mean, that lies outside of the directions in which the bank's differ most."""
+        centre, directions = self._directions
+        apart = embedding.pooled - centre
+        whole = apart.square().sum().clamp_min(1e-12)
+        return (1 - (directions @ apart).square().sum() / whole).clamp(0, 1).item()
+
+    @functools.cached_property
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        """Mean (e,) and leading directions (d, e) of the experts' descriptions."""
+        centre = self.centroids.mean(0)
+        right = torch.linalg.svd((self.centroids - centre).double(), full_matrices=False).Vh
+        return centre, right[: max(1, min(_DIRECTIONS, len(self.names) // 3))].float()
 
 
 def mixture_weights(similarities: Tensor, top: int, temperature: float) -> Tensor:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorag.errors import ArtifactError, ConfigError
 from lorag.plain_files import looks_like, read_bounded
 
-__all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "to_plain"]
+__all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "read_settings", "to_plain"]
 
 T = TypeVar("T")
 _MAX_BYTES = 32 * 1024
@@ -146,13 +146,22 @@ def load_config(schema: type[T], preset: str | None = None, overrides: Sequence[
     Raises:
         ConfigError: Naming the key that is unknown or has a value of the wrong type.
     """
+    return _merge(schema, _read(preset) if preset else {}, read_settings(overrides))
+
+
+def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads KEY=VALUE strings, later ones winning; dots in keys make groups.
+
+    Raises:
+        ConfigError: If one cannot be read.
+    """
     given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError("a setting cannot be read", got=repr(override)[:80], expected="KEY=VALUE")
         _put(given, key.split("."), parse_yaml(text, f"the setting {key[:60]}"), key)
-    return _merge(schema, _read(preset) if preset else {}, given)
+    return given
 
 
 def from_plain(schema: type[T], values: Mapping[str, Any]) -> T:

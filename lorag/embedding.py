@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lorag.base_model import MINILM, device_of, locate, quiet_loading
+from lorag.base_model import device_of, quiet_loading
 from lorag.errors import BaseModelError, MissingDependencyError
+from lorag.model_names import MINILM, locate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

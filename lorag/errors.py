@@ -28,6 +28,8 @@ __all__ = [
     "StorageError",
     "TaskError",
     "UndescribedError",
+    "UnknownTaskError",
+    "UnknownTaskWarning",
     "UnsupportedLoraError",
 ]
 
@@ -66,6 +68,14 @@ class ConfigError(LoragError, ValueError):
 
 class DescriptionError(LoragError, ValueError):
     """A task description cannot be used."""
+
+
+class UnknownTaskError(DescriptionError):
+    """No task of the bank is like a description, so that an adapter for it would be worth nothing."""
+
+
+class UnknownTaskWarning(UserWarning):
+    """An adapter was made for a description that no task of the bank is like."""
 
 
 class TaskError(LoragError, ValueError):

@@ -166,7 +166,7 @@ def _score_method(
         else:
             source, change = _parse(name, generators)
             made = generators[source][seed % len(generators[source])]
-            adapters = [made.generate(text, seed=seed) for text in change(shown, seed)]
+            adapters = [made.generate(text, seed=seed, on_unknown="ignore") for text in change(shown, seed)]
             if reproduction is not None and name in generators:
                 reproduction.add(name, adapters)
             found.append(run.score(adapters, seed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lorag import __version__
 from lorag.adapter import LoraAdapter
-from lorag.artifacts import check_manifest, embedded, sha256, write_manifest
-from lorag.bank import BankBase
+from lorag.artifacts import embedded
+from lorag.bank import AdapterBank, BankBase
 from lorag.base_model import TASK_TYPES
-from lorag.conditioning import Condition, Conditioner
-from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
-from lorag.errors import GeneratorError, LoragError
-from lorag.generators import Generator, generator_type
+from lorag.conditioning import Condition, Conditioner, mixture_weights
+from lorag.embedding import TextEmbedder
+from lorag.errors import BankError, ConfigError, GeneratorError
+from lorag.gate import Gate, Verdict, report_unknown, unasked, unfitted
+from lorag.generator_files import read_parts, write_generator
+from lorag.generators import Generator
 from lorag.hub import fetch
 from lorag.objectives import Objective, make_objective
 from lorag.provenance import base_fields, licence_of, parents, public_name, versions
@@ -28,13 +29,13 @@ from lorag.publishing import push_generator_folder
 from lorag.refinement import check_examples, refine
 from lorag.row_adapters import RowAdapters
 from lorag.tasks import check_description
-from lorag.tensor_files import load_tensors, read_header, save_tensors
-from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
+from lorag.weight_space import FlatFactors, SharedSubspace
 
 __all__ = ["LoraGenerator", "default_generator", "generate_lora", "generate_loras"]
 
-_MANIFEST, _WEIGHTS, _KIND, _FORMAT = "generator.json", "generator.safetensors", "generator", 1
 DEFAULT = "checkpoints/house"
+ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
+FUSED, FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
 
 
 @dataclass
@@ -50,8 +51,9 @@ class LoraGenerator:
         rank: Rank of the adapters that it writes.
         strength: Factor on ΔW, chosen on held-out training tasks.
         origin: How it was trained: settings, seed, bank, validation.
-        licenses: Licence of each expert by name, as the bank states it.
+        licenses: Licence of each expert by name, as the bank states it, and of tasks without an expert that it learned from.
         revision: Digest of the stored weights; "unsaved" before saving.
+        gate: Judges descriptions; None if none was fitted.
     """
 
     base: BankBase
@@ -64,6 +66,7 @@ class LoraGenerator:
     origin: Mapping[str, Any] = field(default_factory=dict)
     licenses: Mapping[str, str] = field(default_factory=dict)
     revision: str = "unsaved"
+    gate: Gate | None = None
     _runtime: tuple[RowAdapters, Objective] | None = field(default=None, repr=False, compare=False)
 
     # --- use -----------------------------------------------------------------------------------------------------
@@ -85,6 +88,16 @@ class LoraGenerator:
             self._runtime = RowAdapters(model, self.base.layout), objective
         return self._runtime
 
+    def judge(self, description: str, condition: Condition | None = None) -> Verdict:
+        """What the gate says of a description, without making an adapter.
+
+        Args:
+            description: What an adapter should do.
+            condition: Its condition, if it is there already.
+        """
+        condition = self.condition(description) if condition is None else condition
+        return unfitted(condition) if self.gate is None else self.gate.judge(self, check_description(description), condition)
+
     def generate(
         self,
         description: str,
@@ -93,6 +106,8 @@ class LoraGenerator:
         strength: float = 1.0,
         examples: Sequence[tuple[str, str]] = (),
         refine_steps: int = 0,
+        on_unknown: str = "warn",
+        bank: AdapterBank | None = None,
     ) -> LoraAdapter:
         """Makes an adapter for a task that is only described.
 
@@ -102,29 +117,36 @@ class LoraGenerator:
             strength: Factor on ΔW, on top of the generator's own.
             examples: (input, output) of the task, if there are some: they condition the methods that can use them.
             refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated.
+            on_unknown: What becomes of a description that the gate refuses: "warn" generates and warns, "raise" raises,
+                "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
+            bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
 
         Returns:
-            The adapter; its `info` says how it came about.
+            The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, why, and what was served.
 
         Raises:
             DescriptionError: If the description cannot be used.
             TaskError: If the examples cannot be.
+            UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
+            BankError: If the bank is not one of this generator's base model and experts.
         """
         examples = check_examples(examples, refine_steps)
+        self._check_choices(on_unknown, bank)
         condition = self.condition(description, examples)
-        codes = self.method.generate(condition, torch.Generator().manual_seed(seed))
-        (factors,) = self.space.decode(codes, self.rank)
-        model = self.base.model
-        adapter = LoraAdapter(self.base.layout, factors, float(self.rank), model.name, TASK_TYPES[model.kind])
-        adapter = adapter.scaled(self.strength * strength)
-        if refine_steps:
+        verdict = unasked(condition) if on_unknown == "ignore" else self.judge(description, condition)
+        if verdict.decision == "refuse":
+            report_unknown(description, verdict, on_unknown)
+        served, adapter, shares = self._serve(verdict, condition, seed, on_unknown, bank)
+        adapter = adapter.scaled(strength)
+        if refine_steps and served != "fallback":
             adapter = refine(*self.runtime(), adapter, examples, refine_steps, seed)
-        norms, shares = adapter.norms(), self.method.shares(condition)
+        norms, model = adapter.norms(), self.base.model
         info: dict[str, Any] = {
             "description": description.strip(),
-            "method": self.method.name,
+            "method": self.method.name if served in ("generated", "reconstruction") else served,
             "neighbours": [list(pair) for pair in condition.neighbours],
             "novelty": round(condition.novelty, 4),
+            "gate": verdict.to_dict() | {"served": served},
             "seed": seed,
             "strength": strength,
             "examples": len(examples),
@@ -138,42 +160,41 @@ class LoraGenerator:
             "versions": versions(),
         }
         info["license"] = licence_of(info).name
-        return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, adapter.base_model, adapter.task_type, info)
+        return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, model.name, TASK_TYPES[model.kind], info)
+
+    def _check_choices(self, on_unknown: str, bank: AdapterBank | None) -> None:
+        if on_unknown not in ON_UNKNOWN:
+            raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
+        if bank is not None and (bank.base != self.base or not set(self.conditioner.names) <= set(bank.names)):
+            raise BankError("the bank is not the one that the generator learned from", remedy="Give that one, or none.")
+
+    def _serve(
+        self, verdict: Verdict, condition: Condition, seed: int, on_unknown: str, bank: AdapterBank | None
+    ) -> tuple[str, LoraAdapter, Tensor | None]:
+        """What is served, its adapter, and how much each expert counts in it."""
+        names, count = self.conditioner.names, len(self.conditioner.names)
+        if verdict.decision == "expert" and verdict.known is not None and bank is not None:
+            return "expert", bank.adapter(verdict.known), torch.eye(count)[names.index(verdict.known)]
+        if verdict.decision == "refuse" and on_unknown == "fallback":
+            return "fallback", self._adapter(self.space.zero[None]).scaled(0.0), torch.zeros(count)
+        if verdict.decision == "fuse" and bank is not None:
+            shares = mixture_weights(condition.similarities, FUSED, FUSED_TEMPERATURE)
+            chosen = shares.nonzero()[:, 0].tolist()
+            codes = torch.stack([self.space.encode(bank.adapter(names[i])) for i in chosen])
+            return "fusion", self._adapter((shares[chosen] @ codes)[None]), shares
+        adapter = self._adapter(self.method.generate(condition, torch.Generator().manual_seed(seed))).scaled(self.strength)
+        return "reconstruction" if verdict.decision == "expert" else "generated", adapter, self.method.shares(condition)
+
+    def _adapter(self, codes: Tensor) -> LoraAdapter:
+        (factors,) = self.space.decode(codes, self.rank)
+        return LoraAdapter(self.base.layout, factors, float(self.rank))
 
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes generator.safetensors, with the settings in its metadata too, and the manifest last.
-
-        Stored values are rounded; this generator takes them over, so that it goes on as the opened one does.
-        """
+        """Writes a generator folder, as `generator_files` does, and takes over the rounding of what is stored."""
         folder = Path(folder)
-        space, space_values = self.space.tensors()
-        tensors = {f"space.{name}": value for name, value in space.items()}
-        tensors["conditioner.centroids"] = self.conditioner.centroids
-        for name, value in self.method.tensors().items():
-            # Matrices in half precision: the experts that they imitate are no more precise.
-            half = value.dtype == torch.float32 and value.dim() >= 2 and value.abs().max() < 6e4
-            tensors[f"method.{name}"] = (value.half() if half else value).contiguous()
-        fields = {
-            "kind": _KIND,
-            "format": _FORMAT,
-            "lorag": __version__,
-            "base": self.base.to_dict(),
-            "space": space_values,
-            "experts": list(self.conditioner.names),
-            "licenses": dict(self.licenses),
-            "method": self.method.name,
-            "settings": self.method.values(),
-            "embedder": self.embedder.name,
-            "rank": self.rank,
-            "strength": self.strength,
-            "origin": dict(self.origin),
-        }
-        save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
-        write_manifest(folder, _MANIFEST, fields, [_WEIGHTS])
-        self.method.restore({name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")})
-        self.revision = "sha256:" + sha256(folder / _WEIGHTS)[:16]
+        self.revision = write_generator(self, folder)
         return folder
 
     @classmethod
@@ -192,49 +213,7 @@ class LoraGenerator:
             ArtifactError: If it is not a complete generator of a known format.
             GeneratorError: If its parts do not fit together, or the embedder is another one.
         """
-        folder = fetch(path, "generator", revision)
-        manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
-        read_header(folder / _WEIGHTS)
-        tensors = load_tensors(folder / _WEIGHTS)
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        try:
-            base = BankBase.from_dict(manifest["base"])
-            method = generator_type(manifest["method"]).with_settings(manifest["settings"])
-            space = weight_space_from_tensors(part("space."), manifest["space"])
-            centroids = tensors["conditioner.centroids"].float()
-            names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
-            wanted = str(manifest["embedder"])
-            licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
-            digest = str(manifest["files"][_WEIGHTS]["sha256"])
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("an expert's name that is no text")
-        except LoragError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise GeneratorError(f"{folder / _MANIFEST} cannot be read", got=repr(error)[:120]) from error
-        if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
-            raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
-        conditioner = Conditioner(names, centroids)
-        method.restore_whole(part("method."), conditioner, space.size, lambda codes: space.decode(codes, rank))
-        if embedder is None:
-            embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
-        if embedder.name != wanted or embedder.size != centroids.shape[1]:
-            raise GeneratorError("the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted)
-        return cls(
-            base=base,
-            space=space,
-            conditioner=conditioner,
-            method=method,
-            embedder=embedder,
-            rank=rank,
-            strength=strength,
-            origin=manifest.get("origin", {}),
-            licenses=licenses,
-            revision="sha256:" + digest[:16],
-        )
+        return cls(**read_parts(fetch(path, "generator", revision), embedder, device))
 
     def push_to_hub(self, repository: str, *, private: bool = True) -> str:
         """Publishes the generator, as `save_pretrained` writes it, to user/name and returns the commit's address."""
@@ -256,6 +235,8 @@ def generate_lora(
     strength: float = 1.0,
     examples: Sequence[tuple[str, str]] = (),
     refine_steps: int = 0,
+    on_unknown: str = "warn",
+    bank: AdapterBank | str | Path | None = None,
 ) -> LoraAdapter:
     """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
 
@@ -266,16 +247,30 @@ def generate_lora(
         strength: Factor on ΔW.
         examples: (input, output) of the task, if there happen to be some.
         refine_steps: Gradient steps on the examples, from the generated adapter.
+        on_unknown: What becomes of a description that the gate refuses, because the bank has nothing near it: "warn",
+            "raise", "fallback" (an adapter that changes nothing) or "ignore" (the gate is not asked).
+        bank: The generator's bank, or its folder: a known task then gets its own expert, a close one a fusion.
 
     Returns:
-        The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it.
+        The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it; `info["gate"]` says how far
+        to trust it.
 
     Raises:
         DescriptionError: If the description is empty, too long or not text.
         TaskError: If the examples are not pairs of texts, or are missing where `refine_steps` needs them.
+        UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
     """
     description = check_description(description)
-    return _open(generator).generate(description, seed=seed, strength=strength, examples=examples, refine_steps=refine_steps)
+    experts = AdapterBank.from_pretrained(bank) if isinstance(bank, str | Path) else bank
+    return _open(generator).generate(
+        description,
+        seed=seed,
+        strength=strength,
+        examples=examples,
+        refine_steps=refine_steps,
+        on_unknown=on_unknown,
+        bank=experts,
+    )
 
 
 def generate_loras(
@@ -284,13 +279,14 @@ def generate_loras(
     generator: LoraGenerator | str | Path | None = None,
     seed: int = 0,
     strength: float = 1.0,
+    on_unknown: str = "warn",
 ) -> list[LoraAdapter]:
     """`generate_lora` for several descriptions; each adapter is the same, byte for byte, as if made alone."""
     if isinstance(descriptions, str):
         raise GeneratorError("descriptions must be a list", got="one str", remedy="Use generate_lora for one description.")
     checked = [check_description(text) for text in descriptions]
     opened = _open(generator)
-    return [opened.generate(text, seed=seed, strength=strength) for text in checked]
+    return [opened.generate(text, seed=seed, strength=strength, on_unknown=on_unknown) for text in checked]
 
 
 def _open(generator: LoraGenerator | str | Path | None) -> LoraGenerator:

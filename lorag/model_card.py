@@ -216,4 +216,5 @@ def _parents(info: Mapping[str, Any]) -> str:
         return "\n".join(["## Parents", "", "| expert | weight | licence |", "|---|---|---|", *lines]) + more
     counts = Counter(str(parent.get("license")) for parent in listed)
     licences = ", ".join(f"{_cell(name)} ({count})" for name, count in sorted(counts.items()))
-    return f"## Parents\n\nAll {len(listed)} experts of the generator's bank together; no single one has a weight. Licences: {licences}."
+    together = f"All {len(listed)} experts and tasks that the generator learned from together; no single one has a weight."
+    return f"## Parents\n\n{together} Licences: {licences}."

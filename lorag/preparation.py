@@ -21,7 +21,7 @@ from lorag.row_adapters import RowAdapters
 from lorag.tasks import TaskSuite, connected
 from lorag.weight_space import FlatFactors, SharedSubspace
 
-__all__ = ["WITHOUT_EXPERT", "Prepared", "find_bank", "find_split", "find_tasks", "prepare"]
+__all__ = ["WITHOUT_EXPERT", "Prepared", "find_bank", "find_split", "find_tasks", "hold_out", "prepare"]
 
 # The split of a suite whose tasks have training examples but no expert.
 WITHOUT_EXPERT = "without_expert"
@@ -110,12 +110,12 @@ def prepare(
         codes.append(late[-1])
         deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
     more = list(without_expert or ())
-    texts = [own.descriptions[: wordings or None] for own in (*bank.experts, *more)]
+    described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]
+    texts = [own[: wordings or None] for own in described]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
     embeddings = [[next(flat) for _ in own] for own in texts]
     kin_of = _kin([*bank.names, *(task.key for task in more)], suite, kin)
-    experts_kin = [[i for i in group if i < len(bank)] for group in kin_of]
-    held = _held_out(experts_kin[: len(bank)], validation, torch.Generator().manual_seed(seed))
+    experts_kin, held = _unseen(kin_of, len(bank), validation, seed)
     functional = None
     if suite is not None:
         model = bank.base.model.load(device, dtype)
@@ -140,6 +140,19 @@ def prepare(
         without_expert=[i for i in range(len(bank), len(kin_of)) if functional is not None and not set(kin_of[i]) & set(held)],
     )
     return Prepared(bank, space, data, embedder)
+
+
+def hold_out(
+    bank: AdapterBank, suite: TaskSuite | None, without_expert: TaskSuite | None, *, kin: str, validation: float, seed: int
+) -> tuple[list[list[int]], list[int]]:
+    """Kin of each expert, and the experts held out for validation: those that `prepare` finds with the same arguments."""
+    kin_of = _kin([*bank.names, *(task.key for task in without_expert or ())], suite, kin)
+    return _unseen(kin_of, len(bank), validation, seed)
+
+
+def _unseen(kin_of: Sequence[Sequence[int]], experts: int, validation: float, seed: int) -> tuple[list[list[int]], list[int]]:
+    experts_kin = [[i for i in group if i < experts] for group in kin_of]
+    return experts_kin, _held_out(experts_kin[:experts], validation, torch.Generator().manual_seed(seed))
 
 
 def _kin(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[list[int]]:

@@ -45,15 +45,15 @@ def parents(names: Sequence[str], licences: Mapping[str, str], weights: Sequence
 
     Args:
         names: Experts.
-        licences: Of each by name; one without counts as unknown.
+        licences: Of each by name; one without counts as unknown. Names of no expert are training tasks without one.
         weights: How much each counted, for methods that mix experts; those that did not count are left out. None for
-            methods that learn from all experts together, where no single expert has a weight.
+            methods that learn from all experts, and tasks without one, together, where no single one has a weight.
 
     Returns:
         Name, weight (or None) and licence of each, the heaviest first.
     """
     if weights is None:
-        return [{"name": name, "weight": None, "license": licences.get(name, UNKNOWN)} for name in names]
+        return [{"name": name, "weight": None, "license": licences.get(name, UNKNOWN)} for name in dict.fromkeys([*names, *licences])]
     pairs = sorted(((round(float(w), 6), n) for n, w in zip(names, weights, strict=True)), key=lambda pair: (-abs(pair[0]), pair[1]))
     return [{"name": name, "weight": weight, "license": licences.get(name, UNKNOWN)} for weight, name in pairs if weight]
 

@@ -74,7 +74,7 @@ def push_generator_folder(folder: Path, repository: str, *, private: bool = True
             embedder=embedder,
             rank=int(manifest["rank"]),
             strength=float(manifest["strength"]),
-            licences=[str(licences.get(name, UNKNOWN)) for name in manifest["experts"]],
+            licences=[str(licences.get(name, UNKNOWN)) for name in dict.fromkeys([*manifest["experts"], *licences])],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GeneratorError(f"{folder / 'generator.json'} cannot be read", got=repr(error)[:120]) from error

@@ -16,6 +16,7 @@ from lorag.base_model import device_of
 from lorag.config import to_plain
 from lorag.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.errors import ConfigError
+from lorag.gate_fitting import fit_gate
 from lorag.generator import LoraGenerator
 from lorag.generators import FitData, Generator, generator_type
 from lorag.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
@@ -91,8 +92,16 @@ def fit_generator(
         rank=rank,
         strength=strength,
         origin=origin,
-        licenses={expert.name: expert.license for expert in prepared.bank.experts},
+        licenses=_licences(prepared, method),
     )
+
+
+def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
+    """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
+    data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
+    if data.functional is not None and method.learns_from_tasks:
+        found |= {task.key: task.license for task in (data.functional.tasks[i] for i in data.without_expert)}
+    return found
 
 
 def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: int = 48) -> float:
@@ -169,6 +178,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
     origin = {"config": settings, "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    if prepared.data.validation and not method.needs_task_vectors:
+        held, kin = prepared.data.validation, prepared.data.kin[: len(bank)]
+        generator.gate = fit_gate(generator, bank, suite, held, kin, quiet=quiet)
     generator.save_pretrained(out)
     loop.finish()
     return generator

@@ -133,7 +133,7 @@ def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.
             if key == "step" and not 0 <= value < 2**40:
                 raise ValueError(f"{name} {value}")
             found.setdefault(int(index), {})[key] = value
-    for index, state in found.items():
+    for number, state in found.items():
         if state.keys() != expected:
-            raise ValueError(f"{prefix}{index} lacks {min(expected - state.keys())}")
+            raise ValueError(f"{prefix}{number} lacks {min(expected - state.keys())}")
     return found

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import gauge
+from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -19,14 +20,16 @@ from lorag import errors
 from lorag.adapter import LoraAdapter
 from lorag.adapter_purpose import card_text, find_purpose
 from lorag.adapter_sources import find_sources
-from lorag.artifacts import write_json, write_manifest
+from lorag.artifacts import embedded, write_json, write_manifest
 from lorag.bank import AdapterBank, BankBase
 from lorag.bank_check import check_bank, format_findings
 from lorag.bank_import import Terms, import_adapters
 from lorag.bank_index import BankIndex, norm_of
+from lorag.bank_start import Start, start_bank
 from lorag.base_model import BaseModel
 from lorag.errors import LoragError
 from lorag.layout import LoraLayout
+from lorag.model_names import known_name, same_model
 from lorag.shared_bases import RunningSpan, cosine
 from lorag.weight_space import SharedSubspace
 
@@ -275,6 +278,7 @@ def test_a_bank_of_another_format_is_named_as_such(bank):
         opened(bank)
 
 
+_WIDE = 2**19  # wide and of low rank: as many bytes as a square one, and little to multiply
 WATCHED = """
 import json, sys
 from lorag.adapter_sources import find_sources
@@ -297,7 +301,9 @@ def _anonymous(process):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_nothing_large_is_allocated_for_what_is_refused(tmp_path):
     """Adapters of hundreds of megabytes are refused by name, NaN and far norms among them, in less than 64 MiB more memory."""
-    wide = LoraLayout.from_dict({"target_modules": ["q"], "modules": [["q", 32768, 32768]], "fan_in_fan_out": False})
+    wide = LoraLayout.from_dict(
+        {"target_modules": ["q", "v"], "modules": [["q", _WIDE, _WIDE], ["v", 2048, 2048]], "fan_in_fan_out": False}
+    )
     bank = AdapterBank.create(tmp_path / "bank", dataclasses.replace(BASE, layout=wide))
     a, b = KEY.format("q", "A"), KEY.format("q", "B")
 
@@ -317,23 +323,24 @@ def test_nothing_large_is_allocated_for_what_is_refused(tmp_path):
             for place, value in values:
                 file.seek(8 + len(text) + place)
                 file.write(value)
-        (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, "r": 512, "lora_alpha": 16, **config}))
+        (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, "r": 32, "lora_alpha": 16, **config}))
         (folder / "description.txt").write_text("a task")
 
-    half, pair = 512 * 32768 * 4, {a: ("F32", [512, 32768]), b: ("F32", [32768, 512])}
+    half, pair = 32 * _WIDE * 4, {a: ("F32", [32, _WIDE]), b: ("F32", [_WIDE, 32])}
+    deep = {KEY.format("v", "A"): ("F32", [512, 2048]), KEY.format("v", "B"): ("F32", [2048, 512])}
     nan, huge = torch.tensor(math.nan).numpy().tobytes(), torch.tensor(1e39, dtype=torch.float64).numpy().tobytes()
     one, many = torch.tensor(1.0).numpy().tobytes(), torch.tensor(1e9).numpy().tobytes()
-    case("a-zero", pair)
+    case("a-zero", {**pair, **deep}, rank_pattern={"v": 512})
     case("b-nan", pair, [(2 * half - 4, nan)])
     case("c-far", pair, [(0, one), (half, many)])
-    case("d-overflow", {a: ("F64", [512, 32768]), b: ("F64", [32768, 512])}, [(4 * half - 8, huge)])
+    case("d-overflow", {a: ("F64", [32, _WIDE]), b: ("F64", [_WIDE, 32])}, [(4 * half - 8, huge)])
     case("e-rank", {a: ("F32", [200_000, 32768]), b: ("F32", [32768, 200_000])}, r=200_000)
-    case("f-transposed", {a: ("F32", [32768, 512]), b: ("F32", [512, 32768])})
+    case("f-transposed", {a: ("F32", [_WIDE, 32]), b: ("F32", [32, _WIDE])})
     case("g-extra", {**pair, "base_model.model.lm_head.weight": ("F32", [500_000, 4096])})
-    case("h-missing", {a: ("F32", [512, 32768])})
+    case("h-missing", {a: ("F32", [32, _WIDE])})
     case("i-prefix", {key.removeprefix("base_model.model."): value for key, value in pair.items()})
     case("j-many", {f"base_model.model.x.{n}": ("F32", [1]) for n in range(100_000)})
-    case("k-base", {a: ("F32", [512, 65536]), b: ("F32", [65536, 512])})
+    case("k-base", {a: ("F32", [32, 2 * _WIDE]), b: ("F32", [2 * _WIDE, 32])})
     case("l-name", pair, base_model_name_or_path="other")
     case("m-alpha", pair, lora_alpha=1e30)
     (tmp_path / "in" / "n-config").mkdir()
@@ -622,6 +629,131 @@ def test_a_damaged_index_is_made_anew(bank, tmp_path, random_adapter, caplog, da
     (one,) = run(bank, write(tmp_path / "t1", gauge(random_adapter(LAYOUT, 2, 4.0, seed=30), 2), "other"), embedder=WordEmbedder())
     assert one.same_weights == ("t0",) and len(one.by_description) == 3
     assert gone or "made anew" in caplog.text
+
+
+def test_processes_that_write_the_index_at_once_leave_a_whole_one(bank, tmp_path, random_adapter, monkeypatch):
+    """It is written under the bank's lock, of the bank as it then is: what another process added meanwhile is in it too."""
+    ours = write(tmp_path / "ours", random_adapter(LAYOUT, 2, 4.0, seed=30))
+    held, real = [], BankIndex.save
+
+    def save(self, now):
+        with pytest.raises(Timeout):
+            FileLock(bank.folder / ".lock", timeout=0).acquire()
+        held.append(sorted(self.norms))
+        real(self, now)
+
+    monkeypatch.setattr(BankIndex, "save", save)
+    done = import_adapters(bank.folder, find_sources([str(ours)]))
+    assert next(done).error is None
+    opened(bank).add([("theirs", ["their task"], [random_adapter(LAYOUT, 2, 4.0, seed=31)])])
+    assert list(done) == []
+    assert held == [sorted(opened(bank).names)] and "theirs" in held[0]
+
+
+# --- a new bank -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path, tiny_models):
+    """Folder of the tiny Llama."""
+    tiny_models["llama"].build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _wild(folder, base, random_adapter, targets, seed=0, **config):
+    """An adapter of the tiny Llama as a stranger would have saved it."""
+    layout = LoraLayout.from_model(BaseModel(str(base), "causal_lm").skeleton(), targets)
+    stated = {"base_model_name_or_path": str(base), "target_modules": list(targets), **config}
+    return write(folder, random_adapter(layout, 2, 4.0, seed=seed), f"task {seed}", **stated)
+
+
+def _start(folder, *places, **said):
+    return start_bank(folder, find_sources([str(place) for place in places]), Start(**said))
+
+
+def test_a_folder_of_adapters_starts_a_bank(tmp_path, base, random_adapter, capsys):
+    """One command: base model, kind and identity from the configs, the union of their modules, every adapter in; again adds nothing."""
+    from lorag import cli
+
+    wild = tmp_path / "wild"
+    for number, targets in enumerate((["q_proj"], ["q_proj", "v_proj"], ["down_proj"])):
+        _wild(wild / f"t{number}", base, random_adapter, targets, number)
+    command = ["bank", "add", str(wild), "--bank", str(tmp_path / "new"), "--embedder", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    out = capsys.readouterr().out
+    assert not stopped.value.code and "started" in out and "down_proj, q_proj, v_proj" in out and "1/3 added t0" in out
+    made = AdapterBank.from_pretrained(tmp_path / "new")
+    model = BaseModel(str(base), "causal_lm")
+    whole = LoraLayout.from_model(model.skeleton(), ["q_proj", "v_proj", "down_proj"])
+    assert made.base == BankBase(model, model.identity(), whole, "causal_lm", {}) and len(made) == 3
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    out = capsys.readouterr().out
+    assert not stopped.value.code and "started" not in out and out.count("it is there already") == 3
+
+
+def test_targets_that_name_more_than_was_trained_do_not_widen_the_layout(tmp_path, base, random_adapter):
+    """Adapters of the first layer alone make a bank of the first layer's modules."""
+    folder = _wild(tmp_path / "one", base, random_adapter, ["model.layers.0.self_attn.q_proj"], layers_to_transform=[0])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    assert _start(tmp_path / "new", folder).base.layout.names == ("model.layers.0.self_attn.q_proj",)
+
+
+def test_what_adapters_leave_open_or_disagree_on_is_asked_for(tmp_path, base, random_adapter):
+    """No base model, two of them, one that is not at hand, one without weights, a folder of other things: each error has its remedy."""
+    new = tmp_path / "new"
+    one = _wild(tmp_path / "a/one", base, random_adapter, ["q_proj"])
+    other = _wild(tmp_path / "a/other", base, random_adapter, ["q_proj"], 1, base_model_name_or_path="me/other")
+    nameless = _wild(tmp_path / "nameless", base, random_adapter, ["q_proj"], 2, base_model_name_or_path=None)
+    with pytest.raises(errors.BankError, match="--base HUB_ID_OR_FOLDER"):
+        _start(new, nameless)
+    with pytest.raises(errors.BankError, match="different base models.*Choose one with --base"):
+        _start(new, tmp_path / "a")
+    with pytest.raises(errors.BaseModelError, match="not at hand.*--base HUB_ID_OR_FOLDER --base-alias me/other"):
+        _start(new, other)
+    with pytest.raises(errors.BaseMismatchError, match="--base-alias"):
+        _start(new, other, base=str(base))
+    with pytest.raises(errors.BaseMismatchError, match="right base model.*right --kind"):
+        _start(new, one, kind="encoder")
+    with pytest.raises(errors.ConfigError, match="objective"):
+        _start(new, one, objective="prototypes")
+    with pytest.raises(errors.BankError, match="holds other things"):
+        _start(tmp_path / "a", one)
+    assert not new.exists()
+    assert len(_start(new, other, base=str(base), aliases=("me/other",)).base.layout) == 2
+    assert _start(new, nameless, base=str(base)).base.model.name == str(base)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(errors.BaseModelError, match="no weights"):
+        _start(tmp_path / "newer", one)
+
+
+def test_an_empty_bank_is_begun_anew_and_a_filled_one_is_held_to_what_is_said(tmp_path, base, random_adapter):
+    """If nothing was taken in at first, a second try may say otherwise; later --base and --kind must be the bank's."""
+    narrow = _wild(tmp_path / "narrow", base, random_adapter, ["q_proj"])
+    wide = _wild(tmp_path / "wide", base, random_adapter, ["q_proj", "v_proj"], 1)
+    assert len(_start(tmp_path / "new", narrow).base.layout) == 2
+    stale = AdapterBank.from_pretrained(tmp_path / "new")
+    made = _start(tmp_path / "new", wide)
+    assert len(made.base.layout) == 4
+    with pytest.raises(errors.BankError, match="begun anew"):
+        stale.add([("late", ["late"], [random_adapter(stale.base.layout, 2, 4.0)])])
+    assert not [one.error for one in run(made, narrow, wide) if one.error]
+    assert _start(tmp_path / "new", narrow) is None
+    assert _start(tmp_path / "new", narrow, base=str(base), kind="causal_lm") is None
+    with pytest.raises(errors.BankError, match="bank of another base model"):
+        _start(tmp_path / "new", narrow, base="me/other")
+
+
+def test_a_name_of_the_same_folder_is_the_same_base_model(tmp_path, base, random_adapter, monkeypatch):
+    """Adapters that name a folder in another way, by a relative path, are of the bank's base model; shares on other hosts are not asked."""
+    monkeypatch.chdir(tmp_path)
+    made = _start(tmp_path / "new", _wild(tmp_path / "one", base, random_adapter, ["q_proj"]))
+    again = _wild(tmp_path / "two", base, random_adapter, ["q_proj"], 1, base_model_name_or_path="./base")
+    assert [one.error for one in run(made, tmp_path / "one", again)] == [None, None]
+    assert known_name(str(embedded("checkpoints/sandbox-lm"))) == "sandbox-lm"
+    assert not same_model(f"//{base}", str(base)) and not same_model("x" * 5000, str(base))
 
 
 # --- check and remove -------------------------------------------------------------------------------------------------

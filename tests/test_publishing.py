@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -28,7 +30,7 @@ from lorag.licences import UNKNOWN, derive, known_licence
 from lorag.model_card import CARD, adapter_card, own_card
 from lorag.preparation import prepare
 from lorag.provenance import parents, public_name
-from lorag.training import fit_generator
+from lorag.training import _licences, fit_generator
 from lorag.training_loop import TrainingLoop
 
 CELLS = TRAINING[:6]
@@ -345,6 +347,45 @@ def test_nothing_but_named_files_is_fetched(standin, fitted):
     standin.put("me/mixed", {name: b"\x80\x04." for name in strange})
     LoraAdapter.from_pretrained("me/mixed")
     assert standin.fetched("me/mixed") == {"adapter_config.json", "adapter_model.safetensors", "lorag.json", CARD}
+
+
+def test_a_bank_is_started_from_hub_ids(standin, hosted, toy, tmp_path, capsys):
+    """`lorag bank add user/name` fetches adapters with their description.txt, and of the base model the config alone; ΔW is the same."""
+    for number, name in enumerate(NAMES[:2]):
+        adapter = toy.adapter(name)
+        stated = LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, "toys/base-lm", "CAUSAL_LM")
+        folder = stated.save_pretrained(tmp_path / name)
+        files = {file: (folder / file).read_bytes() for file in ("adapter_config.json", "adapter_model.safetensors")}
+        standin.put(f"me/{name}", {**files, "description.txt": f"task {number}\n".encode(), "training_args.bin": b"\x80\x04."})
+    standin.put("toys/base-lm", {"config.json": (Path(toy.base.model.name) / "config.json").read_bytes(), "model.safetensors": b"weights"})
+    command = ["bank", "add", *(f"me/{name}" for name in NAMES[:2]), "--bank", str(tmp_path / "new"), "--embedder", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert not stopped.value.code, capsys.readouterr()
+    made = AdapterBank.from_pretrained(tmp_path / "new")
+    assert made.base.model == BaseModel("toys/base-lm", "causal_lm") and set(made.base.layout.names) == set(toy.base.layout.names)
+    assert [expert.name for expert in made.experts] == [f"me-{name}" for name in NAMES[:2]]
+    assert [expert.descriptions for expert in made.experts] == [("task 0",), ("task 1",)]
+    for name in NAMES[:2]:
+        got, wanted = made.adapter(f"me-{name}"), toy.adapter(name)
+        assert all(torch.equal(got.delta(module), wanted.delta(module)) for module in wanted.layout.names)
+    assert "model.safetensors" not in standin.fetched("toys/base-lm")
+    assert "training_args.bin" not in standin.fetched(f"me/{NAMES[0]}")
+
+
+def test_tasks_without_an_expert_count_as_parents_where_they_were_learned_from(toy):
+    """A method trained on their examples inherits their licence; one that only reads experts does not, nor one without functional steps."""
+    task = SimpleNamespace(key="extra", license="AGPL-3.0")
+    tasks = [*(SimpleNamespace(key=name, license="MIT") for name in NAMES), task]
+    data = SimpleNamespace(functional=SimpleNamespace(tasks=tasks), without_expert=[len(NAMES)])
+    prepared = SimpleNamespace(bank=toy, data=data)
+    own = {expert.name: expert.license for expert in toy.experts}
+    assert _licences(prepared, generator_type("house").with_settings({})) == {**own, "extra": "AGPL-3.0"}
+    assert _licences(prepared, generator_type("multitask")()) == {**own, "extra": "AGPL-3.0"}
+    assert _licences(prepared, generator_type("ridge")()) == own
+    assert _licences(prepared, generator_type("house").with_settings({"functional": {"steps": 0}})) == own
+    assert {"name": "extra", "weight": None, "license": "AGPL-3.0"} in parents(NAMES, {**own, "extra": "AGPL-3.0"}, None)
+    assert "extra" not in {one["name"] for one in parents(NAMES, {**own, "extra": "AGPL-3.0"}, [1.0] * len(NAMES))}
 
 
 def test_a_pickle_under_the_right_name_is_refused(standin, fitted):

@@ -139,6 +139,11 @@ class Generator(abc.ABC):
         """Whether conditions must carry a task vector, which takes example inputs."""
         return False
 
+    @property
+    def learns_from_tasks(self) -> bool:
+        """Whether `fit` trains on examples of tasks, through the base model."""
+        return False
+
     def shares(self, condition: Condition) -> Tensor | None:
         """How much each expert counts (n,) in what `generate` makes; None if all are learned from together."""
         return None

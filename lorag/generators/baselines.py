@@ -88,6 +88,7 @@ class Multitask(Mean):
     name = "multitask"
     settings_type = MultitaskSettings
     settings: MultitaskSettings
+    learns_from_tasks = True
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Trains one code, from the mean, with the base model's loss on all training tasks."""

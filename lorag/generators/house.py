@@ -115,13 +115,18 @@ class House(NetworkGenerator):
     experts: int = 0
     modules: list[int]
 
+    @property
+    def learns_from_tasks(self) -> bool:
+        """Whether there are functional steps."""
+        return self.settings.functional.steps > 0
+
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Reconstruction, then functional training; each stage stops early on held-out training tasks.
 
         While attention learns, a task sees no expert of its kin, and validation tasks are nobody's experts: they play the
         unseen. At use all experts count.
         """
-        if self.settings.functional.steps:
+        if self.learns_from_tasks:
             require_tasks(self.name, data)  # before time is spent on reconstruction
         self.experts, self.modules = len(data.codes), list(data.modules)
         network = start_network(self, data, loop)

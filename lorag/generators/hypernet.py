@@ -62,9 +62,14 @@ class Hypernet(NetworkGenerator):
         s = self.settings
         return ModuleNetwork(embedding, self.parts, width=s.width, depth=s.depth, module_width=s.module_width, dropout=s.dropout)
 
+    @property
+    def learns_from_tasks(self) -> bool:
+        """Whether there are functional steps."""
+        return self.settings.functional.steps > 0
+
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Reconstruction, then functional steps if there are any; each stops early on held-out training tasks."""
-        if self.settings.functional.steps:
+        if self.learns_from_tasks:
             require_tasks(self.name, data)  # before time is spent on reconstruction
         self.parts = tuple(data.modules)
         network = start_network(self, data, loop)

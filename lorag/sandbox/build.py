@@ -12,8 +12,9 @@ import torch
 from lorag.artifacts import write_json
 from lorag.bank import AdapterBank
 from lorag.bank_build import build_bank
-from lorag.base_model import SANDBOX_LM, BaseModel
+from lorag.base_model import BaseModel
 from lorag.experts import ExpertConfig
+from lorag.model_names import SANDBOX_LM
 from lorag.sandbox.base_lm import TEMPLATE, PretrainConfig, pretrain
 from lorag.sandbox.grid import build_suite, splits
 from lorag.tasks import TaskSuite
@@ -93,7 +94,7 @@ def build(config: SandboxConfig, *, quiet: bool = False) -> Iterator[str]:
 
 
 def _write_tasks(folder: Path, config: SandboxConfig) -> None:
-    """The suite that ships: training tasks, with expert or not, with examples to learn from, held-out tasks with examples to be scored on."""
+    """The suite that ships: training tasks, with or without an expert, to learn from; held-out tasks to be scored on."""
     held = splits()["test"] + splits()["hard"]
     taught = splits()["train"] + splits()["without_expert"]
     known = build_suite(taught, train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed)

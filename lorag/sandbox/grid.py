@@ -1,8 +1,8 @@
 """The sandbox's tasks: the grid skill x domain x style, its splits, and suites of examples for them.
 
-Splits are by task. `train` tasks have experts in the bank, `without_expert` ones only examples. `test` tasks are unseen combinations: the bank has experts of
-each pair of their skill, domain and style, but never of all three. `hard` tasks are skill-domain pairs that no style of
-was ever seen. The base model is trained on all cells but those of `test` and `hard`.
+Splits are by task. `train` tasks have experts in the bank, `without_expert` ones only examples. `test` tasks are unseen
+combinations: the bank has experts of each pair of their skill, domain and style, but never of all three. `hard` tasks are
+skill-domain pairs of which no style was ever seen. The base model is trained on all cells but those of `test` and `hard`.
 """
 
 from __future__ import annotations

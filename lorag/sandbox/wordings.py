@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-__all__ = ["describe", "outside", "read"]
+__all__ = ["describe", "read"]
 
 _FUSED_SHARE = 0.25  # of descriptions in which one phrase names skill and domain together
 
 
 @functools.cache
 def read(factor: str) -> dict[str, Any]:
-    """Reads the wordings of `skills`, `domains`, `styles`, `fused` or `outside`."""
+    """Reads the wordings of `skills`, `domains`, `styles` or `fused`."""
     source = resources.files("lorag.sandbox").joinpath("wordings", f"{factor}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(source)
 
@@ -40,8 +40,3 @@ def describe(skill: str, domain: str, style: str, split: str, rng: random.Random
             task = rng.choice(read("skills")[skill][split]).format(domain=rng.choice(read("domains")[domain][split]))
         found[rng.choice(read("styles")[style][split]).format(task=task)] = None
     return list(found)
-
-
-def outside(split: str) -> list[str]:
-    """Descriptions that nothing in the world answers, for `calibration` or `eval` of refusals."""
-    return list(read("outside")[split])

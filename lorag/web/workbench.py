@@ -5,14 +5,11 @@ Nothing here knows the page. An adapter follows from its `Order` alone, so that 
 
 from __future__ import annotations
 
-import inspect
-import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,116 +21,13 @@ from lorag.errors import ConfigError, TaskError
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.row_adapters import stack_adapters
 from lorag.task_map import TaskMap
-from lorag.tasks import check_description
+from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
 
-__all__ = ["MOST_INPUTS", "MOST_INPUT", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook", "Verdict", "Workbench"]
+__all__ = ["Workbench"]
 
-MOST_SAMPLES, MOST_INPUTS, MOST_INPUT = 4, 8, 2000
-_MOST_SEED, _MOST_STRENGTH = 2**31 - 1, 10.0
 _REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
-_CHECKS_ITSELF = "on_unknown" in inspect.signature(LoraGenerator.generate).parameters
 
 Progress = Callable[[float, str], object]
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a user asked for; the same order gives the same adapters.
-
-    Attributes:
-        description: Of the task.
-        methods: Labels of generators.
-        seed: Of the first sample; each further sample takes the next.
-        strength: Factor on ΔW.
-        samples: Adapters of each generator.
-        anyway: Whether to generate where the generator would refuse.
-    """
-
-    description: str
-    methods: tuple[str, ...]
-    seed: int = 0
-    strength: float = 1.0
-    samples: int = 1
-    anyway: bool = False
-
-    def __post_init__(self) -> None:
-        check_description(self.description)
-        if not self.methods:
-            raise ConfigError("no generator is chosen", remedy="Tick at least one.")
-        for name, value, least, most in (
-            ("seed", self.seed, 0, _MOST_SEED),
-            ("strength", self.strength, 0, _MOST_STRENGTH),
-            ("samples", self.samples, 1, MOST_SAMPLES),
-        ):
-            whole = name != "strength"
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
-            if not fits or whole and value != int(value):
-                kind = "whole number" if whole else "number"
-                raise ConfigError(f"{name} cannot be used", got=repr(value)[:40], expected=f"a {kind} from {least} to {most}")
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What a description looks like from a bank, before anything is generated.
-
-    Attributes:
-        neighbours: The nearest experts and their cosines, best first.
-        novelty: 1 - the best cosine.
-        place: Where it lies on the map of tasks.
-    """
-
-    neighbours: tuple[tuple[str, float], ...]
-    novelty: float
-    place: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an adapter's own provenance says of its use; None for what its generator does not estimate."""
-
-    novelty: float | None = None
-    decision: str | None = None
-    reason: str | None = None
-    gain: float | None = None
-    interval: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, info: Mapping[str, Any]) -> Verdict:
-        """Reads `info["gate"]`, or the bare novelty where there is none."""
-        gate = info.get("gate") or {}
-        low_high = gate.get("expected_gain_interval")
-        return cls(
-            novelty=gate.get("novelty", info.get("novelty")),
-            decision=gate.get("decision"),
-            reason=gate.get("reason"),
-            gain=gate.get("expected_gain"),
-            interval=None if low_high is None else (float(low_high[0]), float(low_high[1])),
-        )
-
-
-@dataclass(frozen=True)
-class Made:
-    """One adapter of an order: its label on the page, the generator's label, its seed, and how long it took in seconds."""
-
-    label: str
-    method: str
-    seed: int
-    adapter: LoraAdapter
-    seconds: float
-    repeats: str | None = None  # label of the sample whose very bytes it has
-
-    @property
-    def verdict(self) -> Verdict:
-        """What its provenance says."""
-        return Verdict.of(self.adapter.info)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Answers to inputs, side by side: columns are ("base", answers), then one for each adapter."""
-
-    inputs: tuple[str, ...]
-    columns: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class Workbench:
@@ -148,7 +42,7 @@ class Workbench:
         if not generators:
             raise ConfigError("no generator to show")
         self.generators = dict(generators)
-        self.sources = {label: None for label in generators} | dict(sources or {})
+        self.sources: dict[str, str | None] = dict.fromkeys(generators) | dict(sources or {})
         self.first = next(iter(generators.values()))
         for label, made in generators.items():
             if made.base != self.first.base:
@@ -188,23 +82,17 @@ class Workbench:
 
     @property
     def can_refuse(self) -> bool:
-        """Whether generators refuse what lies outside their bank's reach, unless told otherwise."""
-        return _CHECKS_ITSELF
+        """Whether a generator has a gate, which refuses what lies outside its bank's reach."""
+        return any(generator.gate is not None for generator in self.generators.values())
 
     def warm_up(self) -> None:
         """Loads all that the first user would wait for: embedder, maps, base model and its tokenizer."""
         for label in self.generators:
             self.outlook("warm up", label)
+            self.judge("warm up", label)
         rows, objective = self.first.runtime()
         with self._lock, torch.inference_mode():
             objective.hidden(rows.model, ["warm up"])
-
-    def map_of(self, label: str) -> TaskMap:
-        """The map of the tasks of a generator's bank."""
-        if label not in self._maps:
-            conditioner = self._generator(label).conditioner
-            self._maps[label] = TaskMap.fit(conditioner.names, conditioner.centroids)
-        return self._maps[label]
 
     def outlook(self, description: str, label: str) -> Outlook:
         """Compares a description with the bank of a generator.
@@ -215,7 +103,13 @@ class Workbench:
         generator = self._generator(label)
         with self._lock:
             condition = generator.condition(description)
-        return Outlook(condition.neighbours, condition.novelty, self.map_of(label).place(condition.embedding.pooled))
+        tasks = self._map(label)
+        return Outlook(condition.neighbours, tasks.place(condition.embedding.pooled), tasks)
+
+    def judge(self, description: str, label: str) -> dict[str, Any]:
+        """What a generator's gate says of a description, in the form of `adapter.info["gate"]`."""
+        with self._lock:
+            return self._generator(label).judge(description).to_dict()
 
     def make(self, order: Order, progress: Progress = lambda share, text: None) -> list[Made]:
         """Carries out an order.
@@ -285,8 +179,6 @@ class Workbench:
             arguments.append(f"seed={made.seed}")
         if order.strength != 1:
             arguments.append(f"strength={order.strength!r}")
-        if order.anyway and self.can_refuse:
-            arguments.append('on_unknown="warn"')
         call = f"adapter = generate_lora({', '.join(arguments)})"
         return f'from lorag import generate_lora\n{call}\nadapter.save_pretrained("adapter")\n'
 
@@ -295,6 +187,12 @@ class Workbench:
             raise ConfigError("no generator has this label", got=repr(label)[:60], expected=" or ".join(self.generators))
         return self.generators[label]
 
+    def _map(self, label: str) -> TaskMap:
+        if label not in self._maps:
+            conditioner = self._generator(label).conditioner
+            self._maps[label] = TaskMap.fit(conditioner.names, conditioner.centroids)
+        return self._maps[label]
+
     def _adapter(self, order: Order, method: str, seed: int) -> tuple[LoraAdapter, float]:
         """The adapter, and the seconds that it took when it was made."""
         generator = self._generator(method)
@@ -302,8 +200,8 @@ class Workbench:
         with self._lock:
             if key not in self._made:
                 start = time.perf_counter()
-                more: dict[str, Any] = {"on_unknown": "warn" if order.anyway else "raise"} if self.can_refuse else {}
-                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), **more)
+                asked = "warn" if order.anyway else "raise"
+                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), on_unknown=asked)
                 self._made[key] = adapter, time.perf_counter() - start
                 while len(self._made) > _REMEMBERED:
                     self._made.popitem(last=False)

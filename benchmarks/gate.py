@@ -1,0 +1,132 @@
+"""The gate on the sandbox: `python -m benchmarks.gate [GENERATOR]` fits one in memory and measures it, and how much wordings matter.
+
+Nothing is written but the report. Wordings: each task's score over 20 paraphrases that never occur in training, with typing
+errors, in British and American spelling, in short and long forms.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lorag.artifacts import embedded
+from lorag.bank import AdapterBank
+from lorag.gains import score_codes
+from lorag.gate_evaluation import format_gate, measure_gate
+from lorag.gate_evidence import FEATURES
+from lorag.gate_fitting import GateSettings, fit_gate
+from lorag.generator import DEFAULT, LoraGenerator
+from lorag.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
+from lorag.sandbox.grid import Cell, splits
+from lorag.sandbox.wordings import describe
+from lorag.tasks import Task
+
+SPELLING = (
+    ("summarise", "summarize"),
+    ("colour", "color"),
+    ("organisation", "organization"),
+    ("favour", "favor"),
+    ("catalogue", "catalog"),
+)
+EXAMPLES = 8
+
+
+def with_typo(text: str, rng: random.Random) -> str:
+    """The text with two neighbouring letters of one longer word exchanged."""
+    words = text.split()
+    places = [i for i, word in enumerate(words) if len(word) > 4 and word.isalpha()]
+    if not places:
+        return text
+    i = rng.choice(places)
+    at = rng.randrange(1, len(words[i]) - 2)
+    word = words[i]
+    words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)
+
+
+def respelled(text: str) -> str:
+    """British words in American spelling and the other way round."""
+    for british, american in SPELLING:
+        if british in text:
+            return text.replace(british, american)
+        if american in text:
+            return text.replace(american, british)
+    return text
+
+
+def scores(generator: LoraGenerator, texts: Sequence[str], tasks: Sequence[Task]) -> torch.Tensor:
+    """Scores (n,) of what is generated for each text on its task."""
+    codes = []
+    for one in generator.embedder.embed(list(texts)):
+        codes.append(generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))[0].float())
+    return score_codes(generator, torch.stack(codes), list(tasks), EXAMPLES, [generator.strength] * len(tasks))
+
+
+def wordings(generator: LoraGenerator, tasks: Sequence[Task], cells: Sequence[Cell], count: int) -> dict[str, float]:
+    """Consistency over paraphrases, and what typing errors, spelling and length change."""
+    rng = random.Random(5)
+    texts = [describe(c.skill, c.domain, c.style, "eval", rng, count) for c in cells]
+    flat = scores(generator, [text for own in texts for text in own], [task for task in tasks for _ in range(count)]).view(-1, count)
+    solved = flat.mean(1) > 0
+    columns = flat.mean(0)
+    found = {
+        "paraphrases": count,
+        "tasks": len(tasks),
+        "score": flat.mean().item(),
+        "worst of the sets / mean": (columns.min() / columns.mean()).item(),
+        "worst of each task / its mean": (flat.min(1).values / flat.mean(1).clamp_min(1e-9))[solved].mean().item(),
+        "spread within a task": flat.std(1).mean().item(),
+    }
+    plain = [own[0] for own in texts]
+    found["typing errors"] = scores(generator, [with_typo(text, rng) for text in plain], tasks).mean().item()
+    found["no typing error"] = flat[:, 0].mean().item()
+    spelt = [(i, text) for i, own in enumerate(texts) for text in own if respelled(text) != text][: 2 * len(tasks)]
+    if spelt:
+        for name, change in (("spelling as written", str), ("spelling exchanged", respelled)):
+            found[name] = scores(generator, [change(text) for _, text in spelt], [tasks[i] for i, _ in spelt]).mean().item()
+    for name, choose in (("shortest", min), ("longest", max)):
+        found[f"{name} paraphrase"] = scores(generator, [choose(own, key=len) for own in texts], tasks).mean().item()
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def main(folder: Path, report_to: Path | None) -> None:
+    """Fits, measures and prints."""
+    start = time.perf_counter()
+    generator = LoraGenerator.from_pretrained(folder)
+    config = generator.origin["config"]
+    bank, suite, more = find_bank("sandbox"), find_tasks("sandbox"), find_split("sandbox", WITHOUT_EXPERT)
+    kin, held = hold_out(bank, suite, more, kin=config["kin"], validation=config["validation"], seed=config["seed"])
+    opened = time.perf_counter()
+    print(f"opened in {opened - start:.0f} s", flush=True)
+    generator.gate = fit_gate(generator, bank, suite, held, kin, settings=GateSettings())
+    fitted = time.perf_counter()
+    print(f"fitted in {fitted - opened:.0f} s: {json.dumps(dict(generator.gate.fitted))}", flush=True)
+    gate = generator.gate
+    print(f"refuses above {gate.refuse_above}, same above {gate.same_above}, fuses above {gate.fuse_above}, offsets {gate.offsets}")
+    for name, model in (("novelty", gate.novelty), ("gain", gate.gain)):
+        if model is not None:
+            print(f"{name}: " + ", ".join(f"{f} {w:+.2f}" for f, w in zip(FEATURES, model.weights, strict=True)))
+    oracles = AdapterBank.from_pretrained(embedded("data/sandbox/oracles"))
+    report = {}
+    for split in ("test", "hard"):
+        report[split] = measure_gate(generator, find_tasks("sandbox", split), oracles)
+        print(f"\n{split}\n{format_gate(report[split])}", flush=True)
+    measured = time.perf_counter()
+    cells = splits()["test"][::3]
+    held_out = find_tasks("sandbox", "test")
+    report["wordings"] = wordings(generator, [held_out[cell.name] for cell in cells], cells, 20)
+    print(f"\nmeasured in {measured - fitted:.0f} s; wordings in {time.perf_counter() - measured:.0f} s\n")
+    print("\n".join(f"{name:<32}{value:>8.3f}" for name, value in report["wordings"].items()))
+    if report_to is not None:
+        report_to.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(Path(arguments[0]) if arguments else embedded(DEFAULT), Path(arguments[1]) if len(arguments) > 1 else None)
