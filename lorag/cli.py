@@ -59,9 +59,12 @@ def generate(
     examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
     refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
     on_unknown: Annotated[
-        str, typer.Option(help="If the bank has nothing near the description: warn, raise, fallback (an adapter that changes nothing), ignore.")
+        str,
+        typer.Option(help="If the bank has nothing near it: warn, raise, fallback (an adapter that changes nothing) or ignore."),
     ] = "warn",
-    bank: Annotated[str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")] = None,
+    bank: Annotated[
+        str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")
+    ] = None,
 ) -> None:
     """Turn a description into an adapter folder."""
     import warnings

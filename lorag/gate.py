@@ -24,6 +24,7 @@ from lorag.gate_evidence import FEATURES, Describes, Reference, gather
 __all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
 
 _SHOWN = 3
+_TAIL = 0.05  # left out on each side of an interval
 
 
 def digest(text: str) -> int:
@@ -125,15 +126,20 @@ class Gate:
         novelty, gain = self.estimate(evidence[None])
         expected, interval = None, None
         if gain is not None:
-            share, (low, high) = 1 - novelty.item(), self.gain_range
-            inside = [min(max(gain.item() + offset, low), high) for offset in (self.offsets[0], 0.0, self.offsets[1])]
-            low_end, expected, high_end = (round(share * value, 4) for value in inside)
-            interval = min(low_end, expected), max(high_end, expected)
+            expected = round((1 - novelty.item()) * gain.item(), 4)
+            interval = self._interval(novelty.item(), gain.item(), expected)
         known = self._known(served.conditioner.names, text, condition)
         decision, reason = self._decide(novelty.item(), known, condition)
         return Verdict(
             decision, reason, round(novelty.item(), 4), expected, interval, condition.neighbours[:_SHOWN], known, tuple(evidence.tolist())
         )
+
+    def _interval(self, novelty: float, gain: float, expected: float) -> tuple[float, float]:
+        """Where 90 % of gains should lie: an unknown task's is 0, a known one's as near to its estimate as held-out tasks' were."""
+        low, high = (min(max(gain + offset, self.gain_range[0]), self.gain_range[1]) for offset in self.offsets)
+        low = low if novelty <= _TAIL else min(0.0, low)
+        high = high if novelty <= 1 - _TAIL else 0.0
+        return round(min(low, expected), 4), round(max(high, expected), 4)
 
     def estimate(self, evidence: Tensor) -> tuple[Tensor, Tensor | None]:
         """Novelty (n,), and the gain (n,) if it is no novelty, of rows of evidence (n, f)."""

@@ -344,8 +344,7 @@ def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypat
         verdict = gated.judge(f"paint the {colour} {animal}")
         promised.setdefault(truth, []).append(verdict.expected_gain / (1 - verdict.novelty))
         assert verdict.interval[0] <= verdict.expected_gain <= verdict.interval[1]
-        share = 1 - verdict.novelty
-        assert verdict.interval[0] / share - 0.1 <= truth <= verdict.interval[1] / share + 0.1
+        assert verdict.interval[0] - 0.1 <= truth <= verdict.interval[1] + 0.1
     assert sum(promised[0.8]) / 2 > sum(promised[0.2]) / 2 + 0.1
     assert set(seen) <= set(bank.names) and made.fitted["gain"] == pytest.approx(0.5, abs=0.3)
 
@@ -499,6 +498,14 @@ def test_the_same_tasks_are_held_out_again(bank, prepared):
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_follow_novelty(gated):
+    """The surely known may gain up to the whole upper end; what may be unknown may gain nothing, and what surely is gains none."""
+    gate = dataclasses.replace(gated.gate, offsets=(-0.2, 0.3), gain_range=(0.0, 1.0))
+    assert gate._interval(0.01, 0.8, 0.79) == (0.6, 1.0)
+    assert gate._interval(0.3, 0.8, 0.56) == (0.0, 1.0)
+    assert gate._interval(0.99, 0.8, 0.008) == (0.0, 0.008)
 
 
 def test_measuring_tells_what_was_refused_and_what_was_gained(gated, bank, monkeypatch):

@@ -258,7 +258,18 @@ def test_narrow_screens_light_and_dark(visit, scheme):
     user.page.locator("#run").click()
     user.page.locator("#answers tbody tr").first.wait_for()
     assert user.page.evaluate("document.documentElement.scrollWidth") <= 360
-    for place in ("#status p", "#neighbours td", "#verdict dd", "#map figcaption", "#answers td", "#made td", "#generate"):
+    for place in (
+        "#status p",
+        "#neighbours td",
+        "#verdict dd",
+        "#map figcaption",
+        "#answers td",
+        "#answers tbody th",
+        "#made td",
+        "#generate",
+        "#run",
+        "#download",
+    ):
         assert user.page.locator(place).first.evaluate(CONTRAST) >= 4.5, place
     dark = user.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 380) == (scheme == "dark")
@@ -271,7 +282,7 @@ def test_what_is_typed_is_only_text(visit):
     user = visit()
     user.ask(hostile)
     user.says("Made")
-    assert hostile in user.page.locator("#made caption").inner_text()
+    assert hostile in user.page.locator("#made .lorag-title").inner_text()
     assert user.page.locator("#made img").count() == 0
     user.page.locator("#inputs textarea").fill(hostile)
     user.page.locator("#run").click()

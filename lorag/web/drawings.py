@@ -32,7 +32,9 @@ def draw_neighbours(outlook: Outlook) -> str:
     for name, cosine in outlook.neighbours:
         width = max(0.0, min(1.0, cosine)) * 100
         bar = f'<span class="lorag-bar" aria-hidden="true"><span style="width:{width:.1f}%"></span></span>'
-        rows.append(f'<tr><th scope="row">{_safe(name)}</th><td class="lorag-wide">{bar}</td><td>{cosine:.2f}</td></tr>')
+        rows.append(
+            f'<tr><th scope="row">{_safe(name)}</th><td class="lorag-wide">{bar}</td><td class="lorag-number">{cosine:.2f}</td></tr>'
+        )
     caption = "Nearest experts: how alike are their descriptions? (cosine, 1 is the same)"
     return f'<table class="lorag-table"><caption>{caption}</caption><tbody>{"".join(rows)}</tbody></table>'
 
@@ -116,9 +118,7 @@ def draw_made(made: Sequence[Made], order: Order) -> str:
         body.append(f'<tr><th scope="row">{_safe(one.label)}</th>' + "".join(f"<td>{_safe(value)}</td>" for value in values) + "</tr>")
     named = ("Adapter", "What", "Rank", "Norm of ΔW", "Novelty", "Expected gain", "Took")
     head = "".join(f'<th scope="col">{name}</th>' for name in named)
-    caption = f"Adapters for “{_safe(' '.join(order.description.split())[:120])}”"
-    table = f'<table class="lorag-table"><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    return _scrolling(table, "Adapters")
+    return _scrolling("lorag-made", head, body, f"Adapters for “{_safe(' '.join(order.description.split())[:120])}”")
 
 
 def draw_answers(answers: Answers) -> str:
@@ -128,11 +128,10 @@ def draw_answers(answers: Answers) -> str:
     for number, text in enumerate(answers.inputs):
         cells = "".join(f"<td>{_safe(column[number]) or '<em>nothing</em>'}</td>" for _, column in answers.columns)
         body.append(f'<tr><th scope="row">{_safe(text)}</th>{cells}</tr>')
-    caption = "What do the base model and the adapters make of your inputs?"
-    table = f'<table class="lorag-table lorag-answers"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
-    return _scrolling(f"{table}<tbody>{''.join(body)}</tbody></table>", "Answers")
+    return _scrolling("lorag-answers", head, body, "What do the base model and the adapters make of your inputs?")
 
 
-def _scrolling(table: str, name: str) -> str:
-    """A wide table scrolls by itself on a narrow screen, with the keyboard too."""
-    return f'<div class="lorag-scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
+def _scrolling(kind: str, head: str, body: Sequence[str], title: str) -> str:
+    """A table under its title, which scrolls by itself on a narrow screen, with the keyboard too."""
+    table = f'<table class="lorag-table {kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<p class="lorag-title">{title}</p><div class="lorag-scroll" tabindex="0" role="region" aria-label="{title}">{table}</div>'

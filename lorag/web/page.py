@@ -34,6 +34,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
     """
     import gradio as gr
 
+    plain = {"apply_default_css": False}  # page.css is enough
     labels = list(workbench.generators)
     base = workbench.first.base.model.name
     with gr.Blocks(title="lorag", analytics_enabled=False) as page:
@@ -59,13 +60,13 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                 strength = gr.Slider(0, 3, value=1, step=0.05, label="Strength: factor on the generated weights", elem_id="strength")
                 anyway = gr.Checkbox(False, label=_FORCE, visible=workbench.can_refuse, elem_id="anyway")
                 generate = gr.Button("Generate", variant="primary", elem_id="generate")
-                status = gr.HTML(drawings.draw_message("Nothing is generated yet."), elem_id="status", min_height=70)
-                verdict = gr.HTML("", elem_id="verdict")
+                status = gr.HTML(drawings.draw_message("Nothing is generated yet."), **plain, elem_id="status", min_height=70)
+                verdict = gr.HTML("", **plain, elem_id="verdict")
             with gr.Column(min_width=300):
-                neighbours = gr.HTML("", elem_id="neighbours")
-                task_map = gr.HTML("", elem_id="map")
+                neighbours = gr.HTML("", **plain, elem_id="neighbours")
+                task_map = gr.HTML("", **plain, elem_id="map")
         with gr.Column(visible=False) as results:
-            made = gr.HTML("", elem_id="made")
+            made = gr.HTML("", **plain, elem_id="made")
             gr.Markdown("## Try it")
             texts = gr.Textbox(
                 inputs,
@@ -84,7 +85,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                 elem_id="candidates",
             )
             run = gr.Button("Run base and adapted model", elem_id="run")
-            answers = gr.HTML("", elem_id="answers", min_height=70)
+            answers = gr.HTML("", **plain, elem_id="answers", min_height=70)
             gr.Markdown("## Take it away")
             choice = gr.Dropdown([], label="Adapter", visible=False, elem_id="choice")
             download = gr.DownloadButton("Download the adapter as a zip, with its card", interactive=False, elem_id="download")

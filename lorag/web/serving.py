@@ -141,7 +141,10 @@ def _launch(workbench: Workbench, folder: Path, port: int | None, inputs: str) -
     page = build_page(workbench, Downloads(folder), inputs)
     style = resources.files("lorag.web").joinpath("page.css").read_text(encoding="utf-8")
     # Fonts of the system: a theme's own may be fetched from elsewhere.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    # The theme's own button is too pale to be read by everybody: contrast 2.8, where 4.5 is due.
+    strong = {f"button_primary_background_fill{part}{dark}": "*primary_700" for part in ("", "_hover") for dark in ("", "_dark")}
+    theme = theme.set(**strong, button_primary_text_color="white", button_primary_text_color_dark="white")
     try:
         page.launch(
             server_name=_HOST,
