@@ -15,7 +15,7 @@ from lorag.preparation import find_tasks
 from lorag.web.serving import serving
 from lorag.web.workbench import Workbench
 
-_COLOURS = 48  # keeps a picture below 150 kB
+_COLOURS = 96  # keeps a picture below 150 kB
 ASKED = ("summarise legal text", "which day was this match played?", "who is the patient in this medical note? as JSON")
 SIGHTS = {
     "web-light": {"viewport": {"width": 1180, "height": 900}, "color_scheme": "light"},
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
             print(f"base and adapted answers {time.perf_counter() - began:.2f} s")  # noqa: T201
             page.mouse.move(5, 5)
             with Image.open(io.BytesIO(page.screenshot(full_page=True))) as picture:
-                picture.convert("RGB").quantize(_COLOURS).save(folder / f"{name}.png", optimize=True)
+                picture.convert("RGB").quantize(_COLOURS, method=Image.Quantize.MAXCOVERAGE).save(folder / f"{name}.png", optimize=True)
             page.close()
         browser.close()
 
