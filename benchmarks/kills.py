@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -32,6 +33,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
+import tqdm
 from conftest import _TINY, word_tokenizer
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
 
@@ -52,6 +54,8 @@ from lorag.training_state import save_training_state
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 TEXTS = tuple(f"paint the {colour} {animal}" for colour, animal in TRAINING[:6])
 GROUPS = 4
+ENDLESS = 300.0  # seconds after which a process is taken to hang
+tqdm.tqdm.monitor_interval = 0  # a thread that watches bars would hold locks over a fork
 Report = Callable[[str], None]
 
 
@@ -247,6 +251,9 @@ def start(work: Callable[[Report], None], die_at: tuple[int, bool] | None = None
         die_at: It kills itself at this call that changes the file system, before (False) or after it (True).
         limit: Bytes that a file of its may have.
     """
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    if len(threads) > 1:
+        raise RuntimeError(f"a process with threads must not be split in two: {threads}")
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -303,14 +310,20 @@ def _watch(report: Report, die_at: tuple[int, bool] | None) -> None:
 
 def finish(process: int, reading: int, after: float | None = None) -> tuple[int, list[str]]:
     """Waits for a process, or kills it after some seconds; returns how it ended and what it reported."""
-    if after is not None:
-        deadline = time.monotonic() + after
-        while time.monotonic() < deadline and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            time.sleep(min(0.002, after))
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    with open(reading, "rb") as pipe:
-        lines = pipe.read().decode(errors="replace").splitlines()
+    deadline = time.monotonic() + (ENDLESS if after is None else after)
+    said, running = b"", True
+    with open(reading, "rb", buffering=0) as pipe:
+        while running:  # until it closes the pipe, which a killed process does too
+            left = deadline - time.monotonic()
+            if left <= 0:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                said += b"" if after is not None else b"error it hangs\n"
+                deadline = time.monotonic() + ENDLESS
+            elif select.select([pipe], [], [], left)[0]:
+                part = pipe.read(65536)
+                said, running = said + part, bool(part)
+    lines = said.decode(errors="replace").splitlines()
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), lines
 

@@ -34,6 +34,14 @@ __all__ = [
 ]
 
 
+_LONGEST = 800  # characters of a part of a message: what comes from a file may be megabytes
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 def printable(text: str) -> str:
     """Text from a file as it may be shown: what would move a terminal's cursor, or forge another line, is escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -50,11 +58,11 @@ class LoragError(Exception):
     """
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
-        parts = [what]
+        parts = [_short(what)]
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(f"got {_short(got)}")
         if expected is not None:
-            parts.append(f"expected {expected}")
+            parts.append(f"expected {_short(expected)}")
         text = "; ".join(parts)
         if remedy is not None:
             text = f"{text}. {remedy}"
