@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -234,6 +235,8 @@ def sandbox_build(
 
 def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits
     """Runs the command line and exits."""
+    # PEFT asks every model for it, which is nothing that a user could change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         app(arguments)
     except LoragError as error:
