@@ -241,17 +241,18 @@ def test_a_peft_folder_is_added_listed_and_checked(lorag, refused, tmp_path, san
         assert torch.allclose(stored.delta(name), 2 * columns @ rows, atol=1e-6)
 
 
-def test_a_bank_of_another_base_takes_nothing(refused, tmp_path, peft_folder, llama_layout):
-    """Neither an adapter of other shapes, nor one whose config names another base model of the same shapes."""
+def test_a_bank_of_another_base_takes_nothing(refused, tmp_path, peft_folder, llama_layout, random_adapter):
+    """Once it holds an expert: neither an adapter of other shapes, nor one whose config names another base model of the same shapes."""
     other = BankBase(BaseModel("tiny-base", "causal_lm"), "sha256:0", llama_layout, "causal_lm", {})
-    AdapterBank.create(tmp_path / "other", other)
+    AdapterBank.create(tmp_path / "other", other).add([("first", ["do this"], [random_adapter(llama_layout)])])
     refused("bank", "add", peft_folder, "--bank", tmp_path / "other", "--description", "x")
     twin = BaseModel("sandbox-lm", "causal_lm")
     layout = LoraLayout.from_model(twin.load("cpu"), TARGETS)
-    AdapterBank.create(tmp_path / "twin", BankBase(BaseModel("twin-lm", "causal_lm"), "sha256:0", layout, "causal_lm", {}))
+    own = BankBase(BaseModel("twin-lm", "causal_lm"), "sha256:0", layout, "causal_lm", {})
+    AdapterBank.create(tmp_path / "twin", own).add([("first", ["do this"], [random_adapter(layout)])])
     assert "another base" in refused("bank", "add", peft_folder, "--bank", tmp_path / "twin", "--description", "x")
     for name in ("other", "twin"):
-        assert len(AdapterBank.from_pretrained(tmp_path / name)) == 0
+        assert AdapterBank.from_pretrained(tmp_path / name).names == ("first",)
 
 
 def test_check_finds_an_expert_that_does_nothing(refused, lorag, tmp_path, sandbox_base):

@@ -138,7 +138,7 @@ def test_seeds_show_other_descriptions(world, monkeypatch):
     for number, one in enumerate((first, second)):
         original = one.generate
         monkeypatch.setattr(
-            one, "generate", lambda text, *, seed, n=number, o=original: shown.append((n, text, seed)) or o(text, seed=seed)
+            one, "generate", lambda text, *, seed, n=number, o=original, **more: shown.append((n, text, seed)) or o(text, seed=seed, **more)
         )
     evaluate(suite, {"mean": [first, second]}, methods=["mean"], seeds=3, limit=1, device="cpu", quiet=True)
     cell = CELLS[0]
