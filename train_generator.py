@@ -5,7 +5,7 @@ Under `accelerate launch` the same file trains in several processes.
 
 import sys
 
-from lorag.cli import main
+from lorag.cli.main import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lorag.adapter import LoraAdapter
-from lorag.base_model import BaseModel
-from lorag.experts import ExpertConfig, train_group
+from lorag.adapters.adapter import LoraAdapter
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
 from lorag.generator import default_generator
-from lorag.layout import LoraLayout
 from lorag.objectives import make_objective
+from lorag.optimisation.experts import ExpertConfig, train_group
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.sandbox.base_lm import TEMPLATE
 from lorag.sandbox.grid import build_suite, splits

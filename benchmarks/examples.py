@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import embedded, write_json
-from lorag.experts import train_group
+from lorag.adapters.adapter import LoraAdapter
+from lorag.files.artifacts import embedded, write_json
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.objectives import Objective
-from lorag.preparation import find_tasks
-from lorag.refinement import refine_tasks
+from lorag.optimisation.experts import train_group
+from lorag.optimisation.refinement import refine_tasks
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.sandbox.build import SandboxConfig
 from lorag.sandbox.grid import build_suite, splits
-from lorag.tasks import Task
+from lorag.tasks.suite import Task
+from lorag.training.preparation import find_tasks
 
 CHUNK = 32
 

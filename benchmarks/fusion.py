@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import read_json, write_json
-from lorag.bank import AdapterBank
-from lorag.experts import train_group
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank
+from lorag.files.artifacts import read_json, write_json
 from lorag.fusion import fuse_experts
 from lorag.generator import LoraGenerator
-from lorag.merging import merge
-from lorag.preparation import find_bank, find_tasks
+from lorag.optimisation.experts import train_group
+from lorag.optimisation.support_examples import few_examples, learn_weights, tasks_of
 from lorag.row_adapters import stack_adapters
 from lorag.sandbox.build import SandboxConfig
 from lorag.sandbox.grid import Cell, splits
-from lorag.support_examples import few_examples, learn_weights, tasks_of
-from lorag.tasks import Task, TaskSuite
+from lorag.tasks.suite import Task, TaskSuite
+from lorag.training.preparation import find_bank, find_tasks
+from lorag.weights.merging import merge
 
 RARE = 8  # training examples of the rare task of a long-tailed set
 LONG_TAILED = 4  # tasks of such a set

@@ -12,25 +12,25 @@ from pathlib import Path
 
 import torch
 
-from lorag.adapter import LoraAdapter
-from lorag.adapter_sources import find_sources
-from lorag.artifacts import read_json, require_name, resolve_inside, write_json
-from lorag.bank import AdapterBank, BankBase
-from lorag.bank_import import Terms, import_adapters
-from lorag.base_model import BaseModel
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.sources import find_sources
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.banks.importing import Terms, import_adapters
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout, ModuleShape
 from lorag.cards import describe_path
-from lorag.conditioning import Conditioner
+from lorag.conditions.conditioning import Conditioner
+from lorag.conditions.embedding import Embedding
 from lorag.config import from_plain, load_config, parse_yaml, preset_names
-from lorag.embedding import Embedding
 from lorag.errors import LoragError
+from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
+from lorag.files.training_state import load_training_state, save_training_state
 from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
 from lorag.generators.regression import MlpSettings
-from lorag.layout import LoraLayout, ModuleShape
-from lorag.tasks import Example, Task, TaskSuite
-from lorag.training import TrainConfig
-from lorag.training_state import load_training_state, save_training_state
-from lorag.weight_space import FlatFactors, SharedSubspace
+from lorag.tasks.suite import Example, Task, TaskSuite
+from lorag.training.run import TrainConfig
+from lorag.weights.weight_space import FlatFactors, SharedSubspace
 
 __all__ = ["LAYOUT", "TARGETS", "Target", "make_seeds"]
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from lorag.artifacts import embedded
-from lorag.bank import AdapterBank
-from lorag.gains import score_codes
-from lorag.gate_evaluation import format_gate, measure_gate
-from lorag.gate_evidence import FEATURES
-from lorag.gate_fitting import GateSettings, fit_gate
+from lorag.banks.bank import AdapterBank
+from lorag.evaluation.gate import format_gate, measure_gate
+from lorag.files.artifacts import embedded
+from lorag.gate.evidence import FEATURES
 from lorag.generator import DEFAULT, LoraGenerator
-from lorag.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
 from lorag.sandbox.grid import Cell, splits
 from lorag.sandbox.wordings import describe
-from lorag.tasks import Task
+from lorag.tasks.suite import Task
+from lorag.training.gains import score_codes
+from lorag.training.gate_fitting import GateSettings, fit_gate
+from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
 
 SPELLING = (
     ("summarise", "summarize"),

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from lorag.adapter_sources import find_sources
-from lorag.artifacts import write_json
-from lorag.bank import AdapterBank, BankBase
-from lorag.bank_import import import_adapters
-from lorag.base_model import BaseModel
-from lorag.embedding import SentenceEmbedder
-from lorag.layout import LoraLayout
+from lorag.adapters.sources import find_sources
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.banks.importing import import_adapters
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
+from lorag.conditions.embedding import SentenceEmbedder
+from lorag.files.artifacts import write_json
 
 WIDTH, LAYERS, INNER, RANK = 256, 6, 768, 8
 MODULES = [

@@ -37,19 +37,19 @@ import tqdm
 from conftest import _TINY, word_tokenizer
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
 
-from lorag import training_loop
-from lorag.adapter import LoraAdapter
-from lorag.adapter_sources import find_sources
-from lorag.bank import AdapterBank
-from lorag.bank_build import build_bank
-from lorag.bank_import import Terms, import_adapters
-from lorag.embedding import SentenceEmbedder
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.sources import find_sources
+from lorag.banks.bank import AdapterBank
+from lorag.banks.build import build_bank
+from lorag.banks.importing import Terms, import_adapters
+from lorag.conditions.embedding import SentenceEmbedder
 from lorag.errors import StorageError
-from lorag.experts import ExpertConfig
+from lorag.files.tensors import read_header
+from lorag.files.training_state import save_training_state
 from lorag.generator import LoraGenerator
-from lorag.tensor_files import read_header
-from lorag.training import TrainConfig, train
-from lorag.training_state import save_training_state
+from lorag.optimisation import training_loop
+from lorag.optimisation.experts import ExpertConfig
+from lorag.training.run import TrainConfig, train
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 TEXTS = tuple(f"paint the {colour} {animal}" for colour, animal in TRAINING[:6])

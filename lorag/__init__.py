@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorag.adapter import LoraAdapter
-    from lorag.bank import AdapterBank
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.banks.bank import AdapterBank
     from lorag.errors import LoragError
     from lorag.generator import LoraGenerator, generate_lora, generate_loras
-    from lorag.tasks import TaskSuite
+    from lorag.tasks.suite import TaskSuite
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
 
 # Public names are imported on first use: `import lorag` loads neither torch nor transformers.
 _HOME = {
-    "AdapterBank": "lorag.bank",
-    "LoraAdapter": "lorag.adapter",
+    "AdapterBank": "lorag.banks.bank",
+    "LoraAdapter": "lorag.adapters.adapter",
     "LoraGenerator": "lorag.generator",
     "LoragError": "lorag.errors",
-    "TaskSuite": "lorag.tasks",
+    "TaskSuite": "lorag.tasks.suite",
     "generate_lora": "lorag.generator",
     "generate_loras": "lorag.generator",
 }

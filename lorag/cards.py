@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorag.adapter_checks import CONFIG, PROVENANCE
-from lorag.adapter_folder import read_facts
-from lorag.adapter_reading import read_provenance
-from lorag.artifacts import read_json
-from lorag.bank import AdapterBank
+from lorag.adapters.checks import CONFIG, PROVENANCE
+from lorag.adapters.folder import read_facts
+from lorag.adapters.reading import read_provenance
+from lorag.banks.bank import AdapterBank
 from lorag.errors import ArtifactError, LoragError, printable
+from lorag.files.artifacts import read_json
+from lorag.files.tensors import load_tensors, read_header
 from lorag.generators.latent import Diagnostics
-from lorag.licences import UNKNOWN, derive
-from lorag.portability import check_portability
-from lorag.provenance import licence_of
-from lorag.tasks import TaskSuite
-from lorag.tensor_files import load_tensors, read_header
+from lorag.publishing.licences import UNKNOWN, derive
+from lorag.publishing.portability import check_portability
+from lorag.publishing.provenance import licence_of
+from lorag.tasks.suite import TaskSuite
 
 __all__ = ["describe_path"]
 

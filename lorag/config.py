@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorag.errors import ArtifactError, ConfigError
-from lorag.plain_files import looks_like, read_bounded
+from lorag.files.plain import looks_like, read_bounded
 
 __all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "read_settings", "to_plain"]
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorag.adapter import LoraAdapter
-from lorag.bank import AdapterBank
-from lorag.base_model import TASK_TYPES
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank
+from lorag.base_models.base_model import TASK_TYPES
 from lorag.errors import ArtifactError, ConfigError
-from lorag.functional import TaskLoss
 from lorag.generator import LoraGenerator
 from lorag.generators.icm_fusion import IcmFusion
-from lorag.merging import MERGES
 from lorag.objectives import make_objective
-from lorag.preparation import find_bank, find_tasks
-from lorag.provenance import base_fields, parents, versions
-from lorag.refinement import refine
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.refinement import refine
+from lorag.optimisation.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
+from lorag.publishing.provenance import base_fields, parents, versions
 from lorag.row_adapters import RowAdapters
-from lorag.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
-from lorag.tasks import Task, TaskSuite
+from lorag.tasks.suite import Task, TaskSuite
+from lorag.training.preparation import find_bank, find_tasks
+from lorag.weights.merging import MERGES
 
 __all__ = ["RULES", "fuse", "fuse_experts", "mean_direction", "resolve_conflicts"]
 

@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import embedded
-from lorag.bank import AdapterBank, BankBase
-from lorag.base_model import TASK_TYPES
-from lorag.conditioning import Condition, Conditioner, mixture_weights
-from lorag.embedding import TextEmbedder
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.base_models.base_model import TASK_TYPES
+from lorag.conditions.conditioning import Condition, Conditioner, mixture_weights
+from lorag.conditions.embedding import TextEmbedder
 from lorag.errors import BankError, ConfigError, GeneratorError
-from lorag.gate import Gate, Verdict, report_unknown, unasked, unfitted
+from lorag.files.artifacts import embedded
+from lorag.files.hub import fetch
+from lorag.gate.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator_files import read_parts, write_generator
 from lorag.generators import Generator
-from lorag.hub import fetch
 from lorag.objectives import Objective, make_objective
-from lorag.provenance import base_fields, licence_of, parents, public_name, versions
-from lorag.publishing import push_generator_folder
-from lorag.refinement import check_examples, refine
+from lorag.optimisation.refinement import check_examples, refine
+from lorag.publishing.provenance import base_fields, licence_of, parents, public_name, versions
+from lorag.publishing.push import push_generator_folder
 from lorag.row_adapters import RowAdapters
-from lorag.tasks import check_description
-from lorag.weight_space import FlatFactors, SharedSubspace
+from lorag.tasks.suite import check_description
+from lorag.weights.weight_space import FlatFactors, SharedSubspace
 
 __all__ = ["LoraGenerator", "default_generator", "generate_lora", "generate_loras"]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorag import __version__
-from lorag.artifacts import check_manifest, sha256, write_manifest
-from lorag.bank import BankBase
-from lorag.conditioning import Conditioner
-from lorag.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
+from lorag.banks.bank import BankBase
+from lorag.conditions.conditioning import Conditioner
+from lorag.conditions.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 from lorag.errors import GeneratorError, LoragError
-from lorag.gate import Gate
+from lorag.files.artifacts import check_manifest, sha256, write_manifest
+from lorag.files.tensors import load_tensors, read_header, save_tensors
+from lorag.gate.gate import Gate
 from lorag.generators import generator_type
-from lorag.tensor_files import load_tensors, read_header, save_tensors
-from lorag.weight_space import weight_space_from_tensors
+from lorag.weights.weight_space import weight_space_from_tensors
 
 if TYPE_CHECKING:
     from lorag.generator import LoraGenerator

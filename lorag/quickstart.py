@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from lorag.config import load_config
-from lorag.evaluation import format_table
+from lorag.evaluation.folders import run_ladder
+from lorag.evaluation.ladder import format_table
 from lorag.generator import generate_loras
-from lorag.ladder import run_ladder
 from lorag.objectives import make_objective
-from lorag.preparation import find_tasks
-from lorag.training import TrainConfig, train
+from lorag.training.preparation import find_tasks
+from lorag.training.run import TrainConfig, train
 
 __all__ = ["quickstart"]
 

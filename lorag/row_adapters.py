@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorag.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter
+from lorag.base_models.layout import LoraLayout
 from lorag.errors import BaseModelError, LayoutError
-from lorag.layout import LoraLayout
-from lorag.weight_space import Cores
+from lorag.weights.weight_space import Cores
 
 __all__ = ["RowAdapters", "stack_adapters"]
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorag.adapter import LoraAdapter
-from lorag.layout import LoraLayout
+from lorag.adapters.adapter import LoraAdapter
+from lorag.base_models.layout import LoraLayout
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()

@@ -12,7 +12,7 @@ import torch
 from conftest import output_of
 from safetensors.torch import load_file, save_file
 
-from lorag.adapter import CONFIG, PROVENANCE, WEIGHTS, LoraAdapter
+from lorag.adapters.adapter import CONFIG, PROVENANCE, WEIGHTS, LoraAdapter
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, LayoutError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lorag import artifacts, tensor_files
 from lorag.errors import ArtifactError, LoragError, StorageError
+from lorag.files import artifacts
+from lorag.files import tensors as tensor_files
 
 # --- names and paths --------------------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ def test_real_size_limit_keeps_the_old_file(tmp_path):
     tensor_files.save_tensors(path, {"x": torch.arange(4.0)})
     code = (
         "import resource, signal, sys, pathlib, torch\n"
-        "from lorag import errors, tensor_files\n"
+        "from lorag import errors\nfrom lorag.files import tensors as tensor_files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n    tensor_files.save_tensors(pathlib.Path(sys.argv[1]), {'x': torch.zeros(10**5)})\n"
@@ -139,7 +140,7 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
     tensor_files.save_tensors(tmp_path / "a", tensors, metadata)
     tensor_files.save_tensors(tmp_path / "b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     code = (
-        "import torch, pathlib, sys; from lorag import artifacts, tensor_files\n"
+        "import torch, pathlib, sys; from lorag.files import artifacts; from lorag.files import tensors as tensor_files\n"
         "tensors = {'b': torch.ones(2, 3).T, 'a': torch.arange(3)}\n"
         "tensor_files.save_tensors(pathlib.Path(sys.argv[1]), tensors, {'z': '1', 'y': '2', 'x': '3', 'w': '4'})"
     )

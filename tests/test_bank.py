@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
-from lorag import artifacts, tensor_files
-from lorag.bank import AdapterBank, BankBase
-from lorag.base_model import BaseModel
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
 from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError
-from lorag.layout import LoraLayout
+from lorag.files import artifacts
+from lorag.files import tensors as tensor_files
 
 LAYOUT = LoraLayout.from_dict(
     {
@@ -329,7 +330,7 @@ def test_interrupted_add_leaves_the_old_bank(bank, random_adapter, monkeypatch, 
     """Stopped before the shard, or between shard and manifest: the old bank opens, and adding again succeeds."""
     experts = [("four", ["task"], [random_adapter(LAYOUT, seed=4)])]
     with monkeypatch.context() as patch:
-        patch.setattr(f"lorag.bank.{moment}", lambda *_, **__: (_ for _ in ()).throw(error))
+        patch.setattr(f"lorag.banks.bank.{moment}", lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             bank.add(experts)
     opened = AdapterBank.from_pretrained(bank.folder)
@@ -343,8 +344,8 @@ def test_interrupted_add_leaves_the_old_bank(bank, random_adapter, monkeypatch, 
 ADD = """
 import sys, time
 import torch
-from lorag.adapter import LoraAdapter
-from lorag.bank import AdapterBank, BankBase
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank, BankBase
 folder, who = sys.argv[1:]
 base = AdapterBank.from_pretrained(folder).base
 print("ready", flush=True)
@@ -353,8 +354,8 @@ bank = AdapterBank.create(folder, base)
 for number in range(5):
     factors = {m.name: (torch.ones(2, m.in_features), torch.full((m.out_features, 2), float(number + 1))) for m in base.layout.modules}
     if who == "killed" and number == 2:
-        import lorag.bank, os
-        lorag.bank.write_manifest = lambda *_: os._exit(9)
+        import lorag.banks.bank, os
+        lorag.banks.bank.write_manifest = lambda *_: os._exit(9)
     bank.add([(f"{who}-{number}", ["task"], [LoraAdapter(base.layout, factors, 2.0)])])
 """
 
@@ -387,7 +388,7 @@ def test_processes_adding_at_once_lose_nothing(bank):
 
 def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, random_adapter, monkeypatch):
     """Of two processes that start one bank, the slower finds the bank made and filled while it waited for the lock."""
-    from lorag import bank as module
+    from lorag.banks import bank as module
 
     lock = module.AdapterBank._lock
 

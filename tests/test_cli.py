@@ -13,13 +13,14 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from lorag import cards, cli
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import embedded
-from lorag.bank import AdapterBank, BankBase
-from lorag.base_model import BaseModel
+from lorag import cards
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
+from lorag.cli import main as cli
 from lorag.errors import LoragError
-from lorag.layout import LoraLayout
+from lorag.files.artifacts import embedded
 from lorag.sandbox.grid import splits
 
 TARGETS = ["q_proj", "v_proj"]
@@ -106,7 +107,8 @@ def test_importing_lorag_is_quick_and_light():
     runs = [_process("-c", code).stdout.split() for _ in range(5)]
     assert min(float(seconds) for seconds, *_ in runs) < 0.3
     assert all(loaded == ["False", "False"] for _, *loaded in runs)
-    code = "import sys\nfrom lorag.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    code = "import sys\nfrom lorag.cli.main import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
     assert _process("-c", code).stdout.splitlines()[-1] == "0 False"
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorag.conditioning import Conditioner, mixture
-from lorag.embedding import Embedding
+from lorag.conditions.conditioning import Conditioner, mixture
+from lorag.conditions.embedding import Embedding
 
 
 def _embedding(*values):

@@ -11,15 +11,15 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import PeftModel
 
 from lorag import generate_lora
-from lorag.artifacts import embedded
-from lorag.bank import AdapterBank
+from lorag.banks.bank import AdapterBank
+from lorag.files.artifacts import embedded
 from lorag.generator import default_generator
 from lorag.objectives import make_objective
-from lorag.preparation import find_bank, find_tasks
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.sandbox import wordings
 from lorag.sandbox.grid import splits
-from lorag.unknown_tasks import unknown_tasks
+from lorag.tasks.unknown import unknown_tasks
+from lorag.training.preparation import find_bank, find_tasks
 
 LEGAL = "legal-summarise-plain"
 UNKNOWN = [text for texts in unknown_tasks("test").values() for text in texts]

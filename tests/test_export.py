@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from toy_world import save_base, true_adapter
 
-from lorag import cli
-from lorag.adapter import LoraAdapter
-from lorag.base_model import BaseModel, kind_of
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.export import export_merged, export_portable, merge_into
+from lorag.base_models.base_model import BaseModel, kind_of
+from lorag.base_models.layout import LoraLayout
 from lorag.cards import describe_path
+from lorag.cli import main as cli
 from lorag.errors import AdapterError, BaseModelError, StorageError
-from lorag.export import export_merged, export_portable, merge_into
-from lorag.layout import LoraLayout
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
     for export in (export_merged, export_portable):
         with pytest.raises(StorageError, match="not empty"):
             export(folder, tmp_path / "full")
-    monkeypatch.setattr("lorag.export.write_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("lorag.adapters.export.write_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageError, match="No space left"):
         export_merged(folder, tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "full"}

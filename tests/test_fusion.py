@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from conftest import WORDS, gauge
 from toy_world import COLOURS, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base, true_adapter
 
-from lorag import cli, fusion
-from lorag.adapter import LoraAdapter
-from lorag.bank import AdapterBank
+from lorag import fusion
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank
+from lorag.cli import main as cli
 from lorag.errors import AdapterError, BankError, ConfigError, GeneratorError
 from lorag.fusion import RULES, fuse, fuse_experts, mean_direction, resolve_conflicts
 from lorag.generator import LoraGenerator
@@ -19,12 +20,12 @@ from lorag.generators import generator_type
 from lorag.generators.latent import negative_elbo
 from lorag.models.fvae import FusionVae
 from lorag.objectives import make_objective
-from lorag.preparation import prepare
+from lorag.optimisation.support_examples import few_examples, learn_weights, shared_inputs, warn_of_shared_inputs
+from lorag.optimisation.training_loop import TrainingLoop
 from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.support_examples import few_examples, learn_weights, shared_inputs, warn_of_shared_inputs
-from lorag.tasks import Example, TaskSuite
-from lorag.training import fit_generator
-from lorag.training_loop import TrainingLoop
+from lorag.tasks.suite import Example, TaskSuite
+from lorag.training.preparation import prepare
+from lorag.training.run import fit_generator
 
 PLAIN = {"steps": 300, "meta_steps": 0, "width": 48, "latent": 20, "batch": 16, "learning_rate": 3e-3}
 SHORT = {**PLAIN, "steps": 5, "meta_steps": 2, "tasks": 3, "examples": 1}

@@ -10,25 +10,25 @@ from accelerate import Accelerator
 from toy_world import COLOURS, HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base
 from typer.testing import CliRunner
 
-import lorag.gate_fitting as gate_fitting
 import lorag.generator as generator_module
 import lorag.generator_files as generator_files
-import lorag.training as training
-from lorag.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
-from lorag.cli import app
-from lorag.conditioning import mixture_weights
+import lorag.training.gate_fitting as gate_fitting
+import lorag.training.run as training
+from lorag.cli.main import app
+from lorag.conditions.conditioning import mixture_weights
 from lorag.errors import BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
-from lorag.gains import gains_of
-from lorag.gate import Gate
-from lorag.gate_evaluation import format_gate, measure_gate
-from lorag.gate_evidence import FEATURES, gather, rewordings
-from lorag.gate_fitting import GateSettings, add_gate, fit_gate
+from lorag.evaluation.gate import format_gate, measure_gate
+from lorag.gate.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
+from lorag.gate.evidence import FEATURES, gather, rewordings
+from lorag.gate.gate import Gate
 from lorag.generator import LoraGenerator, generate_lora
 from lorag.generators import generator_type
-from lorag.preparation import hold_out, prepare
-from lorag.training import TrainConfig, fit_generator, train
-from lorag.training_loop import TrainingLoop
-from lorag.unknown_tasks import read_unknown, unknown_tasks
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.tasks.unknown import read_unknown, unknown_tasks
+from lorag.training.gains import gains_of
+from lorag.training.gate_fitting import GateSettings, add_gate, fit_gate
+from lorag.training.preparation import hold_out, prepare
+from lorag.training.run import TrainConfig, fit_generator, train
 
 EMBEDDER = WordEmbedder()
 FAR = ("drive my robot arm forward", "asdf qwer zxcv", "thank you so much", "fasse den wetterbericht zusammen")
@@ -420,7 +420,7 @@ def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
     TASKS = make_suite(TRAINING[:3]).tasks
     rows = type("Rows", (), {"model": type("M", (), {"device": "cpu"})})
     monkeypatch.setattr(LoraGenerator, "runtime", lambda self: (rows, Objective()))
-    monkeypatch.setattr("lorag.gains.stack_adapters", lambda adapters, _: "experts" if adapters[0].rank == 4 else "made")
+    monkeypatch.setattr("lorag.training.gains.stack_adapters", lambda adapters, _: "experts" if adapters[0].rank == 4 else "made")
     names = [task.key for task in TASKS] + [TASKS[1].key]
     found = gains_of(gated, torch.zeros(4, gated.space.size), names, bank, {task.key: task for task in TASKS}, 2)
     assert torch.isnan(found[0]) and found[1:].tolist() == pytest.approx([0.5, 0.5, 0.5])
@@ -517,7 +517,7 @@ def test_measuring_tells_what_was_refused_and_what_was_gained(gated, bank, monke
     assert 2 / 3 < report["novelty"]["auroc"] < 1
     gain = Logistic((0.0,) * len(FEATURES), (1.0,) * len(FEATURES), (0.0,) * len(FEATURES), 0.0)
     measured = dataclasses.replace(gated, gate=dataclasses.replace(gated.gate, gain=gain, offsets=(-0.5, 0.5)))
-    monkeypatch.setattr("lorag.gate_evaluation.gains_of", lambda generator, codes, *_, **__: _close(codes))
+    monkeypatch.setattr("lorag.evaluation.gate.gains_of", lambda generator, codes, *_, **__: _close(codes))
     report = measure_gate(measured, make_suite(HELD_OUT), bank, unknown={"robots": list(FAR)})
     assert report["gain"]["realised"] == pytest.approx(0.5) and report["gain"]["expected"] == pytest.approx(0.5, abs=0.1)
     assert report["gain"]["interval_held"] == 1 and report["selective"]["held_out"]["risk"] == pytest.approx(0.5)

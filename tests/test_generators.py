@@ -7,20 +7,20 @@ import torch
 from accelerate import Accelerator
 from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, other_form, save_base, true_adapter
 
-from lorag.adapter import WEIGHTS
-from lorag.bank import AdapterBank
-from lorag.conditioning import Conditioner, mixture
+from lorag.adapters.adapter import WEIGHTS
+from lorag.banks.bank import AdapterBank
+from lorag.conditions.conditioning import Conditioner, mixture
 from lorag.errors import ConfigError, GeneratorError
-from lorag.functional import TaskLoss
 from lorag.generator import LoraGenerator, generate_loras
 from lorag.generators import GENERATORS, FitData, generator_type
 from lorag.generators.reconstruction import _distance
 from lorag.generators.regression import _left_out
 from lorag.objectives import make_objective
-from lorag.preparation import prepare
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.row_adapters import RowAdapters
-from lorag.training import fit_generator, tune_strength
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.training.preparation import prepare
+from lorag.training.run import fit_generator, tune_strength
 
 QUICK = {
     "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},

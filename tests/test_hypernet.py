@@ -10,9 +10,9 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from lorag.errors import GeneratorError
 from lorag.generators import generator_type
 from lorag.models.hypernet import ModuleNetwork
-from lorag.preparation import prepare
-from lorag.training import fit_generator
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.training.preparation import prepare
+from lorag.training.run import fit_generator
 
 PARTS = (4, 6, 4, 6, 6)
 SMALL = {"width": 96, "depth": 2, "module_width": 16, "dropout": 0.0, "batch": 16, "learning_rate": 2e-3}

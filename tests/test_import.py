@@ -17,21 +17,21 @@ from safetensors.torch import save_file
 from toy_world import WordEmbedder
 
 from lorag import errors
-from lorag.adapter import LoraAdapter
-from lorag.adapter_purpose import card_text, find_purpose
-from lorag.adapter_sources import find_sources
-from lorag.artifacts import embedded, write_json, write_manifest
-from lorag.bank import AdapterBank, BankBase
-from lorag.bank_check import check_bank, format_findings
-from lorag.bank_import import Terms, import_adapters
-from lorag.bank_index import BankIndex, norm_of
-from lorag.bank_start import Start, start_bank
-from lorag.base_model import BaseModel
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.purpose import card_text, find_purpose
+from lorag.adapters.sources import find_sources
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.banks.check import check_bank, format_findings
+from lorag.banks.importing import Terms, import_adapters
+from lorag.banks.index import BankIndex, norm_of
+from lorag.banks.start import Start, start_bank
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
+from lorag.base_models.names import known_name, same_model
 from lorag.errors import LoragError
-from lorag.layout import LoraLayout
-from lorag.model_names import known_name, same_model
-from lorag.shared_bases import RunningSpan, cosine
-from lorag.weight_space import SharedSubspace
+from lorag.files.artifacts import embedded, write_json, write_manifest
+from lorag.weights.shared_bases import RunningSpan, cosine
+from lorag.weights.weight_space import SharedSubspace
 
 LAYOUT = LoraLayout.from_dict(
     {
@@ -281,8 +281,8 @@ def test_a_bank_of_another_format_is_named_as_such(bank):
 _WIDE = 2**19  # wide and of low rank: as many bytes as a square one, and little to multiply
 WATCHED = """
 import json, sys
-from lorag.adapter_sources import find_sources
-from lorag.bank_import import Terms, import_adapters
+from lorag.adapters.sources import find_sources
+from lorag.banks.importing import Terms, import_adapters
 folder, places = sys.argv[1], sys.argv[2:]
 sources = find_sources(places)
 list(import_adapters(folder, sources[-1:]))  # what any refusal needs has been loaded
@@ -367,7 +367,7 @@ def test_nothing_large_is_allocated_for_what_is_refused(tmp_path):
                                     max_leaves=4), max_size=3))  # fmt: skip
 def test_no_config_ends_in_anything_but_an_adapter_or_a_named_error(tmp_path_factory, changes):
     """Whatever JSON a config holds in whatever place."""
-    from lorag.adapter_reading import read_folder
+    from lorag.adapters.reading import read_folder
 
     folder = tmp_path_factory.getbasetemp() / "any-config"
     if not folder.exists():
@@ -673,7 +673,7 @@ def _start(folder, *places, **said):
 
 def test_a_folder_of_adapters_starts_a_bank(tmp_path, base, random_adapter, capsys):
     """One command: base model, kind and identity from the configs, the union of their modules, every adapter in; again adds nothing."""
-    from lorag import cli
+    from lorag.cli import main as cli
 
     wild = tmp_path / "wild"
     for number, targets in enumerate((["q_proj"], ["q_proj", "v_proj"], ["down_proj"])):
@@ -801,7 +801,7 @@ def test_removed_experts_are_gone_and_no_other(bank, random_adapter):
 
 def test_bank_add_reports_each_and_fails_if_one_failed(bank, tmp_path, random_adapter, capsys):
     """Exit code 1 and one line each, with the error's name; 0 when all are in; --name is for one adapter."""
-    from lorag import cli
+    from lorag.cli import main as cli
 
     def command(*arguments):
         with pytest.raises(SystemExit) as stopped:

@@ -9,8 +9,8 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
+from lorag.base_models.layout import LoraLayout, ModuleShape
 from lorag.errors import LayoutError
-from lorag.layout import LoraLayout, ModuleShape
 
 
 def test_layout_is_what_peft_wraps(tiny):

@@ -7,9 +7,9 @@ import torch
 from conftest import gauge
 from toy_world import other_form, true_adapter
 
-from lorag.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import AdapterError
-from lorag.merging import MERGES, merge
+from lorag.weights.merging import MERGES, merge
 
 EXACT_ALONE = {"mean": {}, "cat": {}, "ties": {"density": 1.0}, "lego": {}}
 CELLS = (("red", "dog"), ("blue", "fish"), ("pink", "cat"))

@@ -6,9 +6,9 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorag import cli
-from lorag.artifacts import embedded
-from lorag.bank import AdapterBank
+from lorag.banks.bank import AdapterBank
+from lorag.cli import main as cli
+from lorag.files.artifacts import embedded
 
 TASKS = {
     "upper": ("write it in capitals", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import EOS, WORDS
 
+from lorag.base_models.layout import LoraLayout
 from lorag.errors import ConfigError, TaskError
-from lorag.layout import LoraLayout
 from lorag.objectives import OBJECTIVES, make_objective, take
 from lorag.objectives.language_model import rouge_l
 from lorag.objectives.sentence_encoder import _macro_f1
 from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.tasks import Example, Task
+from lorag.tasks.suite import Example, Task
 
 BASES = {"causal_lm": "llama", "seq2seq_lm": "t5", "label_matching": "bert", "prototypes": "bert"}
 

@@ -13,7 +13,7 @@ CHECK = """
 import sys
 from pathlib import Path
 import lorag
-from lorag.artifacts import check_manifest, embedded
+from lorag.files.artifacts import check_manifest, embedded
 from lorag.config import preset_names
 from lorag.sandbox.world import DOMAINS, domain
 from lorag.sandbox.wordings import read

@@ -11,11 +11,11 @@ import torch
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment before transformers is imported
 from safetensors.torch import load_file, save_file
 
-from lorag.adapter import LoraAdapter
-from lorag.adapter_folder import own_layout, read_facts
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.folder import own_layout, read_facts
 from lorag.cards import describe_path
 from lorag.errors import AdapterError
-from lorag.portability import TARGETS, Facts, check_portability
+from lorag.publishing.portability import TARGETS, Facts, check_portability
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "portability.md"

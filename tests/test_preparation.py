@@ -5,15 +5,15 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
-from lorag.derived_tasks import derive
 from lorag.errors import ConfigError
-from lorag.functional import TaskLoss
 from lorag.generators import generator_type
 from lorag.models.expert_attention import ExpertAttention
-from lorag.preparation import prepare
-from lorag.tasks import Example, Task, TaskSuite, connected
-from lorag.training import fit_generator
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.tasks.derived import derive
+from lorag.tasks.suite import Example, Task, TaskSuite, connected
+from lorag.training.preparation import prepare
+from lorag.training.run import fit_generator
 
 SMALL = {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
 

@@ -19,19 +19,21 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, save_base
 
-from lorag import cards, cli, hub
-from lorag.adapter import LoraAdapter
-from lorag.bank import AdapterBank, BankBase
-from lorag.base_model import BaseModel
+from lorag import cards
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.base_models.base_model import BaseModel
+from lorag.cli import main as cli
 from lorag.errors import ArtifactError, BaseModelError, StorageError
+from lorag.files import hub
 from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
-from lorag.licences import UNKNOWN, derive, known_licence
-from lorag.model_card import CARD, adapter_card, own_card
-from lorag.preparation import prepare
-from lorag.provenance import parents, public_name
-from lorag.training import _licences, fit_generator
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.publishing.licences import UNKNOWN, derive, known_licence
+from lorag.publishing.model_card import CARD, adapter_card, own_card
+from lorag.publishing.provenance import parents, public_name
+from lorag.training.preparation import prepare
+from lorag.training.run import _licences, fit_generator
 
 CELLS = TRAINING[:6]
 NAMES = [name_of(*cell) for cell in CELLS]

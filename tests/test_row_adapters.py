@@ -8,10 +8,10 @@ import torch
 from conftest import output_of
 from torch.func import functional_call
 
-from lorag.base_model import BaseModel
+from lorag.base_models.base_model import BaseModel
 from lorag.errors import BaseModelError, LayoutError
 from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.weight_space import Cores, SharedSubspace
+from lorag.weights.weight_space import Cores, SharedSubspace
 
 RANKS = ((2, 4.0), (5, 20.0), (3, -3.0))
 

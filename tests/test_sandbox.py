@@ -12,7 +12,7 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from lorag.sandbox import wordings, world
 from lorag.sandbox.base_lm import TEMPLATE, train_tokenizer
 from lorag.sandbox.grid import HARD_PAIRS, Cell, build_suite, cells, splits
-from lorag.unknown_tasks import unknown_tasks
+from lorag.tasks.unknown import unknown_tasks
 
 BANK_STYLES = 3  # of each seen skill-domain pair
 FACTORS = {"skills": world.SKILLS, "domains": world.DOMAINS, "styles": world.STYLES}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorag.errors import DescriptionError, LoragError, TaskError
-from lorag.tasks import MAX_DESCRIPTION, Example, Task, TaskSuite, check_description
+from lorag.tasks.suite import MAX_DESCRIPTION, Example, Task, TaskSuite, check_description
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "tasks"
 
@@ -182,10 +182,10 @@ def test_files_that_are_no_text_are_refused(folder):
 
 def test_endless_lines_are_refused(folder, monkeypatch):
     """A line has a limit, and so has a file."""
-    monkeypatch.setattr("lorag.tasks._MAX_LINE", 50)
+    monkeypatch.setattr("lorag.tasks.suite._MAX_LINE", 50)
     _refused(folder, "line 1 is too long")
     monkeypatch.undo()
-    monkeypatch.setattr("lorag.tasks._MAX_BYTES", 10)
+    monkeypatch.setattr("lorag.tasks.suite._MAX_BYTES", 10)
     _refused(folder, "too large")
 
 

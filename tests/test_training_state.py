@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorag.errors import ArtifactError
-from lorag.tensor_files import load_tensors, read_header, save_tensors
-from lorag.training_state import load_training_state, save_training_state
+from lorag.files.tensors import load_tensors, read_header, save_tensors
+from lorag.files.training_state import load_training_state, save_training_state
 
 
 class _Run:

@@ -10,16 +10,16 @@ from torch import nn
 from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of
 
 from lorag.cards import describe_path
-from lorag.conditioning import Condition, Conditioner
+from lorag.conditions.conditioning import Condition, Conditioner
 from lorag.errors import ConfigError, GeneratorError
+from lorag.files.tensors import save_tensors
 from lorag.generators import FitData, generator_type
 from lorag.generators.expert_mixture import ExpertMixture
 from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo, squared_error
 from lorag.models.conv_cvae import ConvVae
 from lorag.models.cvae import Gaussian, Reconstruction, standard_normal
-from lorag.principal_codes import PrincipalCodes, StandardCodes
-from lorag.tensor_files import save_tensors
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
 EMBEDDER = WordEmbedder()
 LENGTH, MODULES = 90, (60, 30)

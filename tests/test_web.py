@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from web_world import TEXTS, Picky, encoder_generator, toy_generators
 
 import lorag.generator as generator_module
-from lorag import cli
+from lorag.cli import main as cli
+from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError, DescriptionError, MissingDependencyError, TaskError, UnknownTaskError
 from lorag.objectives import make_objective
-from lorag.task_map import TaskMap
 from lorag.web import drawings
 from lorag.web.downloads import Downloads
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Order, Outlook

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorag.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter
+from lorag.base_models.layout import LoraLayout, ModuleShape
 from lorag.errors import GeneratorError
-from lorag.layout import LoraLayout, ModuleShape
-from lorag.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
+from lorag.weights.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
 
 # Layers 2 and 10 side by side: sorted by name they would trade places.
 MODULES = [[f"layers.{n}.{p}", 24, o] for n in (1, 2, 10) for p, o in (("q", 24), ("v", 20))]

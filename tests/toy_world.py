@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from conftest import WORDS, gauge
 
-from lorag.adapter import LoraAdapter
-from lorag.bank import AdapterBank, BankBase
-from lorag.base_model import BaseModel
-from lorag.embedding import Embedding
-from lorag.layout import LoraLayout
-from lorag.tasks import Example, Task, TaskSuite
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank, BankBase
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.layout import LoraLayout
+from lorag.conditions.embedding import Embedding
+from lorag.tasks.suite import Example, Task, TaskSuite
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
 ANIMALS = ("cat", "dog", "bird", "fish", "horse")

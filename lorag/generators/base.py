@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition, Conditioner
+from lorag.conditions.conditioning import Condition, Conditioner
+from lorag.conditions.embedding import Embedding
 from lorag.config import from_plain
-from lorag.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError, LoragError
-from lorag.functional import TaskLoss
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.training_loop import TrainingLoop
 
 __all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate", "draw"]
 

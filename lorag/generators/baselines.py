@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition, mixture, mixture_weights
+from lorag.conditions.conditioning import Condition, mixture, mixture_weights
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator, Settings
 from lorag.generators.functional_training import require_tasks
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
 

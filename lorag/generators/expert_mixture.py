@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorag.conditioning import mixture
+from lorag.conditions.conditioning import mixture
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData
-from lorag.principal_codes import PrincipalCodes
+from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["ExpertMixture"]
 

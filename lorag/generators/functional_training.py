@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.embedding import Embedding
+from lorag.conditions.embedding import Embedding
 from lorag.errors import GeneratorError
-from lorag.functional import TaskLoss
 from lorag.generators.base import FitData, draw
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["FunctionalSettings", "require_tasks", "train_functionally"]
 

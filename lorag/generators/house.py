@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorag.embedding import Embedding
+from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError
 from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import TokenNetwork
 from lorag.models.expert_attention import ExpertAttention
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
 
 __all__ = ["House"]
 

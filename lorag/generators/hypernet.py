@@ -13,7 +13,7 @@ from lorag.generators.base import FitData, NetworkGenerator, Settings
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.hypernet import ModuleNetwork
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
 
 __all__ = ["Hypernet"]
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lorag.conditioning import Condition, mixture
+from lorag.conditions.conditioning import Condition, mixture
 from lorag.errors import ConfigError, GeneratorError
-from lorag.functional import TaskLoss
 from lorag.generators.base import FitData, Generator, Settings, draw
 from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo
 from lorag.models.cvae import Gaussian, standard_normal
 from lorag.models.fvae import FusionVae
-from lorag.principal_codes import PrincipalCodes
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.functional import TaskLoss
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["IcmFusion", "IcmFusionSettings"]
 

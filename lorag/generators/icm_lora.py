@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition
-from lorag.embedding import Embedding
+from lorag.conditions.conditioning import Condition
+from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, Settings, collate, draw
 from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.conv_cvae import ConvVae
 from lorag.models.cvae import ConditionalVae, ConditionReader
-from lorag.principal_codes import PrincipalCodes, StandardCodes
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
 __all__ = ["IcmLora"]
 

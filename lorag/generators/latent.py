@@ -14,8 +14,8 @@ from lorag.errors import GeneratorError
 from lorag.generators.base import Generator
 from lorag.models.conv_cvae import ConvVae
 from lorag.models.cvae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
-from lorag.principal_codes import PrincipalCodes, StandardCodes
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
 __all__ = ["Diagnostics", "LatentGenerator", "gaussian_kl", "negative_elbo", "squared_error"]
 

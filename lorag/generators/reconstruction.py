@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.generators.base import FitData, NetworkGenerator, draw
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["reconstruct", "start_network"]
 

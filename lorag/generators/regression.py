@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition
+from lorag.conditions.conditioning import Condition
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator, NetworkGenerator, Settings
 from lorag.generators.reconstruction import reconstruct
 from lorag.models.code_networks import PooledNetwork
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
 
 __all__ = ["Mlp", "Ridge"]
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorag.conditioning import Condition
+from lorag.conditions.conditioning import Condition
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator
 from lorag.generators.baselines import MixtureSettings, TopK
 from lorag.generators.expert_mixture import ExpertMixture
-from lorag.principal_codes import PrincipalCodes
-from lorag.training_loop import TrainingLoop
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["SgRescaled", "SgRidge"]
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.conditioning import Condition
+from lorag.conditions.conditioning import Condition
 from lorag.errors import ConfigError
 from lorag.generators.base import FitData
 from lorag.generators.baselines import MixtureSettings
 from lorag.generators.expert_mixture import ExpertMixture
 from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.cvae import LearnedPriorVae
-from lorag.principal_codes import PrincipalCodes
-from lorag.training_loop import LoopSettings, TrainingLoop
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["SgLora"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorag.errors import TaskError
 from lorag.row_adapters import RowAdapters, Stacked
-from lorag.tasks import Example, Task
-from lorag.weight_space import Cores
+from lorag.tasks.suite import Example, Task
+from lorag.weights.weight_space import Cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lorag.errors import ConfigError
 from lorag.objectives.base import Objective, take, task_rng, test_examples, training_examples
 from lorag.row_adapters import RowAdapters, Stacked
-from lorag.tasks import Task
-from lorag.weight_space import Cores
+from lorag.tasks.suite import Task
+from lorag.weights.weight_space import Cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lorag.files.training_state import load_training_state, save_training_state
 from lorag.sandbox import world
 from lorag.sandbox.grid import splits
-from lorag.training_state import load_training_state, save_training_state
 
 __all__ = ["TEMPLATE", "PretrainConfig", "pretrain", "train_tokenizer"]
 

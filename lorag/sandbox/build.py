@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from lorag.artifacts import write_json
-from lorag.bank import AdapterBank
-from lorag.bank_build import build_bank
-from lorag.base_model import BaseModel
-from lorag.experts import ExpertConfig
-from lorag.model_names import SANDBOX_LM
+from lorag.banks.bank import AdapterBank
+from lorag.banks.build import build_bank
+from lorag.base_models.base_model import BaseModel
+from lorag.base_models.names import SANDBOX_LM
+from lorag.files.artifacts import write_json
+from lorag.optimisation.experts import ExpertConfig
 from lorag.sandbox.base_lm import TEMPLATE, PretrainConfig, pretrain
 from lorag.sandbox.grid import build_suite, splits
-from lorag.tasks import TaskSuite
-from lorag.training import TrainConfig, train
+from lorag.tasks.suite import TaskSuite
+from lorag.training.run import TrainConfig, train
 
 __all__ = ["SandboxConfig", "build"]
 

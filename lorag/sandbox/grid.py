@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 
 from lorag.sandbox import wordings, world
-from lorag.tasks import Example, Task, TaskSuite
+from lorag.tasks.suite import Example, Task, TaskSuite
 
 __all__ = ["HARD_PAIRS", "Cell", "build_suite", "cells", "splits"]
 

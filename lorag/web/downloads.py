@@ -9,10 +9,10 @@ import zipfile
 from collections import deque
 from pathlib import Path
 
-from lorag.adapter import LoraAdapter
-from lorag.adapter_checks import CONFIG, PROVENANCE, WEIGHTS
-from lorag.artifacts import slug
-from lorag.model_card import CARD
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
+from lorag.files.artifacts import slug
+from lorag.publishing.model_card import CARD
 
 __all__ = ["Downloads"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorag.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter
+from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError
-from lorag.task_map import TaskMap
-from lorag.tasks import check_description
+from lorag.tasks.suite import check_description
 
 __all__ = ["MOST_INPUT", "MOST_INPUTS", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook"]
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import embedded
+from lorag.adapters.adapter import LoraAdapter
+from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError, TaskError
+from lorag.files.artifacts import embedded
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.row_adapters import stack_adapters
-from lorag.task_map import TaskMap
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
 
 __all__ = ["Workbench"]

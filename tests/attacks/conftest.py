@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.fuzz_targets import BASE, LAYOUT, adapter  # noqa: E402
-from lorag.adapter import LoraAdapter  # noqa: E402
-from lorag.artifacts import read_json, write_json  # noqa: E402
-from lorag.bank import AdapterBank  # noqa: E402
+from lorag.adapters.adapter import LoraAdapter  # noqa: E402
+from lorag.banks.bank import AdapterBank  # noqa: E402
 from lorag.errors import LoragError  # noqa: E402
+from lorag.files.artifacts import read_json, write_json  # noqa: E402
 
 MOST = 64 * 2**20  # bytes that a refused file may cost
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from lorag import tasks
 from lorag.errors import TaskError
-from lorag.tasks import TaskSuite, read_pairs
+from lorag.tasks import suite as tasks
+from lorag.tasks.suite import TaskSuite, read_pairs
 
 ROW = {"task": "a", "split": "train", "input": "x", "output": "y"}
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_targets import adapter
-from lorag.artifacts import read_json, require_name, resolve_inside, safe_name, slug, write_json
-from lorag.bank import AdapterBank
+from lorag.banks.bank import AdapterBank
 from lorag.errors import ArtifactError
-from lorag.tasks import Task
+from lorag.files.artifacts import read_json, require_name, resolve_inside, safe_name, slug, write_json
+from lorag.tasks.suite import Task
 
 DEVICES = ("con", "prn", "aux", "nul", "com1", "com9", "lpt1", "lpt9")
 PATHS = (

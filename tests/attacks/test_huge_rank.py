@@ -2,9 +2,9 @@
 
 import pytest
 
-from lorag.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import AdapterError, ArtifactError, LoragError
-from lorag.tensor_files import load_tensors
+from lorag.files.tensors import load_tensors
 
 
 @pytest.mark.parametrize("rank", [200_000, 2**31, 2**63, 10**30, -1, 0, 1.5, True, "8", None, [8]])

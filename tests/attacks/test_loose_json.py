@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lorag.artifacts import read_json, write_json
-from lorag.bank import AdapterBank
+from lorag.banks.bank import AdapterBank
 from lorag.errors import ArtifactError, LoragError
+from lorag.files.artifacts import read_json, write_json
 
 
 @pytest.mark.parametrize(

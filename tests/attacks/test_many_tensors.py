@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from lorag.errors import ArtifactError
-from lorag.tensor_files import read_header
+from lorag.files.tensors import read_header
 
 
 def _write(path, header, data=b""):

@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
-from lorag.artifacts import read_json
-from lorag.bank import AdapterBank
-from lorag.base_model import BaseModel
-from lorag.embedding import SentenceEmbedder
+from lorag.banks.bank import AdapterBank
+from lorag.base_models.base_model import BaseModel
+from lorag.conditions.embedding import SentenceEmbedder
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, LoragError
-from lorag.plain_files import looks_like
-from lorag.tasks import TaskSuite
-from lorag.training_state import load_training_state
+from lorag.files.artifacts import read_json
+from lorag.files.plain import looks_like
+from lorag.files.training_state import load_training_state
+from lorag.tasks.suite import TaskSuite
 
 
 class Bomb:

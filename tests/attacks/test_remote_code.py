@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from lorag import base_model, cli
-from lorag.bank import AdapterBank
-from lorag.bank_entries import BankBase
-from lorag.base_model import BaseModel, is_trusted, stored_config, trust_remote_code
+from lorag.banks.bank import AdapterBank
+from lorag.banks.entries import BankBase
+from lorag.base_models import base_model
+from lorag.base_models.base_model import BaseModel, is_trusted, stored_config, trust_remote_code
+from lorag.cli import main as cli
 from lorag.errors import BaseModelError, ConfigError
 
 from .conftest import LAYOUT

@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from lorag.adapter import LoraAdapter
-from lorag.artifacts import read_json, resolve_inside
-from lorag.bank import AdapterBank
+from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank
 from lorag.cards import describe_path
 from lorag.errors import LoragError
-from lorag.plain_files import require_plain
-from lorag.tasks import TaskSuite
-from lorag.tensor_files import read_header
+from lorag.files.artifacts import read_json, resolve_inside
+from lorag.files.plain import require_plain
+from lorag.files.tensors import read_header
+from lorag.tasks.suite import TaskSuite
 
 from .conftest import LAYOUT
 

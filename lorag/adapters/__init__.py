@@ -1,0 +1,1 @@
+"""One adapter: PEFT's format in and out."""

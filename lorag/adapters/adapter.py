@@ -1,0 +1,289 @@
+"""One LoRA adapter: validated, read from and written to PEFT's format, loaded into a base model.
+
+PEFT loads adapters with missing, extra, misnamed or non-finite tensors with at most a warning. Here each of these is
+an error, on reading and on writing, and shapes are judged from the file's header before a tensor is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorag import __version__
+from lorag.adapters.checks import CONFIG, KEY, MAX_RANK, PROVENANCE, WEIGHTS, Factors, check_alpha
+from lorag.adapters.folder import own_layout, read_facts
+from lorag.adapters.reading import AdapterParts, read_folder
+from lorag.base_models.base_model import BaseModel, kind_of
+from lorag.base_models.layout import LoraLayout
+from lorag.errors import AdapterError, BaseModelError, LayoutError, NonFiniteError, NormRangeError, RankRangeError
+from lorag.files.artifacts import replace_together, write_json
+from lorag.files.hub import fetch
+from lorag.files.tensors import save_tensors
+from lorag.publishing.model_card import CARD, adapter_card, own_card, write_card
+from lorag.publishing.portability import Facts, check_portability
+from lorag.publishing.push import push_files, require_public
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+__all__ = ["Factors", "LoraAdapter"]
+
+_LARGEST = 1e9  # of any value: with it products, and their squares, stay far from the largest fp32 and fp64
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA adapter with ΔW = (alpha / rank) · B · A for each module.
+
+    Attributes:
+        layout: The modules that it changes.
+        factors: A (r, i) and B (o, r) for each module of the layout.
+        alpha: PEFT's lora_alpha; one for the whole adapter.
+        base_model: Name or path of its base model.
+        task_type: PEFT's task type, such as CAUSAL_LM, or None.
+        info: What is known of its origin; written to lorag.json.
+    """
+
+    layout: LoraLayout
+    factors: Factors
+    alpha: float
+    base_model: str | None = None
+    task_type: str | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layout.check_factors(self.factors)
+        ranks = {rows.shape[0] for rows, _ in self.factors.values()}
+        if len(ranks) != 1 or not 1 <= next(iter(ranks)) <= MAX_RANK:
+            raise RankRangeError("an adapter must have one rank", got=sorted(ranks), expected=f"one rank from 1 to {MAX_RANK}")
+        check_alpha(self.alpha, "lora_alpha")
+        for name, pair in self.factors.items():
+            for factor, tensor in zip("AB", pair, strict=True):
+                largest = tensor.abs().amax()  # NaN if one value is
+                if not torch.isfinite(largest):
+                    raise NonFiniteError(
+                        f"factor {factor} of {name} holds NaN or infinite values",
+                        remedy="Train or export the adapter again; it would poison the base model.",
+                    )
+                if largest > _LARGEST:
+                    raise NormRangeError(
+                        f"factor {factor} of {name} holds absurdly large values",
+                        got=f"{largest.item():.3g}",
+                        expected=f"at most {_LARGEST:g}",
+                    )
+
+    @property
+    def rank(self) -> int:
+        """Rank r, the same for every module."""
+        return next(iter(self.factors.values()))[0].shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / r."""
+        return self.alpha / self.rank
+
+    def delta(self, module: str) -> Tensor:
+        """ΔW (o, i) of one module, in fp32."""
+        rows, columns = self.factors[module]
+        return self.scaling * columns.float() @ rows.float()
+
+    def norms(self) -> dict[str, float]:
+        """‖ΔW‖_F of each module, computed from the factors' Gram matrices."""
+        found = {}
+        for name, (rows, columns) in self.factors.items():
+            rows, columns = rows.double(), columns.double()
+            square = ((columns.T @ columns) * (rows @ rows.T)).sum().clamp_min(0)
+            found[name] = abs(self.scaling) * math.sqrt(square.item())
+        return found
+
+    def scaled(self, strength: float) -> LoraAdapter:
+        """The adapter with ΔW multiplied by `strength`."""
+        if not (math.isfinite(strength) and 0 <= strength <= 100):
+            raise AdapterError("strength cannot be used", got=strength, expected="a number from 0 to 100")
+        factors = {name: (rows, columns * strength) for name, (rows, columns) in self.factors.items()}
+        return LoraAdapter(self.layout, factors, self.alpha, self.base_model, self.task_type, self.info)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes a PEFT adapter folder in the portable profile: one r, one lora_alpha, no bias, sorted keys.
+
+        Beside it lie lorag.json, which says how it came about, and README.md, a model card made from that. A README.md
+        that somebody wrote stays.
+
+        Returns:
+            The folder.
+
+        Raises:
+            StorageError: If writing fails; an adapter that was there before is then intact.
+        """
+        from peft import LoraConfig
+
+        folder = Path(folder)
+        target = list(self.layout.target_modules)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
+            target_modules=target,
+            fan_in_fan_out=self.layout.fan_in_fan_out,
+            base_model_name_or_path=self.base_model,
+            task_type=self.task_type,
+            inference_mode=True,
+        ).to_dict()
+        config["target_modules"] = sorted(target)
+        config["peft_type"] = "LORA"
+
+        def write(staging: Path) -> None:
+            save_tensors(staging / WEIGHTS, self.state_dict(), {"format": "pt"})
+            write_json(staging / PROVENANCE, {"kind": "adapter", "lorag": __version__, **self.info})
+            write_json(staging / CONFIG, config)
+            if own_card(folder) is None:
+                write_card(staging, self._card(config))
+
+        replace_together(folder, write, CONFIG)  # PEFT reads no folder without its config
+        return folder
+
+    def _card(self, config: Mapping[str, Any]) -> str:
+        facts = Facts(config, {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in self.state_dict().items()})
+        fits = [f"{verdict.target}: {verdict.line()}" for verdict in check_portability(facts)]
+        targets = self.layout.target_modules
+        return adapter_card(self.info, base_model=self.base_model, rank=self.rank, alpha=self.alpha, modules=targets, fits=fits)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors under the names that PEFT writes."""
+        return {
+            KEY.format(module=name, factor=factor): tensor
+            for name, pair in self.factors.items()
+            for factor, tensor in zip("AB", pair, strict=True)
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        layout: LoraLayout | None = None,
+        *,
+        allow_missing: bool = False,
+        ignore_extra: bool = False,
+        revision: str | None = None,
+    ) -> LoraAdapter:
+        """Reads a PEFT adapter, from a folder or the hub, and folds its scalings into one rank and one lora_alpha.
+
+        Args:
+            path: Folder with adapter_config.json and adapter_model.safetensors, or a hub id such as user/name.
+            layout: The layout of the base model that it must fit. Without one, the modules are those of its own tensors;
+                whether a base model has just these is then checked by `apply_to`.
+            allow_missing: Whether modules of the layout without tensors count as unchanged.
+            ignore_extra: Whether factors of modules outside of the layout are left out.
+            revision: Revision on the hub.
+
+        Raises:
+            AdapterError: If anything about it differs from plain LoRA on this layout; see `lorag.adapters.reading`.
+            ArtifactError: If there is no such folder or repository, or a file is not what it should be.
+        """
+        folder = fetch(path, "adapter", revision)
+        if layout is None:
+            facts = read_facts(folder, values=False)
+            layout = own_layout(facts.config, facts.spec, folder)
+        return cls.from_parts(read_folder(folder, layout, allow_missing=allow_missing, ignore_extra=ignore_extra), layout)
+
+    @classmethod
+    def from_parts(cls, parts: AdapterParts, layout: LoraLayout) -> LoraAdapter:
+        """The adapter of what was read from a folder."""
+        return cls(
+            layout, parts.factors, parts.alpha, parts.config.get("base_model_name_or_path"), parts.config.get("task_type"), parts.info
+        )
+
+    def push_to_hub(self, repository: str, *, base_model: str | None = None, private: bool = True, readme: str | None = None) -> str:
+        """Publishes the adapter, as `save_pretrained` writes it, and returns the commit's address.
+
+        Args:
+            repository: Hub id user/name; made if there is none.
+            base_model: The base model's hub id, where the adapter names a local folder.
+            private: Whether a new repository is private.
+            readme: A model card of one's own; by default lorag makes one.
+
+        Raises:
+            BaseModelError: If the base model is named by a folder of this machine.
+            StorageError: If the upload fails.
+        """
+        named = self.base_model if base_model is None else base_model
+        if named is not None:
+            require_public(named, "Give base_model=HUB_ID, or --base-model, under which others find it.")
+        published = LoraAdapter(self.layout, self.factors, self.alpha, named, self.task_type, self.info)
+        with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
+            folder = published.save_pretrained(Path(staging))
+            card = (folder / CARD).read_text(encoding="utf-8")
+            names = (CONFIG, WEIGHTS, PROVENANCE)
+            return push_files(folder, names, card, repository, kind="adapter", private=private, readme=readme)
+
+    # --- use -----------------------------------------------------------------------------------------------------
+
+    def apply_to(self, model: nn.Module | None = None, *, name: str = "default") -> PeftModel:
+        """Loads the adapter into a base model and makes it active.
+
+        Args:
+            model: The base model, or a PeftModel, to which the adapter is added (or whose adapter of that name is
+                replaced). Without one, the base model that the adapter names is loaded.
+            name: The adapter's name inside the PeftModel.
+
+        Returns:
+            The PeftModel, in evaluation mode.
+
+        Raises:
+            BaseModelError: If the model has other modules or sizes than the adapter.
+        """
+        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+        if model is None:
+            if self.base_model is None:
+                raise BaseModelError("the adapter names no base model", remedy="Pass the model to apply_to.")
+            model = BaseModel(self.base_model, kind_of(self.base_model, task_type=self.task_type)).load()
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
+            target_modules=list(self.layout.target_modules),
+            fan_in_fan_out=self.layout.fan_in_fan_out,
+            task_type=self.task_type,
+            inference_mode=True,
+        )
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.check_base(bare)  # before PEFT wraps anything: a refused model stays as it was
+        if isinstance(model, PeftModel):
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            model.add_adapter(name, config)
+            wrapped = model
+        else:
+            wrapped = get_peft_model(model, config, adapter_name=name)
+        try:
+            result: Any = set_peft_model_state_dict(wrapped, self.state_dict(), adapter_name=name)
+        except RuntimeError as error:
+            raise BaseModelError("the adapter's shapes do not fit the base model", got=str(error).splitlines()[-1][:160]) from error
+        lost = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key] + list(result.unexpected_keys)
+        if lost:
+            raise BaseModelError("the adapter could not be placed whole", got=f"{len(lost)} tensors such as {lost[0]}")
+        wrapped.set_adapter(name, inference_mode=True)
+        return wrapped.eval()
+
+    def check_base(self, bare: nn.Module) -> None:
+        """Raises BaseModelError unless the adapter's targets name just the modules of its layout in a base model."""
+        what, expected = f"{type(bare).__name__} is not the adapter's base model", self.base_model or "the model that it was made for"
+        try:
+            found = LoraLayout.from_model(bare, self.layout.target_modules)
+        except LayoutError as error:
+            raise BaseModelError(what, got=str(error)[:160], expected=expected) from error
+        strange = set(found.modules) ^ set(self.layout.modules)
+        if strange:
+            first = min(strange, key=lambda shape: shape.name)
+            own = "has" if first in found.modules else "lacks"
+            got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
+            raise BaseModelError(what, got=got, expected=expected)

@@ -1,0 +1,272 @@
+"""What a PEFT LoRA folder must be, judged from its config and its file header before a tensor is allocated."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorag.base_models.layout import LoraLayout, ModuleShape
+from lorag.errors import (
+    AlphaRangeError,
+    BaseMismatchError,
+    ExtraTensorError,
+    FactorShapeError,
+    FormatVersionError,
+    MissingPrefixError,
+    MissingTensorError,
+    NonFiniteError,
+    PeftTypeError,
+    RankRangeError,
+    UnsupportedLoraError,
+)
+from lorag.files.tensors import TensorSpec
+
+__all__ = ["CONFIG", "KEY", "MAX_RANK", "PROVENANCE", "WEIGHTS", "Factors", "Match", "Scalings", "check_alpha", "check_config", "match"]
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, i), B (o, r)
+
+CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "lorag.json"
+KEY = "base_model.model.{module}.lora_{factor}.weight"
+MAX_RANK = 4096
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MAX_ALPHA = 1e6
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+# Settings that change what the weights mean; lorag reads plain LoRA only.
+_PLAIN = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+_DORA = (
+    "Train it without DoRA: its magnitudes rescale the rows of W + ΔW, so that folding them takes the base model's weights "
+    "and gives a ΔW of full rank, which no LoRA holds."
+)
+# Initialisations that also change the base weights, so that ΔW is relative to another base model.
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What PEFT writes beside them up to this version. A PEFT ignores keys that it does not know, a newer one may know them.
+_KNOWN_PEFT = (0, 21)
+_HARMLESS = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "target_modules", "task_type"),
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "exclude_modules", "lora_dropout"),
+    *("fan_in_fan_out", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """Rank and scaling of any module, as PEFT derives them from a config."""
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    rank_stabilised: bool
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank r and scaling alpha / r, or alpha / √r under rsLoRA (arXiv 2312.03732), of one module."""
+        rank, alpha = _by_pattern(self.ranks, module, self.rank), _by_pattern(self.alphas, module, self.alpha)
+        return int(rank), alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensors of a file belong to which modules.
+
+    Attributes:
+        found: Keys of A and B for each module of the layout that has them.
+        missing: Modules of the layout without tensors.
+        extra: Keys of A and B of modules outside of the layout.
+    """
+
+    found: Mapping[str, tuple[str, str]]
+    missing: tuple[str, ...]
+    extra: Mapping[str, tuple[str, str]]
+
+
+def check_alpha(alpha: object, where: str) -> float:
+    """Returns a lora_alpha that is a finite number other than 0, of sane size."""
+    if isinstance(alpha, float) and not math.isfinite(alpha):
+        raise NonFiniteError(f"{where} is NaN or infinite", got=alpha, expected="a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) <= _MAX_ALPHA:
+        raise AlphaRangeError(f"{where} cannot be used", got=repr(alpha)[:40], expected=f"a number other than 0, at most {_MAX_ALPHA:g}")
+    return float(alpha)
+
+
+def _check_rank(rank: object, where: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RankRangeError(f"{where} cannot be used", got=repr(rank)[:40], expected=f"an integer from 1 to {MAX_RANK}")
+    return rank
+
+
+def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
+    """Checks that a config describes plain LoRA and nothing else.
+
+    Args:
+        config: What adapter_config.json holds.
+        where: Its path, for messages.
+
+    Raises:
+        PeftTypeError: If it is of another PEFT method.
+        UnsupportedLoraError: If a setting makes more of the adapter than the ΔW of its factors.
+        RankRangeError, AlphaRangeError, NonFiniteError: If a rank or an alpha cannot be used.
+        FormatVersionError: If a newer PEFT wrote it and set what lorag does not know.
+    """
+    if config.get("peft_type") != "LORA":
+        raise PeftTypeError(f"{where}: peft_type cannot be used", got=repr(config.get("peft_type"))[:40], expected="LORA")
+    for key, plain in _PLAIN.items():
+        if config.get(key) not in plain:
+            remedy = _DORA if key == "use_dora" else "Train or convert it without."
+            raise UnsupportedLoraError(f"{where}: {key} is set", got=repr(config[key])[:60], expected="plain LoRA", remedy=remedy)
+    start = str(config.get("init_lora_weights"))
+    if start.lower().startswith(_SHIFTING):
+        raise UnsupportedLoraError(
+            f"{where}: init_lora_weights changes the base weights",
+            got=repr(start)[:40],
+            expected="plain LoRA",
+            remedy="Convert it with PEFT's path_initial_model_for_weight_conversion.",
+        )
+    _check_version(config, where)
+    rank, alpha = _check_rank(config.get("r"), f"{where}: r"), check_alpha(config.get("lora_alpha"), f"{where}: lora_alpha")
+    ranks, alphas = (_check_pattern(config.get(key) or {}, f"{where}: {key}") for key in ("rank_pattern", "alpha_pattern"))
+    return Scalings(
+        rank,
+        alpha,
+        {key: _check_rank(value, f"{where}: rank_pattern") for key, value in ranks.items()},
+        {key: check_alpha(value, f"{where}: alpha_pattern") for key, value in alphas.items()},
+        bool(config.get("use_rslora")),
+    )
+
+
+def _check_version(config: Mapping[str, Any], where: Path) -> None:
+    written = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version")))
+    if written is None or (int(written[1]), int(written[2])) <= _KNOWN_PEFT:
+        return
+    strange = sorted(key for key, value in config.items() if value not in (None, False, [], {}) and key not in _HARMLESS | _PLAIN.keys())
+    if strange:
+        raise FormatVersionError(
+            f"{where}: {strange[0][:60]} is set, which lorag does not know",
+            got=f"a config of PEFT {str(config['peft_version'])[:20]}",
+            expected=f"one of PEFT {'.'.join(map(str, _KNOWN_PEFT))}, or nothing new set",
+            remedy="Update lorag.",
+        )
+
+
+def _check_pattern(pattern: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(pattern, dict):
+        raise UnsupportedLoraError(f"{where} is no mapping", got=type(pattern).__name__)
+    for key in pattern:
+        if not re.fullmatch(r"\^?[\w.-]+", key):
+            raise UnsupportedLoraError(
+                f"{where} has an expression as a key", got=repr(key)[:60], expected="module names", remedy="Spell out the modules."
+            )
+    return pattern
+
+
+def _by_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """PEFT's rule: the first key that ends the module's path decides, and `^` demands all of it. Keys are no expressions."""
+    for key, value in pattern.items():
+        if name == key.removeprefix("^") or (not key.startswith("^") and name.endswith(f".{key}")):
+            return value
+    return default
+
+
+def match(
+    spec: TensorSpec, layout: LoraLayout, scalings: Scalings, where: Path, *, allow_missing: bool = False, ignore_extra: bool = False
+) -> Match:
+    """Matches tensor names and shapes of a header to the modules of a layout.
+
+    Raises:
+        MissingPrefixError, MissingTensorError, ExtraTensorError, FactorShapeError, UnsupportedLoraError: Naming the tensor.
+        BaseMismatchError: If the tensors are whole and belong to a base model of other modules or sizes.
+    """
+    modules = _modules(spec, where)
+    shapes = {module.name: module for module in layout.modules}
+    found = {name: modules[name] for name in layout.names if name in modules}
+    extra = {name: keys for name, keys in sorted(modules.items()) if name not in shapes}
+    missing = tuple(name for name in layout.names if name not in modules)
+    for name, keys in {**found, **extra}.items():
+        _check_pair(spec, name, keys, shapes.get(name), scalings.of(name)[0], where)
+    if not found:
+        raise BaseMismatchError(
+            f"{where} belongs to a base model of other modules",
+            got=f"factors of {min(extra)[:100]}",
+            expected=f"{layout.names[0]} and the others of layout {layout.fingerprint}",
+        )
+    if extra and not ignore_extra:
+        raise ExtraTensorError(
+            f"{where}: extra tensors",
+            got=f"factors of {len(extra)} more modules such as {min(extra)[:100]}",
+            expected=f"only factors of the layout's {len(layout)} modules",
+            remedy="Take a bank whose layout has them, or drop them with --ignore-extra, which says how much of the adapter they are.",
+        )
+    if missing and not allow_missing:
+        raise MissingTensorError(f"{where}: a tensor is missing", got=KEY.format(module=missing[0], factor="A")[:160])
+    return Match(found, missing, extra)
+
+
+def _modules(spec: TensorSpec, where: Path) -> dict[str, tuple[str, str]]:
+    """Keys of A and B of each module that a header names, whole pairs only."""
+    if not spec:
+        raise MissingTensorError(f"{where} holds no tensors", remedy="Save it with PEFT's save_pretrained.")
+    bare = sorted(key for key in spec if not key.startswith(_PREFIX))
+    if bare:
+        raise MissingPrefixError(
+            f"{where}: keys lack PEFT's prefix",
+            got=bare[0][:80],
+            expected=f"{_PREFIX}…",
+            remedy="Save it with PEFT's save_pretrained, or rename its tensors.",
+        )
+    sides: dict[str, set[str]] = {}
+    for key in sorted(spec):
+        parsed = _FACTOR.fullmatch(key)
+        if parsed is None and "lora_magnitude_vector" in key:
+            raise UnsupportedLoraError(f"{where} holds the magnitudes of DoRA", got=key[:120], expected="plain LoRA", remedy=_DORA)
+        if parsed is None:
+            raise ExtraTensorError(f"{where}: a tensor is no LoRA factor", got=key[:120], expected=KEY.format(module="…", factor="A or B"))
+        sides.setdefault(parsed[1], set()).add(parsed[2])
+    for name, there in sides.items():
+        if len(there) == 1:
+            lacking = KEY.format(module=name, factor="A" if "B" in there else "B")
+            raise MissingTensorError(f"{where}: a tensor is missing", got=f"no {lacking[:160]}", expected="both factors of a module")
+    return {name: (KEY.format(module=name, factor="A"), KEY.format(module=name, factor="B")) for name in sides}
+
+
+def _check_pair(spec: TensorSpec, name: str, keys: tuple[str, str], module: ModuleShape | None, rank: int, where: Path) -> None:
+    """Checks A and B of one module; without a ModuleShape it lies outside of the layout and may have any sizes."""
+    (type_a, rows), (type_b, columns) = (spec[key] for key in keys)
+    for key, kind, shape in zip(keys, (type_a, type_b), (rows, columns), strict=True):
+        if kind not in _FLOATS or len(shape) != 2 or 0 in shape:
+            raise FactorShapeError(f"{where}: {key[:160]} is no matrix of floats", got=f"{kind} {shape}")
+    i, o = (rows[1], columns[0]) if module is None else (module.in_features, module.out_features)
+    if rows == (rank, i) and columns == (o, rank):
+        return
+    what = f"{where}: factors of {name[:120]} do not fit ({keys[0][:160]})"
+    got, expected = f"A {rows}, B {columns}", f"A ({rank}, {i}), B ({o}, {rank})"
+    if rows == (i, rank) or columns == (rank, o):
+        raise FactorShapeError(f"{what}: transposed", got=got, expected=expected, remedy="Save it with PEFT's save_pretrained.")
+    if rows[0] != rank or columns[1] != rank:
+        raise FactorShapeError(f"{what}: not of the config's rank", got=got, expected=expected, remedy="r and rank_pattern must tell it.")
+    raise BaseMismatchError(
+        f"{where} belongs to a base model of other sizes: {name[:120]}",
+        got=got,
+        expected=expected,
+        remedy="Look for the same base model's adapters.",
+    )

@@ -1,0 +1,159 @@
+"""What an adapter from elsewhere is for, and on which terms: from a sidecar, lorag.json or its model card.
+
+Only words that say something about the task count. What templates and trainers put into every card does not, and a
+card without more than that describes nothing: better no description than the same one for a thousand adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorag.errors import ArtifactError, UndescribedError
+from lorag.files.plain import read_bounded
+from lorag.tasks.suite import check_description
+
+__all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose"]
+
+SIDECAR, CARD = "description.txt", "README.md"
+_MAX_SIDECAR, _MAX_CARD = 2**18, 2**20
+_READ_CARD = 2**13  # characters; what a model is for stands at the start of its card
+_MOST_WORDINGS = 64
+_LONGEST = 600
+_FEWEST_WORDS = 3
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)---[ \t]*(?:\n|\Z)", re.S)
+_LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
+_TELLING = re.compile(r"description|summary|overview|about|task|purpose|intended|\buses?\b|direct use|what (it|this)", re.I)
+_NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
+# What templates and trainers write into every card; matched against the start of a paragraph.
+_EMPTY = re.compile(
+    r"\[?more information needed|this model is a fine-?tuned version of"
+    r"|this (model|adapter) was (fine-?tuned|trained) (from|with|using|on top)"
+    r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) \S+\.?$|use the code below|users \(both direct"
+    r"|this (model )?card|it achieves the following|provide a quick summary|\w+ adapters? for \S+\.?$",
+    re.I,
+)
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What an adapter is for.
+
+    Attributes:
+        descriptions: Wordings of its task.
+        origin: Where they were found.
+        licence: Its licence as stated, or None.
+    """
+
+    descriptions: tuple[str, ...]
+    origin: str
+    licence: str | None
+
+
+def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
+    """Looks for descriptions in description.txt (one wording a line), then lorag.json, then README.md.
+
+    Args:
+        folder: The adapter's.
+        info: What its lorag.json says.
+
+    Raises:
+        UndescribedError: If none of them says what it is for.
+        DescriptionError: If what was found is no usable text.
+        ArtifactError: If one of the files is a link, too large or no UTF-8.
+    """
+    card = _text(folder / CARD, _MAX_CARD)
+    stated = info.get("license") or _stated_licence(card)
+    licence = str(stated)[:60] if stated else None
+    lines = [line.strip() for line in _text(folder / SIDECAR, _MAX_SIDECAR).splitlines() if line.strip()]
+    known = info.get("description")
+    listed = info.get("descriptions")
+    for origin, texts in (
+        (SIDECAR, lines),
+        ("lorag.json", [known] if known else list(listed) if isinstance(listed, list) else []),
+        (CARD, [text for text in [card_text(card)] if text]),
+    ):
+        if texts:
+            return Purpose(tuple(check_description(text) for text in texts[:_MOST_WORDINGS]), origin, licence)
+    raise UndescribedError(
+        f"nothing says what {folder} is for",
+        got=f"{CARD} without a paragraph on its task" if card else f"neither {SIDECAR} nor {CARD}",
+        remedy=f'Give --description "…", or write one wording a line into {folder / SIDECAR}.',
+    )
+
+
+def _text(path: Path, most: int) -> str:
+    if not path.is_file() and not path.is_symlink():
+        return ""
+    raw = read_bounded(path, most)
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text", got=str(error)[:120]) from error
+
+
+def _stated_licence(card: str) -> str | None:
+    front = _FRONT.match(card)
+    found = _LICENCE.search(front[1]) if front else None
+    return found[1] if found else None
+
+
+def card_text(card: str) -> str | None:
+    """The first paragraph of a model card that tells what the model is for, in one line, or None.
+
+    It must stand right under the title, or under a heading such as Model Description, Summary, Task or Intended Use;
+    lists, tables, quotes, images, code and what every template says are passed over.
+    """
+    body = _visible(_FRONT.sub("", card, count=1)[:_READ_CARD])
+    telling, start = True, 0
+    sections: list[str] = []
+    for number, heading in enumerate([*_HEADING.finditer(body), None]):
+        if telling:
+            sections.append(body[start : heading.start() if heading else len(body)])
+        if heading is not None:
+            start = heading.end()
+            telling = number == 0 or bool(_TELLING.search(heading[2] or heading[3] or ""))
+    for paragraph in (part for section in sections for part in re.split(r"\n\s*\n", section)):
+        lines = [line for line in paragraph.splitlines() if line.strip()]
+        if not lines or any(_NO_TEXT.match(line) for line in lines):
+            continue
+        text = _plain(" ".join(lines))
+        if len(text.split()) >= _FEWEST_WORDS and not _EMPTY.match(text):
+            return _shortened(text)
+    return None
+
+
+def _visible(text: str) -> str:
+    """Text without comments, scripts and blocks of code; what is opened and never closed hides the rest, as in a browser."""
+    for start, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>")):
+        first, *others = text.split(start)
+        text = "\n".join([first, *(other.partition(end)[2] for other in others)])
+    shown, fence = [], ""
+    for line in text.splitlines():
+        mark = line.lstrip()[:3]
+        if mark in ("```", "~~~") and mark == (fence or mark):
+            fence = "" if fence else mark
+        elif not fence:
+            shown.append(line)
+    return "\n".join(shown)
+
+
+def _plain(text: str) -> str:
+    """Markdown without its marks: links keep their words, emphasis and code their content."""
+    text = re.sub(r"!\[[^\]]{0,200}\]\([^)]{0,500}\)|<[^<>]{1,200}>", " ", text)
+    text = re.sub(r"\[([^\[\]]{0,200})\](\([^()]{0,500}\)|\[[^\[\]]{0,200}\])", r"\1", text)
+    text = re.sub(r"(\*\*|__|\*|`)(\S(?:[^*_`]{0,200}\S)?)\1", r"\2", text)
+    return " ".join(text.split())
+
+
+def _shortened(text: str) -> str:
+    """At most some 600 characters, cut after a sentence where there is one, else between words."""
+    if len(text) <= _LONGEST:
+        return text
+    cut = text[:_LONGEST]
+    ends = [found.end() for found in re.finditer(r"[.!?](?=\s)", cut)]
+    return cut[: ends[-1]] if ends and ends[-1] > _LONGEST // 4 else cut.rsplit(" ", 1)[0]

@@ -1,0 +1,193 @@
+"""Reads a PEFT LoRA folder: checked from config and header, then value by value, then loaded and folded to one rank and alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Factors, Match, Scalings, check_config, match
+from lorag.base_models.layout import LoraLayout
+from lorag.errors import AdapterError, ArtifactError, DtypeOverflowError, FormatVersionError, NonFiniteError, StorageError
+from lorag.files.artifacts import finish_replacing, read_json
+from lorag.files.plain import require_plain
+from lorag.files.tensors import TensorSpec, read_header
+
+__all__ = ["AdapterParts", "read_folder", "read_provenance"]
+
+# An adapter's files are small; what is larger is refused before it is parsed.
+_MAX_CONFIG, _MAX_PROVENANCE = 2**20, 4 * 2**20
+_MAX_HEADER, _HEADER_OF_MODULE = 4 * 2**20, 1024
+_PIECE = 2**18  # values looked at in one go
+_MOST_GRAM = 512
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_PROVENANCE_FORMATS = (None, 1)
+
+
+@dataclass(frozen=True)
+class AdapterParts:
+    """What a PEFT folder holds, folded.
+
+    Attributes:
+        factors: A (r, i) and B (o, r) for each module of the layout; those of missing modules are zero.
+        alpha: lora_alpha that goes with them.
+        config: adapter_config.json.
+        info: lorag.json, or nothing.
+        missing: Modules of the layout without tensors.
+        ignored: Modules outside of the layout, whose factors were left out.
+        ignored_share: Their share of ‖ΔW‖² of the whole adapter; None for ranks above 512.
+    """
+
+    factors: Factors
+    alpha: float
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    missing: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    ignored_share: float | None = 0.0
+
+
+def read_folder(
+    folder: Path,
+    layout: LoraLayout,
+    *,
+    allow_missing: bool = False,
+    ignore_extra: bool = False,
+    check: Callable[[Mapping[str, Any], Mapping[str, Any], Match], None] | None = None,
+    check_norm: Callable[[float], None] | None = None,
+) -> AdapterParts:
+    """Reads adapter_config.json, adapter_model.safetensors and lorag.json.
+
+    Args:
+        folder: Holds them.
+        layout: The layout of the base model that the adapter must fit.
+        allow_missing: Whether modules of the layout without tensors count as unchanged.
+        ignore_extra: Whether factors of modules outside of the layout are left out.
+        check: Gets config, lorag.json and the modules found, and may refuse the adapter before a value is read.
+        check_norm: Gets ‖ΔW‖_F over the layout's modules, and may refuse the adapter before it is loaded. Not called for
+            ranks above 512, whose Gram matrices would be as large as what they save.
+
+    Raises:
+        AdapterError: If it is no whole, finite, plain LoRA of this layout; docs/importing.md lists the subclasses.
+        ArtifactError: If a file is no strict JSON or no safetensors, or too large for what it is.
+        BaseMismatchError: If it belongs to another base model.
+    """
+    finish_replacing(folder, CONFIG)
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} is no PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
+    require_plain(folder / CONFIG)
+    config = read_json(folder / CONFIG, _MAX_CONFIG)
+    scalings = check_config(config, folder / CONFIG)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
+    require_plain(weights)
+    spec, _ = read_header(weights, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
+    matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra)
+    info = read_provenance(folder)
+    if check is not None:
+        check(config, info, matched)
+    squares = _squares(weights, spec, matched, scalings)
+    inside = sum(squares[name] for name in matched.found) if squares is not None else None
+    outside = sum(squares[name] for name in matched.extra) if squares is not None else 0.0
+    if check_norm is not None and inside is not None:
+        check_norm(inside**0.5)
+    pairs = _load(weights, matched)
+    factors, alpha = _fold(pairs, scalings, layout)
+    share = outside / (inside + outside) if inside is not None and outside else None if matched.extra else 0.0
+    return AdapterParts(factors, alpha, config, info, matched.missing, tuple(matched.extra), share)
+
+
+def _load(path: Path, matched: Match) -> Factors:
+    with safe_open(path, framework="pt") as file:
+        return {name: (file.get_tensor(a), file.get_tensor(b)) for name, (a, b) in matched.found.items()}
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Reads lorag.json beside an adapter; without one, nothing is known.
+
+    Raises:
+        ArtifactError: If it is no strict JSON or belongs to something else.
+        FormatVersionError: If its format is not known.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    require_plain(path)
+    info = read_json(path, _MAX_PROVENANCE)
+    if info.get("kind", "adapter") != "adapter":
+        raise ArtifactError(f"{path} belongs to something else", got=f"kind {str(info['kind'])[:40]!r}", expected="kind 'adapter'")
+    if info.get("format") not in _PROVENANCE_FORMATS:
+        raise FormatVersionError(f"{path} cannot be read", got=f"format {str(info['format'])[:20]}", expected=1, remedy="Update lorag.")
+    return info
+
+
+def _pieces(file: safe_open, spec: TensorSpec, key: str, axis: int) -> Iterator[Tensor]:
+    """Slices of one tensor along an axis, each of bounded size: nothing large is allocated for an adapter that is refused."""
+    shape = spec[key][1]
+    step, values = max(1, _PIECE // shape[1 - axis]), file.get_slice(key)
+    for start in range(0, shape[axis], step):
+        yield values[:, start : start + step] if axis else values[start : start + step]
+
+
+def _look_at(path: Path, file: safe_open, spec: TensorSpec, module: str, keys: tuple[str, str]) -> float | None:
+    """Looks at every value of A and B: no NaN, no infinity, none that fp32 cannot hold. Returns ‖B·A‖², or None for a huge rank."""
+    rank = spec[keys[0]][1][0]
+    grams = [torch.zeros(rank, rank, dtype=torch.float64) for _ in "AB"] if rank <= _MOST_GRAM else None
+    for side, (factor, key) in enumerate(zip("AB", keys, strict=True)):
+        for piece in _pieces(file, spec, key, 1 - side):
+            if not torch.isfinite(piece).all():
+                raise NonFiniteError(
+                    f"{path}: factor {factor} of {module[:160]} holds NaN or infinite values",
+                    remedy="Train or export the adapter again; it would poison the base model.",
+                )
+            if spec[key][0] == "F64" and piece.abs().max() > _FLOAT32_MAX:
+                raise DtypeOverflowError(
+                    f"{path}: factor {factor} of {module[:160]} overflows float32",
+                    got=f"{piece.abs().max().item():.3g}",
+                    expected=f"at most {_FLOAT32_MAX:.3g}",
+                )
+            if grams is not None:
+                values = piece.double() if side else piece.double().T
+                grams[side] += values.T @ values
+    return None if grams is None else max(0.0, (grams[0] * grams[1]).sum().item())
+
+
+def _squares(path: Path, spec: TensorSpec, matched: Match, scalings: Scalings) -> dict[str, float] | None:
+    """‖ΔW‖² of each module that the file has, every value looked at; None where a huge rank makes that too large a job."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: _look_at(path, file, spec, name, keys) for name, keys in {**matched.found, **matched.extra}.items()}
+    except SafetensorError as error:  # the library is stricter still, for instance about UTF-8
+        raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
+    except RuntimeError as error:  # what torch says where a file cannot be mapped
+        raise StorageError(f"{path} cannot be read: {str(error).splitlines()[0][:160]}") from error
+    known = {name: scalings.of(name)[1] ** 2 * square for name, square in found.items() if square is not None}
+    return known if len(known) == len(found) else None
+
+
+def _fold(pairs: Factors, scalings: Scalings, layout: LoraLayout) -> tuple[Factors, float]:
+    """Brings mixed ranks and scalings to one rank and one alpha; ΔW stays the same."""
+    used = {scalings.of(name) for name in pairs}
+    if len(used) == 1 and len(pairs) == len(layout):
+        rank, scaling = used.pop()
+        return {name: pairs[name] for name in layout.names}, scaling * rank
+    rank = max(scalings.of(name)[0] for name in pairs)
+    folded: Factors = {}
+    for module in layout.modules:
+        own = pairs.get(module.name, (torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)))
+        rows, columns = own[0].float(), own[1].float() * scalings.of(module.name)[1]
+        if not torch.isfinite(columns).all():
+            raise DtypeOverflowError(
+                f"factor B of {module.name} overflows float32 when its scaling is folded in",
+                got=f"values up to {own[1].abs().max().item():.3g} times {scalings.of(module.name)[1]:.3g}",
+                expected=f"at most {_FLOAT32_MAX:.3g}",
+            )
+        pad = rank - rows.shape[0]
+        folded[module.name] = (torch.nn.functional.pad(rows, (0, 0, 0, pad)), torch.nn.functional.pad(columns, (0, pad)))
+    return folded, float(rank)

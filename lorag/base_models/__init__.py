@@ -1,0 +1,1 @@
+"""Base models: what loads them, what identifies them, which modules an adapter changes."""

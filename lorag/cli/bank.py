@@ -1,0 +1,197 @@
+"""Commands on banks: build, add, remove, list, check."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorag.errors import BankError, BaseModelError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from lorag.banks.importing import Imported
+    from lorag.conditions.embedding import TextEmbedder
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of experts.")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+_MOST_ROWS = 30
+_NEW = "Only for a new bank"
+
+
+def _quiet(flag: bool) -> bool:
+    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
+
+
+@app.command("build")
+def build(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as experts.steps=100.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an expert for each task of a suite; goes on at the last finished group."""
+    from lorag.banks.build import BankConfig, build_bank
+    from lorag.base_models.base_model import BaseModel, is_trusted
+    from lorag.config import load_config
+    from lorag.training.preparation import find_tasks
+
+    values = load_config(BankConfig, config, settings or [])
+    bank = build_bank(
+        values.out,
+        find_tasks(values.tasks, values.split),
+        BaseModel(values.base, values.kind, values.revision, is_trusted(values.base)),
+        values.objective,
+        values.objective_settings,
+        values.experts,
+        device=values.device,
+        dtype=values.dtype,
+        quiet=_quiet(quiet),
+    )
+    typer.echo(f"{values.out}: {len(bank)} experts of {bank.base.model.name}")
+    typer.echo(f"next: lorag train bank={values.out} tasks={values.tasks}")
+
+
+@app.command("add")
+def add(
+    places: Annotated[list[str], typer.Argument(help="PEFT LoRA folders, folders of such folders, or hub ids such as user/name.")],
+    bank: Annotated[Path, typer.Option(help="The bank; a new one is started from what the adapters' configs say.")],
+    description: Annotated[
+        list[str] | None,
+        typer.Option(help="What its task is; may be repeated. By default its description.txt, lorag.json or model card says it."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in the bank; by default made from the folder's.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", "--license", help="Its licence; by default what its files state.")] = None,
+    ignore_extra: Annotated[bool, typer.Option("--ignore-extra", help="Leave out factors of modules that the bank lacks.")] = False,
+    any_norm: Annotated[bool, typer.Option("--any-norm", help="Take adapters far larger or smaller than the bank's too.")] = False,
+    base_alias: Annotated[list[str] | None, typer.Option(help="Another name of the bank's base model; may be repeated.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="Compares descriptions; 'none' compares none.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a new bank: base model, a hub id or a folder.", rich_help_panel=_NEW)] = None,
+    kind: Annotated[str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder or two_towers.", rich_help_panel=_NEW)] = None,
+    base_revision: Annotated[str | None, typer.Option(help="The base model's revision on the hub.", rich_help_panel=_NEW)] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="How the base model is run on tasks; by default its kind's first.", rich_help_panel=_NEW)
+    ] = None,
+    objective_setting: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE, such as template='{input}\n'; may be repeated.", rich_help_panel=_NEW)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Add PEFT LoRA adapters to a bank: checked, folded to plain ΔW, compared with the experts that are there.
+
+    A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
+    """
+    from lorag.adapters.sources import find_sources
+    from lorag.banks.importing import Terms, import_adapters
+    from lorag.banks.start import Start, start_bank
+    from lorag.config import read_settings
+
+    sources = find_sources(places)
+    if (name is not None or description) and len(sources) > 1:
+        raise typer.BadParameter(f"--name and --description are for a single adapter; these are {len(sources)}")
+    start = Start(base, kind, base_revision, objective, read_settings(objective_setting or []), tuple(base_alias or ()))
+    started = start_bank(bank, sources, start, revision=revision, quiet=_quiet(quiet))
+    if started is not None:
+        model, layout = started.base.model, started.base.layout
+        typer.echo(f"started {bank}: base model {model.name} ({model.kind}, {started.base.identity}), objective {started.base.objective}")
+        typer.echo(f"  {len(layout)} modules: {', '.join(layout.target_modules[:8])}{' …' if len(layout.target_modules) > 8 else ''}")
+    terms = Terms(tuple(description or ()), name, licence, ignore_extra, any_norm, tuple(base_alias or ()), revision)
+    refused: list[Imported] = []
+    done = import_adapters(bank, sources, terms, embedder=_embedder(embedder), quiet=_quiet(quiet))
+    for number, one in enumerate(done, 1):
+        if one.error is not None:
+            refused.append(one)
+            if len(sources) == 1:
+                raise one.error
+        typer.echo(_line(one, f"{number}/{len(sources)} " if len(sources) > 1 else ""))
+    if refused:
+        raise BankError(
+            f"{len(refused)} of {len(sources)} adapters were not added", got=f"{refused[0].source} first", remedy="The lines above say why."
+        )
+    typer.echo(f"next: lorag bank check {bank}")
+
+
+def _embedder(name: str | None) -> TextEmbedder | None:
+    from lorag.conditions.embedding import SentenceEmbedder
+
+    if name == "none":
+        return None
+    try:
+        return SentenceEmbedder.from_pretrained() if name is None else SentenceEmbedder.from_pretrained(name)
+    except (BaseModelError, MissingDependencyError) as error:
+        if name is not None:
+            raise
+        typer.echo(f"descriptions are not compared: {error}")
+        return None
+
+
+def _line(one: Imported, head: str) -> str:
+    """What became of one adapter: a line, and indented ones for what a person should look at."""
+    if one.error is not None:
+        return f"{head}refused {one.source}: {type(one.error).__name__}: {one.error}"
+    if one.there:
+        return f"{head}skipped {one.name}: it is there already"
+    parts = [f"rank {one.rank}", f"norm {one.norm:.3g}", f"described by {one.described_by}"]
+    if one.energy is not None:
+        parts.append(f"{one.energy:.1%} of its energy lies in the bank's bases")
+    for label, near in (("nearest by weight", one.by_weight), ("by description", one.by_description)):
+        if near:
+            parts.append(f"{label} " + ", ".join(f"{name} {similarity:.2f}" for name, similarity in near))
+    lines = [f"{head}added {one.name}: " + "; ".join(parts)]
+    if one.missing:
+        lines.append(f"  note: {len(one.missing)} modules without factors count as unchanged, such as {one.missing[0]}")
+    if one.ignored:
+        share = "" if one.ignored_share is None else f", {one.ignored_share:.1%} of its energy"
+        lines.append(f"  note: left out {len(one.ignored)} modules such as {one.ignored[0]}{share}")
+    if one.same_weights:
+        lines.append(f"  warning: same weights as {', '.join(one.same_weights)}; keep one of them with lorag bank remove")
+    if one.same_description:
+        lines.append(f"  warning: same description as {', '.join(one.same_description[:3])}; say how the tasks differ")
+    return "\n".join(lines)
+
+
+@app.command("remove")
+def remove(
+    names: Annotated[list[str], typer.Argument(help="Experts of the bank.")],
+    bank: Annotated[Path, typer.Option(help="The bank.")],
+) -> None:
+    """Take experts out of a bank."""
+    from lorag.banks.bank import AdapterBank
+
+    left = AdapterBank.from_pretrained(bank).remove(names)
+    typer.echo(f"removed {', '.join(names)}; {len(left)} experts are left")
+
+
+@app.command("list")
+def list_experts(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
+    """List a bank's experts."""
+    from lorag.training.preparation import find_bank
+
+    for expert in find_bank(bank).experts:
+        score = "" if expert.score is None else f"{expert.score:.2f}"
+        typer.echo(f"{expert.name:<40} r={expert.rank:<3} {score:>5}  {expert.license:<12} {expert.descriptions[0][:80]}")
+
+
+@app.command("check")
+def check(
+    bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox",
+    every: Annotated[bool, typer.Option("--all", help="Show sound experts too; done anyway for at most 30.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read every expert of a bank, compare them, and say what is wrong and what to do about it."""
+    from lorag.banks.check import check_bank, format_findings
+    from lorag.training.preparation import find_bank
+
+    found = check_bank(find_bank(bank), quiet=_quiet(quiet))
+    table = format_findings(found, every=every or len(found) <= _MOST_ROWS)
+    if table:
+        typer.echo(table + "\n")
+    severe, odd = sum(one.severe for one in found), sum(bool(one.problem) and not one.severe for one in found)
+    if severe:
+        raise BankError(f"{severe} of {len(found)} experts have problems", remedy="The table says what to do.")
+    typer.echo(f"{len(found)} experts, all sound" + (f"; {odd} worth a look" if odd else ""))

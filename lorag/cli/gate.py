@@ -1,0 +1,79 @@
+"""The commands `lorag gate fit` and `lorag gate evaluate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="What a generator cannot do: novelty, expected gain, refusals.")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Unknown = Annotated[Path | None, typer.Option(help="YAML of descriptions that the bank cannot serve: kind -> fit, test -> texts.")]
+
+
+def _quiet(flag: bool) -> bool:
+    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
+
+
+@app.command()
+def fit(
+    generator: Annotated[Path, typer.Argument(help="Generator folder; the gate is written into it.")],
+    bank: Annotated[str | None, typer.Option(help="The bank that it learned from; by default the one that its settings name.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="The tasks' suite; by default the one that its settings name.")] = None,
+    unknown: Unknown = None,
+    wordings: Annotated[int, typer.Option(min=1, help="Descriptions of each held-out training task.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Most examples of each.")] = 16,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fit a gate for a trained generator on its held-out training tasks; nothing is trained again."""
+    from lorag.training.gate_fitting import GateSettings, add_gate
+
+    settings = GateSettings(wordings=wordings, limit=limit)
+    made = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=_quiet(quiet))
+    if made.gate is not None:
+        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in made.gate.fitted.items())
+        typer.echo(f"{generator}: gate fitted, refuses above novelty {made.gate.refuse_above:.2f}; {facts}")
+    typer.echo(f"next: lorag gate evaluate --generator {generator}")
+
+
+@app.command()
+def evaluate(
+    generator: Annotated[str | None, typer.Option(help="Generator folder; the embedded one by default.")] = None,
+    tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
+    split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
+    oracles: Annotated[
+        str | None, typer.Option(help="Bank of experts of the evaluated tasks; without them gains are not measured.")
+    ] = None,
+    unknown: Unknown = None,
+    wordings: Annotated[int, typer.Option(min=1, help="Descriptions of each task.")] = 2,
+    limit: Annotated[int, typer.Option(min=1, help="Most test examples of each task.")] = 16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report, with its curves, here.")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure refusals, expected gain and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
+    from lorag.banks.bank import AdapterBank
+    from lorag.evaluation.gate import format_gate, measure_gate
+    from lorag.files.artifacts import embedded, write_json
+    from lorag.generator import LoraGenerator, default_generator
+    from lorag.tasks.unknown import read_unknown
+    from lorag.training.preparation import find_tasks
+
+    made = default_generator() if generator is None else LoraGenerator.from_pretrained(generator, device=device)
+    suite = find_tasks(tasks, None if split == "all" else split)
+    where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
+    experts = None if where is None else AdapterBank.from_pretrained(where)
+    listed = None if unknown is None else read_unknown(unknown, "test")
+    report = measure_gate(made, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=_quiet(quiet))
+    typer.echo(format_gate(report))
+    if json_file is not None:
+        write_json(json_file, report)
+        typer.echo(f"\nwritten to {json_file}")

@@ -1,0 +1,259 @@
+"""The command line. Exit codes: 0 fine, 1 an error that lorag raised on purpose, 2 wrong usage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorag.cli import bank as cli_bank
+from lorag.cli import gate as cli_gate
+from lorag.cli import publishing as cli_publishing
+from lorag.cli import web as cli_web
+from lorag.errors import LoragError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
+sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of small tasks.")
+tasks_app = typer.Typer(no_args_is_help=True, help="Task suites.")
+app.add_typer(cli_bank.app, name="bank")
+app.add_typer(cli_gate.app, name="gate")
+app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(tasks_app, name="tasks")
+cli_publishing.register(app)
+cli_web.register(app)
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_state = {"debug": False}
+_INTERRUPTED = 130
+
+
+def _quiet(flag: bool) -> bool:
+    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    trusted: Annotated[
+        list[str] | None, typer.Option("--trust-remote-code", help="Base model whose own Python code may run; you have read it.")
+    ] = None,
+) -> None:
+    for name in trusted or []:
+        from lorag.base_models.base_model import trust_remote_code
+
+        trust_remote_code(name)
+    _state["debug"] = debug
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of other libraries: HTTP clients log what servers answer
+    logging.getLogger("lorag").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@app.command()
+def generate(
+    description: Annotated[str, typer.Argument(help='What the adapter should do, such as "summarise legal text".')],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
+    strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
+    generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
+    examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
+    refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
+    on_unknown: Annotated[
+        str,
+        typer.Option(help="If the bank has nothing near it: warn, raise, fallback (an adapter that changes nothing) or ignore."),
+    ] = "warn",
+    bank: Annotated[
+        str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")
+    ] = None,
+) -> None:
+    """Turn a description into an adapter folder."""
+    import warnings
+
+    from lorag.errors import UnknownTaskWarning
+    from lorag.generator import generate_lora
+    from lorag.tasks.suite import read_pairs
+    from lorag.training.preparation import find_bank
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
+        adapter = generate_lora(
+            description,
+            generator=generator,
+            seed=seed,
+            strength=strength,
+            examples=[] if examples is None else read_pairs(examples),
+            refine_steps=refine_steps,
+            on_unknown=on_unknown,
+            bank=None if bank is None else find_bank(bank),
+        )
+    folder = adapter.save_pretrained(out)
+    nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
+    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
+    gate = adapter.info["gate"]
+    if gate["decision"] == "refuse":
+        print(f"lorag: do not expect this adapter to work: {gate['reason']}", file=sys.stderr)
+    if gate["expected_gain"] is not None:
+        low, high = gate["expected_gain_interval"]
+        print(f"{gate['served']}; expected to close {gate['expected_gain']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}")
+    print(f"novelty {adapter.info['novelty']:.2f}; nearest experts: {nearest}")
+    print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
+
+
+@app.command()
+def train(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as method=ridge settings.steps=500.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a generator from a bank."""
+    from lorag.config import load_config
+    from lorag.training.run import TrainConfig
+    from lorag.training.run import train as run
+
+    values = load_config(TrainConfig, config, settings or [])
+    generator = run(values, quiet=_quiet(quiet))
+    size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
+    print(f"{values.out}: {values.method} from {len(generator.conditioner.names)} experts, strength {generator.strength:g}, {size:.1f} MB")
+    if values.tasks is None:  # there is nothing to score it on
+        print(f'next: lorag generate "DESCRIPTION" --generator {values.out} --out my-adapter')
+    else:
+        more = "" if (values.bank, values.tasks) == ("sandbox", "sandbox") else f" --bank {values.bank} --tasks {values.tasks}"
+        print(f"next: lorag evaluate --generator {values.out}{more}")
+
+
+@app.command()
+def evaluate(
+    generator: Annotated[list[str] | None, typer.Option(help="Generator folder; may be repeated, also for other seeds.")] = None,
+    bank: Annotated[str, typer.Option(help="Bank of training experts, for the baselines.")] = "sandbox",
+    tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
+    split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
+    oracles: Annotated[str | None, typer.Option(help="Bank of experts of the evaluated tasks.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Most test examples of each task.")] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score a generator with all its controls; with no argument, the embedded one on its held-out tasks."""
+    from lorag.evaluation.folders import run_ladder
+    from lorag.evaluation.ladder import format_table
+    from lorag.files.artifacts import write_json
+
+    report = run_ladder(
+        generator or [],
+        bank=bank,
+        tasks=tasks,
+        split=None if split == "all" else split,
+        oracles=oracles,
+        methods=methods.split(",") if methods else None,
+        seeds=seeds,
+        limit=limit,
+        device=device,
+        quiet=_quiet(quiet),
+    )
+    print(format_table(report))
+    if json_file is not None:
+        write_json(json_file, report)
+        print(f"\nwritten to {json_file}")
+
+
+@app.command()
+def fuse(
+    names: Annotated[list[str], typer.Argument(help="Experts of the bank.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    bank: Annotated[str, typer.Option(help="The bank.")] = "sandbox",
+    method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego or icm_fusion.")] = "mean",
+    generator: Annotated[str | None, typer.Option(help="Folder of a generator of method icm_fusion.")] = None,
+    rule: Annotated[str, typer.Option(help="Of icm_fusion: uniform, conflict or learned.")] = "uniform",
+    tasks: Annotated[str | None, typer.Option(help="Suite of the experts' tasks, to learn from and to warn of shared inputs.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Fuse experts of a bank into one adapter."""
+    from lorag.fusion import fuse as run
+
+    adapter = run(names, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
+    folder = adapter.save_pretrained(out)
+    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} experts by {method}")
+    if "energy" in adapter.info:
+        print(f"its rank keeps {adapter.info['energy']:.1%} of the merged weights' energy")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the trained generator and an adapter.")] = Path("runs/quickstart"),
+    quiet: Quiet = False,
+) -> None:
+    """Do the main job on the embedded default: train, generate for unseen descriptions, load, evaluate."""
+    from lorag.quickstart import quickstart as run
+
+    for line in run(out, quiet=_quiet(quiet)):
+        print(line, flush=True)
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or suite.")]) -> None:
+    """Say what a folder holds."""
+    from lorag.cards import describe_path
+
+    print(describe_path(path))
+
+
+@tasks_app.command("derive")
+def tasks_derive(
+    source: Annotated[Path, typer.Argument(help="Folder of suites.")],
+    out: Annotated[Path, typer.Option(help="Folder of the derived suite.")],
+    subsets: Annotated[int, typer.Option(min=0, help="Tasks made of each large label set.")] = 1,
+    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of source data sets held out.")] = 0.3,
+    names: Annotated[Path | None, typer.Option(help="JSON list of the tasks to start with.")] = None,
+    by: Annotated[str, typer.Option(help="What keeps tasks on one side of the split: their 'source', or shared 'texts' alone.")] = "source",
+    seed: Annotated[int, typer.Option(help="Seed of subsets and split.")] = 0,
+) -> None:
+    """Make a labelled suite with subsets of label sets, split by source data set."""
+    from lorag.tasks.derived import derive
+
+    counts = derive(source, out, names=names, subsets=subsets, held_out=held_out, by=by, seed=seed)
+    print(f"{out}: " + ", ".join(f"{count} {split} tasks" for split, count in counts.items()))
+
+
+@sandbox_app.command("build")
+def sandbox_build(
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild base model, tasks, bank, oracles and generators of the sandbox."""
+    from lorag.config import load_config
+    from lorag.sandbox.build import SandboxConfig
+    from lorag.sandbox.build import build as run
+
+    for line in run(load_config(SandboxConfig, None, settings or []), quiet=_quiet(quiet)):
+        print(line)
+
+
+def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits
+    """Runs the command line and exits."""
+    # PEFT asks every model for it, which is nothing that a user could change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    try:
+        app(arguments)
+    except LoragError as error:
+        if _state["debug"] or isinstance(error, AssertionError):
+            raise
+        print(f"lorag: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if _state["debug"]:
+            raise
+        print(f"lorag: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and stopped.code != _INTERRUPTED:  # typer turns an interruption into an exit, silently
+            raise
+        print("lorag: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(_INTERRUPTED)

@@ -1,0 +1,70 @@
+"""Commands on where adapters go next: export, push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+BaseModelName = Annotated[str | None, typer.Option("--base-model", help="Base model, if not the one that the adapter names.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command()(export)
+    app.command()(push)
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter merged into its weights.")] = False,
+    base_model: BaseModelName = None,
+    strength: Annotated[float, typer.Option(help="Factor on ΔW; with --merge.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Precision of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write an adapter with one rank and one alpha, as every program reads it, or merged into its base model."""
+    from lorag.adapters.export import export_merged, export_portable
+
+    if not merge and (base_model is not None or strength != 1.0 or dtype != "auto"):
+        raise typer.BadParameter("--base-model, --strength and --dtype need --merge")
+    if merge:
+        merged = export_merged(adapter, out, base_model=base_model, strength=strength, dtype=dtype)
+        typer.echo(f"{out}: {base_model or merged.base_model} with the adapter merged into {len(merged.layout)} weights")
+        typer.echo(f'next: AutoModel….from_pretrained("{out}")')
+        return
+    written = export_portable(adapter, out)
+    typer.echo(f"{out}: rank {written.rank} adapter of {written.base_model}, one lora_alpha for all modules")
+    typer.echo(f"next: lorag info {out}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Adapter, bank or generator.")],
+    repository: Annotated[str, typer.Argument(help="Hub id user/name.")],
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Hub id of an adapter's base model, if it names a folder.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Publish an adapter, bank or generator on the hub, with its card; private unless --public is given."""
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.adapters.checks import CONFIG
+    from lorag.banks.bank import AdapterBank
+    from lorag.errors import ArtifactError
+    from lorag.publishing.model_card import own_card
+    from lorag.publishing.push import push_generator_folder
+
+    if base_model is not None and not (folder / CONFIG).is_file():
+        raise typer.BadParameter("--base-model is for adapters")
+    if (folder / CONFIG).is_file():
+        opened, readme = LoraAdapter.from_pretrained(folder), own_card(folder)
+        address = opened.push_to_hub(repository, base_model=base_model, private=not public, readme=readme)
+    elif (folder / "bank.json").is_file():
+        address = AdapterBank.from_pretrained(folder).push_to_hub(repository, private=not public)
+    elif (folder / "generator.json").is_file():
+        address = push_generator_folder(folder, repository, private=not public)
+    else:
+        raise ArtifactError(f"{folder} is nothing that can be published", expected="an adapter, bank or generator")
+    typer.echo(f"published {folder} as {repository}: {address}")
+    typer.echo(f'next: from_pretrained("{repository}")')

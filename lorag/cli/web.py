@@ -1,0 +1,39 @@
+"""Command on the page: web."""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command()(web)
+
+
+def web(
+    generator: Annotated[list[str] | None, typer.Option(help="Generator folder or hub id; more of them to compare.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Open a page to type descriptions on, for this machine alone."""
+    from lorag.base_models.names import SANDBOX_LM
+    from lorag.training.preparation import find_tasks
+    from lorag.web.serving import serving
+    from lorag.web.workbench import Workbench
+
+    workbench = Workbench.from_folders(generator or [], device=device)
+    inputs = ""
+    if workbench.first.base.model.name == SANDBOX_LM:  # its base model reads no other texts than its own world's
+        inputs = "\n".join(example.input for example in find_tasks("sandbox", "test")["legal-summarise-plain"].split("test")[:2])
+    with serving(workbench, port=port, inputs=inputs) as address:
+        typer.echo(f"{address}: {', '.join(workbench.generators)} for {workbench.first.base.model.name}; for this machine alone")
+        typer.echo("next: open it in a browser; Ctrl-C closes it and removes what it wrote")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            typer.echo("closed")

@@ -1,0 +1,102 @@
+"""Put a ladder together from what a user names: generators, the bank for the baselines, tasks, oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorag.banks.bank import AdapterBank
+from lorag.errors import ArtifactError, ConfigError
+from lorag.evaluation.ladder import BASELINES, evaluate
+from lorag.files.artifacts import embedded
+from lorag.generator import DEFAULT, LoraGenerator
+from lorag.generators import generator_type
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.training.preparation import find_bank, find_split, find_tasks, prepare
+from lorag.training.run import fit_generator
+
+__all__ = ["run_ladder"]
+
+_WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
+MULTITASK = "checkpoints/multitask"
+
+
+def run_ladder(
+    generators: Sequence[str],
+    *,
+    bank: str = "sandbox",
+    tasks: str = "sandbox",
+    split: str | None = "test",
+    oracles: str | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    limit: int = 32,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Opens everything, fits the closed-form baselines on the bank, and evaluates.
+
+    Args:
+        generators: Generator folders; several of one method count as seeds of it. Without any, the embedded ones.
+        bank: Bank of the training experts.
+        tasks: Suite.
+        split: Split of the suite.
+        oracles: Bank of the evaluated tasks' own experts; for the sandbox the embedded one.
+        methods: Names to score; all by default.
+        seeds: Number of seeds.
+        limit: Most test examples of each task.
+        device: "auto", "cpu" or "cuda".
+        quiet: No progress bars.
+    """
+    experts = find_bank(bank)
+    suite = find_tasks(tasks, split)
+    oracle_bank: AdapterBank | None
+    if split == "train" and oracles is None:
+        oracle_bank = experts
+    elif oracles is None:
+        oracle_bank = AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == "sandbox" else None
+    else:
+        oracle_bank = AdapterBank.from_pretrained(oracles)
+    given: dict[str, list[LoraGenerator]] = {}
+    folders: list[Any] = list(generators)
+    if bank == "sandbox":
+        folders = folders or [embedded(DEFAULT)]
+        if all("multitask" not in str(folder) for folder in folders):
+            folders.append(embedded(MULTITASK))
+    if not folders:
+        raise ConfigError("no generator to evaluate", remedy="Train one: lorag train bank=BANK out=DIR; then --generator DIR.")
+    embedder = None
+    for folder in folders:
+        made = LoraGenerator.from_pretrained(folder, embedder=embedder, device=device)
+        embedder = made.embedder
+        if made.base != experts.base:
+            raise ArtifactError(
+                f"{folder} was not trained on a bank of this base", got=made.base.model.name, expected=experts.base.model.name
+            )
+        given.setdefault(made.method.name, []).append(made)
+    baselines = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
+    everything: dict[str, list[LoraGenerator]] = {}
+    if baselines:
+        first = next(iter(given.values()))[0]
+        training = find_split(tasks, "train") if split != "train" else None
+        prepared = prepare(experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
+        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
+        for name in baselines:
+            fitted = fit_generator(prepared, generator_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})
+            everything[name] = [fitted]
+    order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
+    everything |= given
+    ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
+    return evaluate(
+        suite,
+        ranked,
+        oracles=oracle_bank,
+        methods=methods,
+        seeds=seeds,
+        limit=limit,
+        reproduce=oracle_bank is experts,
+        device=device,
+        quiet=quiet,
+    )

@@ -1,0 +1,165 @@
+"""Measure a gate on tasks and descriptions that it was not fitted on: does it know what it cannot do, and what it can?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lorag.banks.bank import AdapterBank
+from lorag.errors import GeneratorError
+from lorag.gate.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
+from lorag.gate.gate import Verdict
+from lorag.generator import LoraGenerator
+from lorag.tasks.suite import TaskSuite
+from lorag.tasks.unknown import unknown_tasks
+from lorag.training.gains import gains_of
+
+__all__ = ["format_gate", "measure_gate"]
+
+
+def measure_gate(
+    generator: LoraGenerator,
+    tasks: TaskSuite,
+    oracles: AdapterBank | None,
+    *,
+    unknown: Mapping[str, Sequence[str]] | None = None,
+    wordings: int = 2,
+    limit: int = 16,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Judges descriptions of held-out tasks and unknown ones, and compares what was expected with what came out.
+
+    Args:
+        generator: With a fitted gate.
+        tasks: Held-out tasks with test examples.
+        oracles: Experts of these very tasks; without them gains are not measured.
+        unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for testing.
+        wordings: Descriptions of each task.
+        limit: Most test examples of each.
+        quiet: No progress bar.
+
+    Returns:
+        `novelty`: AUROC, share refused of each kind, calibration error of the probability; `gain`, where oracles are given:
+        mean expected and realised, calibration error, share of intervals that held it; `selective`: risk-coverage of the
+        held-out tasks alone, ranked by expected gain, and of these with the unknown descriptions, on which all gain is lost;
+        `judged`: each description with what was found.
+
+    Raises:
+        GeneratorError: If the generator has no gate.
+    """
+    if generator.gate is None:
+        raise GeneratorError("the generator has no gate", remedy="Fit one: lorag gate fit GENERATOR.")
+    listed = unknown or unknown_tasks("test")
+    rows = [(task, text) for task in tasks for text in task.descriptions[:wordings]]
+    strange = [(kind, text) for kind, texts in listed.items() for text in texts]
+    with tqdm(total=len(rows) + len(strange), desc="judging", disable=quiet, leave=False) as bar:
+
+        def judge(text: str) -> Verdict:
+            bar.update()
+            return generator.judge(text)
+
+        inside = [judge(text) for _, text in rows]
+        outside = [judge(text) for _, text in strange]
+    known, new = (torch.tensor([float(v.novelty or 0.0) for v in part], dtype=torch.float64) for part in (inside, outside))
+    labels = torch.cat([torch.zeros(len(known)), torch.ones(len(new))])
+    report: dict[str, Any] = {
+        "tasks": len(tasks),
+        "descriptions": len(rows),
+        "unknown": len(strange),
+        "novelty": {
+            "auroc": round(auroc(known, new), 4),
+            "calibration_error": round(calibration_error(torch.cat([known, new]), labels), 4),
+            "refused_known": _share(inside),
+            "refused_unknown": _share(outside),
+            "refused_by_kind": {
+                kind: _share([v for v, (other, _) in zip(outside, strange, strict=True) if other == kind]) for kind in listed
+            },
+            "not_refused": [text for v, (_, text) in zip(outside, strange, strict=True) if v.decision != "refuse"],
+            "taken_for_known": sorted({task.key for v, (task, _) in zip(inside, rows, strict=True) if v.decision == "expert"}),
+        },
+    }
+    report["judged"] = [
+        {"task": task, "description": text, "novelty": v.novelty, "expected_gain": v.expected_gain, "evidence": _short(v.evidence)}
+        for v, (task, text) in zip(
+            [*inside, *outside], [*((task.key, text) for task, text in rows), *((None, t) for _, t in strange)], strict=True
+        )
+    ]
+    if oracles is None or generator.gate.gain is None:
+        return report
+    codes = []
+    for one in generator.embedder.embed([text for _, text in rows]):
+        codes.append(generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))[0].float())
+    gains = gains_of(generator, torch.stack(codes), [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    sure = gains.isfinite()
+    for row, gain in zip(report["judged"], gains.tolist(), strict=False):
+        row["gain"] = round(gain, 4) if gain == gain else None  # NaN is no gain
+    expected = torch.tensor([float(v.expected_gain or 0.0) for v in inside], dtype=torch.float64)[sure]
+    gains, ends = gains[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
+    lost = torch.tensor([float(v.expected_gain or 0.0) for v in outside], dtype=torch.float64)
+    report["gain"] = {
+        "expected": round(expected.mean().item(), 4),
+        "realised": round(gains.mean().item(), 4),
+        "calibration_error": round(calibration_error(expected, gains), 4),
+        "interval_held": round(((gains >= ends[:, 0]) & (gains <= ends[:, 1])).double().mean().item(), 4),
+        "interval_width": round((ends[:, 1] - ends[:, 0]).mean().item(), 4),
+    }
+    report["selective"] = {
+        "held_out": _curve(risk_coverage(expected, 1 - gains)),
+        "with_unknown": _curve(risk_coverage(torch.cat([expected, lost]), torch.cat([1 - gains, torch.ones(len(lost))]))),
+    }
+    return report
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def _share(verdicts: Sequence[Verdict]) -> float:
+    refused: Tensor = torch.tensor([v.decision == "refuse" for v in verdicts], dtype=torch.float64)
+    return round(refused.mean().item(), 4)
+
+
+def _curve(curve: RiskCoverage) -> dict[str, Any]:
+    full = curve.risk[-1]
+    return {
+        "aurc": round(curve.area, 4),
+        "aurc_best": round(curve.best, 4),
+        "risk": round(full, 4),
+        "risk_at_half": round(curve.at(0.5), 4),
+        "half_to_full": round(curve.at(0.5) / full, 4) if full > 0 else None,
+        "coverage": [round(v, 4) for v in curve.coverage],
+        "risks": [round(v, 4) for v in curve.risk],
+    }
+
+
+def format_gate(report: Mapping[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    novelty = report["novelty"]
+    lines = [
+        f"{report['tasks']} held-out tasks, {report['descriptions']} descriptions; {report['unknown']} of nothing that the bank does",
+        "",
+        f"known against unknown: AUROC {novelty['auroc']:.3f}, calibration error of the novelty {novelty['calibration_error']:.3f}",
+        f"refused: {novelty['refused_known']:.1%} of the known, {novelty['refused_unknown']:.1%} of the unknown ("
+        + ", ".join(f"{kind} {share:.0%}" for kind, share in novelty["refused_by_kind"].items())
+        + ")",
+    ]
+    if novelty["not_refused"]:
+        lines.append("not refused: " + "; ".join(novelty["not_refused"]))
+    if "gain" in report:
+        gain = report["gain"]
+        lines += [
+            f"gap closed: {gain['expected']:.3f} expected, {gain['realised']:.3f} realised, "
+            f"calibration error {gain['calibration_error']:.3f}",
+            f"the interval held {gain['interval_held']:.1%} of what was realised; its width is {gain['interval_width']:.2f} on average",
+            "",
+            f"{'ranked by expected gain':<26}{'AURC':>8}{'(best)':>8}{'risk':>8}{'at half':>9}{'ratio':>8}",
+        ]
+        for name, row in report["selective"].items():
+            ratio = "" if row["half_to_full"] is None else f"{row['half_to_full']:.3f}"
+            what = name.replace("_", " ").replace("held out", "held-out tasks")
+            lines.append(f"{what:<26}{row['aurc']:>8.3f}{row['aurc_best']:>8.3f}{row['risk']:>8.3f}{row['risk_at_half']:>9.3f}{ratio:>8}")
+    return "\n".join(lines)

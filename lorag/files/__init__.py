@@ -1,0 +1,1 @@
+"""Files: read as if hostile, written as if the power may fail."""

@@ -1,0 +1,1 @@
+"""How far a generated adapter can be trusted."""

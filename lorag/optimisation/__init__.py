@@ -1,0 +1,1 @@
+"""Gradient steps through a frozen base model, and the loop under every learned generator."""

@@ -1,0 +1,1 @@
+"""Tasks, their descriptions and examples."""

@@ -1,0 +1,299 @@
+"""Tasks: descriptions and examples, read from folders of tasks.jsonl and examples.jsonl.gz, and split by task."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorag.errors import ArtifactError, DescriptionError, TaskError
+from lorag.files.artifacts import parse_json, read_json, safe_name, write_atomically
+from lorag.files.plain import require_plain
+
+__all__ = ["Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
+
+MAX_DESCRIPTION = 4096
+_MAX_LINE = 1_000_000
+_MAX_BYTES = 2_000_000_000  # of one decompressed examples file
+_MAX_BLANK = 100_000
+_MAX_TASKS_BYTES = 256 * 2**20
+_MAX_RATIO, _RATIO_FREE = 100, 10_000_000  # text shrinks to a fifth or a twentieth; gzip of nothing but blanks to a thousandth
+
+
+def check_description(text: object) -> str:
+    """Returns a description that can be embedded, stripped.
+
+    Raises:
+        DescriptionError: If it is no text, empty, longer than 4,096 characters, or holds control characters or
+            halves of surrogate pairs, which is how Python passes on bytes that were no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise DescriptionError("a description must be text", got=type(text).__name__, expected="str")
+    stripped = text.strip()
+    if not stripped:
+        raise DescriptionError("the description is empty", remedy='Say what the adapter should do, such as "summarise legal text".')
+    if len(stripped) > MAX_DESCRIPTION:
+        raise DescriptionError("the description is too long", got=f"{len(stripped)} characters", expected=f"at most {MAX_DESCRIPTION}")
+    if any((c < " " and c not in "\t\n\r") or c in "\x7f\ufffd" or "\ud800" <= c <= "\udfff" for c in stripped):
+        raise DescriptionError("the description is not text", got=repr(stripped[:40]), remedy="Pass UTF-8 text.")
+    return stripped
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text of a task."""
+
+    input: str
+    output: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: what it is called, how people describe it, its closed label set if it has one, and its examples."""
+
+    name: str
+    suite: str
+    descriptions: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    license: str
+    source: str
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The name under which a bank keeps the task's expert: safe in files, whatever the task is called."""
+        return safe_name(self.name)
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """Examples of "train" or "test"."""
+        return tuple(example for example in self.examples if example.split == name)
+
+
+class TaskSuite:
+    """An ordered collection of tasks with distinct names."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self.tasks = tuple(tasks)
+        self._by_name = {task.name: task for task in self.tasks}
+        if len(self._by_name) != len(self.tasks):
+            names = [task.name for task in self.tasks]
+            raise TaskError("a task name occurs twice", got=next(name for name in names if names.count(name) > 1))
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._by_name:
+            raise TaskError("no task has this name", got=repr(name)[:80], remedy="List the names with lorag info.")
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(self._by_name)
+
+    def select(self, names: Sequence[str]) -> TaskSuite:
+        """The suite of these tasks, in this order."""
+        return TaskSuite(self[name] for name in names)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, split: str | None = None) -> TaskSuite:
+        """Reads a suite, or a folder of suites.
+
+        Args:
+            folder: Holds tasks.jsonl and, but for suites of descriptions, examples.jsonl.gz; or folders that do.
+            split: A key of the folder's splits.json, which maps split names to task names.
+
+        Raises:
+            TaskError: Naming file, line and field, if one is missing or wrong, if a label is unknown, or if an input
+                occurs in both train and test of a task.
+        """
+        folder = Path(folder)
+        if split is not None:
+            splits = read_json(folder / "splits.json")
+            if split not in splits:
+                raise TaskError(f"{folder / 'splits.json'} has no split {split!r}", expected=" or ".join(splits))
+            names = splits[split]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TaskError(f"{folder / 'splits.json'}: split {split!r} cannot be used", expected="a list of tasks' names")
+            return cls.from_folder(folder).select(names)
+        if (folder / "tasks.jsonl").is_file():
+            return cls(_read_suite(folder))
+        found = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
+        if not found:
+            raise TaskError(f"{folder} is no task suite", got="no tasks.jsonl in it or below it")
+        return cls(task for child in found for task in _read_suite(child))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes tasks.jsonl and examples.jsonl.gz; the same suite gives the same bytes."""
+        folder = Path(folder)
+        lines = "".join(
+            json.dumps(
+                {
+                    "name": task.name,
+                    "suite": task.suite,
+                    "descriptions": list(task.descriptions),
+                    "labels": None if task.labels is None else list(task.labels),
+                    "license": task.license,
+                    "source": task.source,
+                },
+                ensure_ascii=False,
+            )
+            + "\n"
+            for task in self
+        )
+        raw = io.BytesIO()
+        with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
+            for task in self:
+                for example in task.examples:
+                    row = {"task": task.name, "split": example.split, "input": example.input, "output": example.output}
+                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        write_atomically(folder / "examples.jsonl.gz", lambda path: _dump(path, raw.getvalue()))
+        write_atomically(folder / "tasks.jsonl", lambda path: _dump(path, lines.encode()))
+        return folder
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that any change of a task or example alters."""
+        crc = 0
+        for task in self:
+            crc = zlib.crc32(repr(replace(task, examples=())).encode(), crc)
+            for example in task.examples:
+                crc = zlib.crc32(repr(example).encode(), crc)
+        return f"{crc:08x}"
+
+
+def _dump(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _lines(file: TextIO, path: Path, most: int = _MAX_BYTES) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Objects of the lines of a file, by line number. Never more than one line's limit is held: files may be compressed."""
+    total = blank = 0
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
+        total += len(line)
+        if len(line) > _MAX_LINE:
+            raise TaskError(f"{path}, line {number} is too long", expected=f"at most {_MAX_LINE} characters")
+        blank += not line.strip()
+        if total > most or blank > _MAX_BLANK:
+            raise TaskError(f"{path} is too large for what it holds", expected=f"at most {most} characters, {_MAX_BLANK} empty lines")
+        if line.strip():
+            try:
+                value = parse_json(line, f"{path}, line {number}")
+            except ArtifactError as error:
+                raise TaskError(str(error)) from error
+            if not isinstance(value, dict):
+                raise TaskError(f"{path}, line {number} holds no JSON object")
+            yield number, value
+
+
+def _field(row: Mapping[str, Any], key: str, where: str, kind: type) -> Any:  # noqa: ANN401 - of the kind asked for
+    if key not in row:
+        raise TaskError(f"{where}: field {key!r} is missing", expected=kind.__name__)
+    if not isinstance(row[key], kind):
+        raise TaskError(f"{where}: field {key!r} has the wrong type", got=type(row[key]).__name__, expected=kind.__name__)
+    return row[key]
+
+
+def _read_suite(folder: Path) -> list[Task]:
+    tasks = _read_tasks(folder / "tasks.jsonl", folder.name)
+    packed = folder / "examples.jsonl.gz"
+    rows: dict[str, list[Example]] = {name: [] for name in tasks}
+    if packed.is_file():
+        try:
+            most = min(_MAX_BYTES, _RATIO_FREE + _MAX_RATIO * require_plain(packed))
+            with gzip.open(packed, "rt", encoding="utf-8") as file:
+                _read_examples(file, packed, tasks, rows, most)
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise TaskError(f"{packed} cannot be read", got=str(error)[:120]) from error
+    return [replace(task, examples=tuple(rows[name])) for name, task in tasks.items()]
+
+
+def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    try:
+        require_plain(path)
+        with path.open(encoding="utf-8") as file:
+            rows = list(_lines(file, path, _MAX_TASKS_BYTES))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read", got=str(error)[:120]) from error
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        name = _field(row, "name", where, str)
+        if not 1 <= len(name) <= 200 or not name.isprintable():
+            raise TaskError(f"{where}: field 'name' cannot be used", got=repr(name)[:80], expected="1 to 200 printable characters")
+        if name in tasks:
+            raise TaskError(f"{where}: task {name!r} occurs twice")
+        try:
+            descriptions = tuple(check_description(text) for text in _field(row, "descriptions", where, list))
+        except DescriptionError as error:
+            raise TaskError(f"{where}: {error}") from error
+        if not descriptions:
+            raise TaskError(f"{where}: task {name!r} has no description")
+        labels = row.get("labels")
+        if labels is not None and (not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)):
+            raise TaskError(f"{where}: field 'labels' has the wrong type", expected="a list of str, or null")
+        tasks[name] = Task(
+            name=name,
+            suite=str(row.get("suite", suite)),
+            descriptions=descriptions,
+            labels=None if labels is None else tuple(labels),
+            license=str(row.get("license", "unknown")),
+            source=str(row.get("source", "unknown")),
+        )
+    return tasks
+
+
+def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]], most: int) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for number, row in _lines(file, path, most):
+        where = f"{path}, line {number}"
+        name, split, text, output = (_field(row, key, where, str) for key in ("task", "split", "input", "output"))
+        if name not in tasks:
+            raise TaskError(f"{where}: field 'task' names no task of tasks.jsonl", got=repr(name)[:80])
+        if split not in ("train", "test"):
+            raise TaskError(f"{where}: field 'split' cannot be used", got=repr(split)[:40], expected="train or test")
+        labels = tasks[name].labels
+        if labels is not None and output not in labels:
+            raise TaskError(f"{where}: unknown label", got=repr(output)[:60], expected=f"one of the {len(labels)} labels of {name}")
+        if seen.setdefault((name, text), split) != split:
+            raise TaskError(f"{where}: the same input is in train and test of {name}", got=repr(text[:60]), remedy="Remove one.")
+        rows[name].append(Example(text, output, split))
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """Reads (input, output) pairs from JSON lines, for instance a few examples of a new task.
+
+    Raises:
+        TaskError: Naming the line, if one is not `{"input": ..., "output": ...}`.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            rows = [(row, f"{path}, line {number}") for number, row in _lines(file, path, _MAX_TASKS_BYTES)]
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read", got=error.strerror or error) from error
+    return [(_field(row, "input", where, str), _field(row, "output", where, str)) for row, where in rows]
+
+
+def connected(marks: Sequence[Set[str]]) -> list[list[int]]:
+    """Groups of indices that share marks, directly or through others; of what tasks share, such as texts or a source."""
+    groups: list[tuple[set[str], list[int]]] = []
+    for index, own in enumerate(marks):
+        near = [group for group in groups if not group[0].isdisjoint(own)]
+        groups = [group for group in groups if group not in near]
+        groups.append((set(own).union(*(known for known, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
+    return sorted(members for _, members in groups)

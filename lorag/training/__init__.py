@@ -1,0 +1,1 @@
+"""From a bank to a generator with its gate."""

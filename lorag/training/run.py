@@ -1,0 +1,186 @@
+"""Train a generator from a bank: codes, conditions, the method's own fit, and the strength of what it generates."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lorag.base_models.base_model import device_of
+from lorag.conditions.embedding import CachedEmbedder, SentenceEmbedder
+from lorag.config import to_plain
+from lorag.errors import ConfigError
+from lorag.files.artifacts import read_json, write_json
+from lorag.generator import LoraGenerator
+from lorag.generators import FitData, Generator, generator_type
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.publishing.provenance import public_name
+from lorag.training.gate_fitting import fit_gate
+from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
+from lorag.weights.weight_space import FlatFactors, SharedSubspace
+
+__all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
+
+logger = logging.getLogger(__name__)
+
+_STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        bank: Bank folder or hub id; "sandbox" is the embedded one.
+        out: Folder of the trained generator.
+        method: A registered generator.
+        settings: The method's own settings.
+        tasks: Suite with the experts' examples, for functional training and for choosing the strength; "sandbox" is the
+            embedded one, null leaves both out.
+        embedder: Text embedder.
+        space: "shared_subspace" or "flat_factors".
+        k: Dimensions of a shared subspace on each side.
+        rank: Rank of generated adapters.
+        wordings: Descriptions used of each expert; 0 uses all.
+        validation: Share of the experts held out for early stopping.
+        kin: What else is hidden, or held out, where a training task plays an unseen one: "task" nothing but its own expert,
+            "texts" experts of tasks that share training texts with it, "source" all of its source. As unseen tasks will be.
+        strength: Factor on generated ΔW; null chooses it on the held-out experts' tasks.
+        seed: Seed of everything.
+        device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model in functional training.
+    """
+
+    bank: str = "sandbox"
+    out: str = "runs/generator"
+    method: str = "house"
+    settings: dict[str, Any] = field(default_factory=dict)
+    tasks: str | None = "sandbox"
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    space: str = "shared_subspace"
+    k: int = 32
+    rank: int = 16
+    wordings: int = 0
+    validation: float = 0.1
+    kin: str = "task"
+    strength: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def fit_generator(
+    prepared: Prepared, method: Generator, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
+) -> LoraGenerator:
+    """Fits a method on a prepared bank and chooses its strength."""
+    method.fit(prepared.data, loop)
+    if strength is None:
+        strength = tune_strength(method, prepared.data, loop.rng)
+    space = prepared.space
+    rank = space.rank if isinstance(space, FlatFactors) else min(rank, space.k)
+    return LoraGenerator(
+        base=prepared.bank.base,
+        space=space,
+        conditioner=prepared.data.conditioner,
+        method=method,
+        embedder=prepared.embedder,
+        rank=rank,
+        strength=strength,
+        origin=origin,
+        licenses=_licences(prepared, method),
+    )
+
+
+def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
+    """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
+    data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
+    if data.functional is not None and method.learns_from_tasks:
+        found |= {task.key: task.license for task in (data.functional.tasks[i] for i in data.without_expert)}
+    return found
+
+
+def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: int = 48) -> float:
+    """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
+
+    The same rule for every method, so that none gains from its scale alone. 1 without examples or held-out tasks.
+    """
+    if data.functional is None or not data.validation:
+        return 1.0
+    chosen = list(data.validation)[:most]
+    vectors = data.functional.task_vectors(chosen).cpu() if method.needs_task_vectors else [None] * len(chosen)
+    conditions = [
+        replace(data.conditioner(data.embeddings[i][-1], exclude=data.kin[i]), task_vector=vector)
+        for i, vector in zip(chosen, vectors, strict=True)
+    ]
+    codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
+    space: Any = data.functional.space  # of the two that `_scale` knows
+    device = data.functional.rows.model.device
+    found: dict[float, float] = {}
+    for strength in _STRENGTHS:
+        scaled = _scale(space, codes, strength).to(device)
+        found[strength] = data.functional.loss(scaled, chosen, 4, "strength")
+    return min(found, key=lambda strength: found[strength])
+
+
+def _scale(space: SharedSubspace | FlatFactors, codes: Tensor, strength: float) -> Tensor:
+    """Codes whose ΔW is `strength` times as large. In flat factors the square root goes to both A and B."""
+    if isinstance(space, SharedSubspace):
+        space = space.to(codes.device)
+        return space.standardise(space.restore(codes) * strength)
+    mean, scale = space.mean.to(codes.device), space.scale.to(codes.device)
+    return ((codes * scale + mean) * strength**0.5 - mean) / scale
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
+    """Runs a training run, or goes on with it where it was interrupted.
+
+    Raises:
+        ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
+    """
+    out = Path(config.out)
+    plain = to_plain(config)
+    if (out / "run.json").exists() and read_json(out / "run.json") != plain:
+        raise ConfigError(f"out: {out} holds a run with other settings", remedy="Choose another folder, or delete it.")
+    if (out / "generator.json").exists():
+        logger.warning("%s is trained already; delete it to train it anew", out)
+        return LoraGenerator.from_pretrained(out, device=config.device)
+    if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
+        raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
+    method = generator_type(config.method).with_settings(config.settings)
+    bank = find_bank(config.bank)
+    suite = find_tasks(config.tasks) if config.tasks else None
+    embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
+    write_json(out / "run.json", plain)
+    prepared = prepare(
+        bank,
+        embedder,
+        space_name=config.space,
+        k=config.k,
+        wordings=config.wordings,
+        validation=config.validation,
+        kin=config.kin,
+        seed=config.seed,
+        suite=suite,
+        without_expert=find_split(config.tasks, WITHOUT_EXPERT) if config.tasks else None,
+        device=config.device,
+        dtype=config.dtype,
+        quiet=quiet,
+    )
+    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")
+    loop = TrainingLoop(out, torch.Generator().manual_seed(config.seed), quiet or not accelerator.is_local_main_process, accelerator)
+    # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
+    settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
+    settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
+    origin = {"config": settings, "experts": len(bank)}
+    generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    if prepared.data.validation and not method.needs_task_vectors:
+        held, kin = prepared.data.validation, prepared.data.kin[: len(bank)]
+        generator.gate = fit_gate(generator, bank, suite, held, kin, quiet=quiet)
+    generator.save_pretrained(out)
+    loop.finish()
+    return generator

@@ -1,0 +1,123 @@
+"""Orthonormal bases that a bank shares: from thin factors, never from a dense o x i matrix, in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorag.adapters.adapter import LoraAdapter
+
+__all__ = ["RunningSpan", "Span", "cosine", "reduced"]
+
+
+def reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64; r is at most o and i.
+
+    QR first, so that the only dense decomposition is of an r x r matrix.
+    """
+    rows, columns = adapter.factors[module]
+    q_out, r_out = torch.linalg.qr(columns.double())
+    q_in, r_in = torch.linalg.qr(rows.double().T)
+    core = adapter.scaling * r_out @ r_in.T  # r x r, or smaller where r exceeds a side of the module
+    left, values, right = torch.linalg.svd(core, full_matrices=core.shape[0] == core.shape[1])
+    return q_out @ left, values, q_in @ right.T
+
+
+def cosine(one: LoraAdapter, other: LoraAdapter) -> float:
+    """Cosine of the ΔW of two adapters of one layout, all modules together, from Gram matrices; 0 where one changes nothing."""
+
+    def product(a: LoraAdapter, b: LoraAdapter) -> float:
+        total = 0.0
+        for module in a.layout.names:
+            (rows_a, columns_a), (rows_b, columns_b) = (tuple(f.double() for f in x.factors[module]) for x in (a, b))
+            total += ((columns_a.T @ columns_b) * (rows_a @ rows_b.T)).sum().item()
+        return a.scaling * b.scaling * total
+
+    size = (product(one, one) * product(other, other)) ** 0.5
+    return product(one, other) / size if size else 0.0
+
+
+class Span:
+    """Leading left singular vectors of many columns, in bounded memory: the buffer is compressed when it is full."""
+
+    def __init__(self, size: int) -> None:
+        self.keep = size
+        self.columns: list[Tensor] = []
+        self.held = 0
+
+    def add(self, columns: Tensor) -> None:
+        """Takes columns (size, any)."""
+        self.columns.append(columns)
+        self.held += columns.shape[1]
+        if self.held > 16 * self.keep + 4096:
+            left, values = self._svd()
+            self.columns = [left[:, : 8 * self.keep] * values[: 8 * self.keep]]
+            self.held = self.columns[0].shape[1]
+
+    def _svd(self) -> tuple[Tensor, Tensor]:
+        stacked = torch.cat(self.columns, 1)
+        if stacked.shape[1] > stacked.shape[0]:  # the Gram matrix is smaller, and fp64 leaves room for squaring
+            values, left = torch.linalg.eigh(stacked @ stacked.T)
+            return left.flip(1), values.flip(0).clamp_min(0).sqrt()
+        left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
+        return left, values
+
+    def basis(self) -> Tensor:
+        """Orthonormal columns (size, k) in fp32, their signs fixed against a fixed direction."""
+        left, _ = self._svd()
+        left = left[:, : self.keep]
+        if left.shape[1] < self.keep:  # fewer directions than k: complete them, so that all modules share one k
+            rng = torch.Generator().manual_seed(0)
+            extra = torch.randn(left.shape[0], self.keep, generator=rng, dtype=left.dtype)
+            left = torch.linalg.qr(torch.cat([left, extra], 1))[0][:, : self.keep]
+        probe = torch.randn(left.shape[0], generator=torch.Generator().manual_seed(1), dtype=left.dtype)
+        signs = torch.where(probe @ left < 0, -1.0, 1.0)
+        return (left * signs).float().contiguous()  # as it will be when read from a file: products round by layout
+
+
+class RunningSpan:
+    """Leading left singular vectors of columns that keep coming (Brand, "Incremental singular value decomposition", 2002).
+
+    It forgets what lies outside of its leading directions whenever it is refitted, so that it never has to see earlier
+    columns again; it keeps more directions than are asked of it, so that one that gains weight slowly is not lost.
+
+    Args:
+        size: Length of the columns.
+        keep: Directions kept.
+        columns: Orthogonal columns (size, at most keep) whose norms are their singular values, the largest first.
+    """
+
+    def __init__(self, size: int, keep: int, columns: Tensor | None = None) -> None:
+        self.keep = min(keep, size)
+        self.columns = torch.zeros(size, 0) if columns is None else columns
+        self._new: list[Tensor] = []
+
+    @property
+    def waiting(self) -> int:
+        """Number of columns that came since the last refit."""
+        return sum(columns.shape[1] for columns in self._new)
+
+    def add(self, columns: Tensor) -> None:
+        """Takes columns (size, any)."""
+        self._new.append(columns.float())
+
+    def refit(self) -> None:
+        """Works in the columns that came."""
+        if not self._new:
+            return
+        stacked = torch.cat([self.columns, *self._new], 1).double()
+        self._new = []
+        # The smaller Gram matrix: fp64 leaves room for squaring what is stored in fp32.
+        if stacked.shape[1] <= stacked.shape[0]:
+            _, right = torch.linalg.eigh(stacked.T @ stacked)
+            self.columns = (stacked @ right.flip(1))[:, : self.keep].float()
+        else:
+            values, left = torch.linalg.eigh(stacked @ stacked.T)
+            self.columns = (left * values.clamp_min(0).sqrt()).flip(1)[:, : self.keep].float()
+
+    def basis(self, k: int) -> Tensor:
+        """At most k orthonormal columns (size, k) in fp64, as of the last refit."""
+        leading = self.columns[:, :k].double()
+        norms = leading.norm(dim=0)
+        real = norms > 1e-5 * norms.max().clamp_min(1e-30) if len(norms) else norms > 0  # the others are rounding
+        return leading[:, real] / norms[real]
