@@ -197,5 +197,10 @@ def test_derived_suites_keep_together_what_shares_texts_or_a_source(tmp_path):
         assert texts[0].isdisjoint(texts[1])
         sources = [{task.source for task in suite} for suite in (train, test)]
         assert sources[0].isdisjoint(sources[1]) == (by == "source")
+        derive(tmp_path / "in", tmp_path / "more", by=by, subsets=2, without_expert=3, held_out=0.4, seed=1)
+        assert TaskSuite.from_folder(tmp_path / "more", "test").names == test.names
+        more = TaskSuite.from_folder(tmp_path / "more", "without_expert")
+        assert len(more) > len(train) / 2 and set(more.names).isdisjoint([*train.names, *test.names])
+        assert {example.input for task in more for example in task.examples} <= texts[0]
     with pytest.raises(ConfigError, match="by"):
         derive(tmp_path / "in", tmp_path / "out", by="luck")

@@ -24,7 +24,15 @@ _PATTERNS = (
 
 
 def derive(
-    source: Path, out: Path, *, names: Path | None = None, subsets: int = 1, held_out: float = 0.3, by: str = "source", seed: int = 0
+    source: Path,
+    out: Path,
+    *,
+    names: Path | None = None,
+    subsets: int = 1,
+    without_expert: int = 0,
+    held_out: float = 0.3,
+    by: str = "source",
+    seed: int = 0,
 ) -> Mapping[str, int]:
     """Writes a suite of labelled tasks with a splits.json.
 
@@ -36,6 +44,7 @@ def derive(
         out: Folder of the new suite.
         names: JSON list of the tasks to start with; by default all with labels.
         subsets: Tasks made of each label set of six or more.
+        without_expert: More of them, of training tasks alone, as the split of tasks that teach without an expert.
         held_out: Share of the tasks held out, about.
         by: "source" or "texts": what keeps tasks together.
         seed: Seed of subsets and split.
@@ -50,11 +59,13 @@ def derive(
     if by not in ("source", "texts"):
         raise ConfigError("--by cannot be used", got=repr(by), expected="source or texts")
     tasks: list[Task] = []
+    whole: list[Task] = []  # with label sets that can be cut
     for task in suite:
         if not task.labels or not task.split("test"):
             continue
         tasks.append(task)
         if len(task.labels) >= _LARGE:
+            whole.append(task)
             tasks += [made for _ in range(subsets) if (made := _subset(task, rng)) is not None]
     if not tasks:
         raise TaskError(f"{source} has no task with labels and test examples")
@@ -67,7 +78,14 @@ def derive(
             test += [tasks[index].name for index in group]
     chosen = set(test)
     splits = {"train": [t.name for t in tasks if t.name not in chosen], "test": [t.name for t in tasks if t.name in chosen]}
-    TaskSuite(tasks).save(out)
+    more: dict[str, Task] = {}
+    for task in [one for one in whole if one.name not in chosen] * without_expert:
+        made = _subset(task, rng)
+        if made is not None and made.name not in splits["train"]:
+            more[made.name] = made
+    if more:
+        splits["without_expert"] = sorted(more)
+    TaskSuite([*tasks, *more.values()]).save(out)
     write_json(out / "splits.json", splits)
     return {name: len(found) for name, found in splits.items()}
 
