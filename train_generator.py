@@ -1,6 +1,9 @@
 """Train a generator: `python train_generator.py [KEY=VALUE ...]`, the same as `lorag train`.
 
-Under `accelerate launch` the same file trains in several processes.
+Several processes train one generator, each on its share of every batch:
+
+    accelerate launch --num_processes 4 train_generator.py KEY=VALUE ...
+    accelerate launch --multi_gpu --num_processes 2 train_generator.py device=cpu ...   # on CPUs, in spite of the option's name
 """
 
 import sys

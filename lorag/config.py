@@ -16,33 +16,49 @@ from omegaconf.errors import OmegaConfBaseException
 from lorag.errors import ArtifactError, ConfigError
 from lorag.files.plain import looks_like, read_bounded
 
-__all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "read_settings", "to_plain"]
+__all__ = ["from_plain", "load_config", "parse_yaml", "preset_names", "read_settings", "recipe_names", "to_plain"]
 
 T = TypeVar("T")
 _MAX_BYTES = 32 * 1024
 _MAX_DEPTH = 32
+_RECIPES = "recipes"
+_PARTS = frozenset(("add", "build", "train"))  # of a recipe, each the settings of one command
 _PLAIN = (str, int, float, bool, type(None))
 
 
 def preset_names() -> list[str]:
     """Names of the presets that ship in lorag/configs."""
-    return sorted(
-        path.name.removesuffix(".yaml") for path in resources.files("lorag").joinpath("configs").iterdir() if path.name.endswith(".yaml")
-    )
+    return _shipped()
 
 
-def _read(preset: str) -> dict[str, Any]:
-    path = Path(preset)
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship in lorag/configs/recipes: presets with a part for each command, for bases that people use."""
+    return _shipped(_RECIPES)
+
+
+def _shipped(*folders: str) -> list[str]:
+    inside = resources.files("lorag").joinpath("configs", *folders)
+    return sorted(path.name.removesuffix(".yaml") for path in inside.iterdir() if path.name.endswith(".yaml"))
+
+
+def _read(preset: str, part: str | None) -> dict[str, Any]:
+    path, recipe = Path(preset), preset.removeprefix(f"{_RECIPES}/")
     if preset in preset_names():
         raw = resources.files("lorag").joinpath("configs", f"{preset}.yaml").read_bytes()
+    elif recipe in recipe_names():
+        raw = resources.files("lorag").joinpath("configs", _RECIPES, f"{recipe}.yaml").read_bytes()
     elif path.suffix in (".yaml", ".yml") and path.is_file():
         raw = _read_file(path)
     else:
-        raise ConfigError("no such preset or YAML file", got=repr(preset)[:80], expected=", ".join(preset_names()))
+        raise ConfigError("no such preset or YAML file", got=repr(preset)[:80], expected=", ".join([*preset_names(), *recipe_names()]))
     value = parse_yaml(raw, preset)
     if not isinstance(value, dict):
         raise ConfigError(f"{preset} holds no mapping", got=looks_like(raw[:64]) if b":" not in raw else None)
-    return value
+    if not value or not _PARTS.issuperset(value):
+        return value
+    if part not in value or not isinstance(value[part], dict):
+        raise ConfigError(f"{preset} has no settings for this command", got=", ".join(value), expected=part)
+    return value[part]
 
 
 def _read_file(path: Path) -> bytes:
@@ -135,18 +151,19 @@ def _uninterpolated(value: Any, origin: object) -> Any:  # noqa: ANN401 - JSON i
     return value
 
 
-def load_config(schema: type[T], preset: str | None = None, overrides: Sequence[str] = ()) -> T:
+def load_config(schema: type[T], preset: str | None = None, overrides: Sequence[str] = (), part: str | None = None) -> T:
     """Builds a config dataclass from its defaults, a preset, and overrides such as `settings.steps=100`.
 
     Args:
         schema: The dataclass.
-        preset: Name of a shipped preset, or path of a YAML file.
+        preset: Name of a shipped preset or recipe, or path of a YAML file.
         overrides: KEY=VALUE strings, later ones winning.
+        part: Where the preset is a recipe, the part of it that is meant: "add", "build" or "train".
 
     Raises:
-        ConfigError: Naming the key that is unknown or has a value of the wrong type.
+        ConfigError: Naming the key that is unknown or has a value of the wrong type, or the part that a recipe lacks.
     """
-    return _merge(schema, _read(preset) if preset else {}, read_settings(overrides))
+    return _merge(schema, _read(preset, part) if preset else {}, read_settings(overrides))
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:

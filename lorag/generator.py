@@ -116,7 +116,8 @@ class LoraGenerator:
             seed: Seed of methods that sample; the same seed gives the same bytes.
             strength: Factor on ΔW, on top of the generator's own.
             examples: (input, output) of the task, if there are some: they condition the methods that can use them.
-            refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated.
+            refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
+                adapter that answers them all already (`info["refine_steps"]` says how many were taken).
             on_unknown: What becomes of a description that the gate refuses: "warn" generates and warns, "raise" raises,
                 "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
             bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
@@ -131,7 +132,9 @@ class LoraGenerator:
             BankError: If the bank is not one of this generator's base model and experts.
         """
         examples = check_examples(examples, refine_steps)
-        self._check_choices(on_unknown, bank)
+        if on_unknown not in ON_UNKNOWN:
+            raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
+        self.check_bank(bank)
         condition = self.condition(description, examples)
         verdict = unasked(condition) if on_unknown == "ignore" else self.judge(description, condition)
         if verdict.decision == "refuse":
@@ -139,13 +142,14 @@ class LoraGenerator:
         served, adapter, shares = self._serve(verdict, condition, seed, on_unknown, bank)
         adapter = adapter.scaled(strength)
         if refine_steps and served != "fallback":
-            adapter = refine(*self.runtime(), adapter, examples, refine_steps, seed)
+            started, adapter = adapter, refine(*self.runtime(), adapter, examples, refine_steps, seed)
+            refine_steps = 0 if adapter is started else refine_steps
         norms, model = adapter.norms(), self.base.model
         info: dict[str, Any] = {
             "description": description.strip(),
             "method": self.method.name if served in ("generated", "reconstruction") else served,
             "neighbours": [list(pair) for pair in condition.neighbours],
-            "novelty": round(condition.novelty, 4),
+            "novelty": verdict.novelty,
             "gate": verdict.to_dict() | {"served": served},
             "seed": seed,
             "strength": strength,
@@ -162,9 +166,8 @@ class LoraGenerator:
         info["license"] = licence_of(info).name
         return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, model.name, TASK_TYPES[model.kind], info)
 
-    def _check_choices(self, on_unknown: str, bank: AdapterBank | None) -> None:
-        if on_unknown not in ON_UNKNOWN:
-            raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
+    def check_bank(self, bank: AdapterBank | None) -> None:
+        """Raises a BankError if a bank is not the one that the generator learned from."""
         if bank is not None and (bank.base != self.base or not set(self.conditioner.names) <= set(bank.names)):
             raise BankError("the bank is not the one that the generator learned from", remedy="Give that one, or none.")
 

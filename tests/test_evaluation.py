@@ -12,7 +12,7 @@ from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save
 from lorag.banks.bank import AdapterBank
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 from lorag.evaluation.folders import run_ladder
-from lorag.evaluation.ladder import JUNK, _bootstrap, _junk, _shuffled, evaluate, format_table
+from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.files.artifacts import write_json
 from lorag.generator import LoraGenerator
@@ -94,11 +94,11 @@ def test_intervals_hold_their_mean(report):
         assert row["score"] == pytest.approx(sum(row["per_task"].values()) / len(row["per_task"]), abs=1e-3)
     rng = torch.Generator().manual_seed(0)
     values = torch.rand(60, generator=rng)
-    low, high = _bootstrap(values)
+    low, high = bootstrap(values)
     assert low < values.mean() < high
     expected = 2 * 1.96 * values.std() / 60**0.5
     assert (high - low) == pytest.approx(expected.item(), rel=0.15)
-    assert _bootstrap(values * 0 + 0.5) == [0.5, 0.5]
+    assert bootstrap(values * 0 + 0.5) == [0.5, 0.5]
 
 
 def test_shuffled_gives_no_task_its_own_description_and_junk_none_at_all(world):

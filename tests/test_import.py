@@ -820,3 +820,11 @@ def test_bank_add_reports_each_and_fails_if_one_failed(bank, tmp_path, random_ad
     assert code == 0 and "7 experts, all sound" in out and "nearest by weight" in out
     code, out, _ = command("remove", "good", "--bank", bank.folder)
     assert code == 0 and "6 experts are left" in out
+
+
+def test_a_refused_adapter_ends_the_command(bank, tmp_path, random_adapter):
+    """What is still to be written when an error goes up is written before the interpreter ends: the command does not hang."""
+    write(tmp_path / "bad", random_adapter(LAYOUT, 2, 4.0, seed=31), "two task", peft_type="IA3")
+    command = [sys.executable, "-m", "lorag.cli", "bank", "add", str(tmp_path / "bad"), "--bank", str(bank.folder), "--embedder", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "IA3" in done.stderr and "Traceback" not in done.stderr

@@ -170,7 +170,7 @@ def test_a_generated_adapter_says_how_it_came_about(fitted, toy, tmp_path):
     assert info["generator"]["revision"].startswith("sha256:") and info["embedder"] == "words"
     base = info["base_model"]
     assert (base["name"], base["identity"], base["layout"]) == ("base", toy.base.identity, toy.base.layout.fingerprint)
-    assert set(info["norms"]) == set(toy.base.layout.names) and info["norm"] > 0 and 0 <= info["novelty"] <= 1
+    assert set(info["norms"]) == set(toy.base.layout.names) and info["norm"] > 0 and info["novelty"] == info["gate"]["novelty"]
     assert set(info["versions"]) == {"lorag", "torch", "transformers", "peft"}
     assert [parent["name"] for parent in info["parents"]] == NAMES and {parent["weight"] for parent in info["parents"]} == {None}
     assert info["license"] == "cc-by-nc-4.0"

@@ -40,13 +40,33 @@ def _pairs(task, count):
     return [(example.input, example.output) for example in task.split("train")[:count]]
 
 
+def _sorted_pairs(rows, objective, adapter, task):
+    """Training examples that the adapter answers word for word, and those that it does not."""
+    found = {True: [], False: []}
+    for example in task.split("train"):
+        alone = Task("one", "s", ("x",), None, "MIT", "here", (Example(example.input, example.output, "test"),))
+        score = objective.scores(rows, stack_adapters([adapter]), [alone], limit=1)[0]["exact_match"]
+        found[score == 1].append((example.input, example.output))
+    return found[True], found[False]
+
+
+def test_examples_that_are_answered_already_change_nothing(world):
+    """They teach nothing, and a few steps on them would forget the description: the very same adapter comes back."""
+    _, rows, objective, tasks, adapters = world
+    right = _sorted_pairs(rows, objective, adapters[0], tasks[0])[0][:4]
+    assert refine(rows, objective, adapters[0], right, 20) is adapters[0]
+    wrong = [(right[0][0], f"not {right[0][1]}"), *right[1:]]
+    assert delta_error(refine(rows, objective, adapters[0], wrong, 20), adapters[0]) > 0.01
+
+
 def test_one_example_does_not_destroy_a_good_adapter(world):
     """However many steps are taken on it, one example moves ΔW by less than half and leaves most of what was right."""
     _, rows, objective, tasks, adapters = world
     bare, before = _likelihood(rows, objective, adapters[0].scaled(0), tasks[0]), _likelihood(rows, objective, adapters[0], tasks[0])
     assert before > bare + 2  # it was good
+    missed = _sorted_pairs(rows, objective, adapters[0], tasks[0])[1][:1] or [(_pairs(tasks[0], 1)[0][0], "something else")]
     for steps in (5, 60):
-        refined = refine(rows, objective, adapters[0], _pairs(tasks[0], 1), steps)
+        refined = refine(rows, objective, adapters[0], missed, steps)
         assert 0.01 < delta_error(refined, adapters[0]) < 0.5
         assert _likelihood(rows, objective, refined, tasks[0]) > before - 0.2 * (before - bare)
 
@@ -55,8 +75,10 @@ def test_examples_improve_an_adapter_that_is_only_partly_right(world):
     """From a quarter of the right ΔW, sixteen examples raise the likelihood of answers to other texts, and more than one does."""
     _, rows, objective, tasks, adapters = world
     start = adapters[0].scaled(0.25)
+    missed = _sorted_pairs(rows, objective, start, tasks[0])[1]
+    assert len(missed) >= 16
     found = [_likelihood(rows, objective, start, tasks[0])]
-    found += [_likelihood(rows, objective, refine(rows, objective, start, _pairs(tasks[0], count), 30), tasks[0]) for count in (1, 16)]
+    found += [_likelihood(rows, objective, refine(rows, objective, start, missed[:count], 30), tasks[0]) for count in (1, 16)]
     assert found[0] < found[1] < found[2]
     assert found[2] > found[0] + 0.2
 
@@ -65,12 +87,13 @@ def test_the_rate_follows_the_size_of_the_factors(world):
     """The same ΔW as (10·B)(A/10), or in a base model of other units: a step is a share of the factors, not an absolute."""
     _, rows, objective, tasks, adapters = world
     changes = []
+    pairs = [(text, f"not {answer}") for text, answer in _pairs(tasks[0], 4)]  # that it does not answer already
     for scale in (1.0, 0.1):  # factors of a tenth: ΔW of a hundredth
         factors = {name: (a * scale, b * scale) for name, (a, b) in adapters[0].factors.items()}
         start = type(adapters[0])(adapters[0].layout, factors, adapters[0].alpha)
-        changes.append(delta_error(refine(rows, objective, start, _pairs(tasks[0], 4), 5), start))
+        changes.append(delta_error(refine(rows, objective, start, pairs, 5), start))
     assert 0.3 < changes[1] / changes[0] < 3
-    given = refine(rows, objective, adapters[0], _pairs(tasks[0], 4), 5, learning_rate=1e-6)
+    given = refine(rows, objective, adapters[0], pairs, 5, learning_rate=1e-6)
     assert delta_error(given, adapters[0]) < changes[0] / 10
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from web_world import TEXTS, Picky, encoder_generator, toy_generators
 
 import lorag.generator as generator_module
+from lorag.banks.bank import AdapterBank
 from lorag.cli import main as cli
 from lorag.conditions.task_map import TaskMap
-from lorag.errors import ConfigError, DescriptionError, MissingDependencyError, TaskError, UnknownTaskError
+from lorag.errors import BankError, ConfigError, DescriptionError, MissingDependencyError, TaskError, UnknownTaskError
+from lorag.gate.gate import Verdict
 from lorag.objectives import make_objective
 from lorag.web import drawings
 from lorag.web.downloads import Downloads
@@ -182,6 +184,24 @@ def test_generators_of_different_bases_are_not_mixed(generators, tmp_path, tiny_
     other = encoder_generator(tmp_path, tiny_models["bert"], tokenizer)
     with pytest.raises(ConfigError, match="generator other is for another base model"):
         Workbench({"ridge": generators["ridge"], "other": other})
+
+
+def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, tokenizer):
+    """What is served says so, the Python names the bank, and a bank that the generators did not learn from is refused."""
+    made = toy_generators(tmp_path, tiny_models["llama"], tokenizer)["ridge"]
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    known = bank.names[0]
+    made.gate = SimpleNamespace(judge=lambda served, text, condition: Verdict("expert", "known", 0.0, 1.0, (1.0, 1.0), (), known))
+    bench = Workbench({"ridge": made}, bank=tmp_path / "bank")
+    order = Order("paint it", ("ridge",))
+    (one,) = bench.make(order)
+    assert one.adapter.info["gate"]["served"] == "expert" and all(
+        torch.allclose(one.adapter.delta(name), bank.adapter(known).delta(name)) for name in made.base.layout.names
+    )
+    assert f"bank={str(tmp_path / 'bank')!r}" in bench.python(order, one)
+    bank.remove([known])
+    with pytest.raises(BankError, match="not the one that the generator learned from"):
+        Workbench({"ridge": made}, bank=tmp_path / "bank")
 
 
 def test_three_lines_of_python_make_the_same_adapter(generators, tmp_path, monkeypatch):
@@ -389,7 +409,7 @@ def test_without_gradio_the_command_says_what_to_install(bench, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependencyError, match=r"lorag\[web\]"), serving(bench):
         pass
-    monkeypatch.setattr(Workbench, "from_folders", lambda names, device: bench)
+    monkeypatch.setattr(Workbench, "from_folders", lambda names, **settings: bench)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["web"])
     assert stopped.value.code == 1 and capsys.readouterr().err.startswith("lorag: the page needs gradio")

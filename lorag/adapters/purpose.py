@@ -16,7 +16,7 @@ from lorag.errors import ArtifactError, UndescribedError
 from lorag.files.plain import read_bounded
 from lorag.tasks.suite import check_description
 
-__all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose"]
+__all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose", "stated_licence"]
 
 SIDECAR, CARD = "description.txt", "README.md"
 _MAX_SIDECAR, _MAX_CARD = 2**18, 2**20
@@ -84,6 +84,15 @@ def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
         got=f"{CARD} without a paragraph on its task" if card else f"neither {SIDECAR} nor {CARD}",
         remedy=f'Give --description "…", or write one wording a line into {folder / SIDECAR}.',
     )
+
+
+def stated_licence(folder: Path) -> str | None:
+    """The licence that an adapter's model card states.
+
+    Raises:
+        ArtifactError: If the card is a link, too large or no UTF-8.
+    """
+    return _stated_licence(_text(folder / CARD, _MAX_CARD))
 
 
 def _text(path: Path, most: int) -> str:

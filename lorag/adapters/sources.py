@@ -1,4 +1,4 @@
-"""Where adapters come from: a PEFT folder, a folder of such folders, or the hub; each with the name that it will have in a bank."""
+"""Where adapters come from: a PEFT folder, a folder of such folders, the hub, or a list; each with the name that it will have in a bank."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
+from lorag.errors import BankError, DescriptionError
 from lorag.files.artifacts import safe_name
 from lorag.files.hub import fetch
+from lorag.files.plain import read_bounded
+from lorag.tasks.descriptions import check_description
 
-__all__ = ["Source", "find_sources"]
+__all__ = ["Source", "find_sources", "listed_sources"]
 
 _DEEPEST = 4
+_MAX_LIST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class Source:
         label: How messages call it.
         place: Its folder, or its hub id.
         name: Its name in a bank.
+        descriptions: What its task is, where the list that names the adapter says so.
     """
 
     label: str
     place: Path | str
     name: str
+    descriptions: tuple[str, ...] = ()
 
     def folder(self, revision: str | None = None) -> Path:
         """Its folder, fetched from the hub where it is a hub id.
@@ -59,6 +65,54 @@ def find_sources(places: Sequence[str]) -> list[Source]:
             parts = folder.relative_to(root).parts
             found.append(Source(str(folder), folder, safe_name("-".join(parts) or root.resolve().name)))
     return found
+
+
+def listed_sources(path: Path) -> list[Source]:
+    """Lists the adapters that a text file names; nothing is fetched yet.
+
+    Each line holds a folder or hub id, and, after a tab each where they are wanted, a name in the bank and a description:
+    names that tasks of a suite have let a generator learn from their examples too. Empty lines and those that start with # are
+    passed over.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The adapters in the file's order.
+
+    Raises:
+        BankError: Naming the line, if one has more parts, names no folder and no possible hub id, or names a place twice.
+        ArtifactError: If the file cannot be read.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        lines = read_bounded(path, _MAX_LIST, named=True).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BankError(f"{path} is not UTF-8 text", got=str(error)[:120]) from error
+    found: dict[str, Source] = {}
+    for number, line in enumerate(lines, 1):
+        place, *more = (part.strip() for part in line.split("\t"))
+        if line.startswith("#") or not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            if len(more) > 2 or not place:
+                raise BankError(f"{where} cannot be used", got=line[:80], expected="a folder or hub id, a name and a description, by tabs")
+            if place in found:
+                raise BankError(f"{where} names an adapter for the second time", got=place[:120])
+            if not Path(place).is_dir():
+                validate_repo_id(place)
+            texts = tuple(check_description(text) for text in more[1:])
+        except (HFValidationError, DescriptionError, ValueError) as error:
+            raise error if isinstance(error, BankError) else BankError(f"{where} cannot be used: {error}", got=line[:80]) from error
+        sources = find_sources([place])
+        if len(sources) > 1:
+            raise BankError(f"{where} names a folder of adapters", got=f"{len(sources)} in {place}", remedy="Name each of them.")
+        source = sources[0]
+        found[place] = Source(source.label, source.place, safe_name(more[0]) if more and more[0] else source.name, texts)
+    return list(found.values())
 
 
 def _adapters(root: Path) -> Iterator[Path]:

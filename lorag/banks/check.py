@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from lorag.banks.admission import DUPLICATE, check_norm
 from lorag.banks.bank import AdapterBank, Expert
 from lorag.banks.descriptions import same_words
 from lorag.banks.index import BankIndex
 from lorag.errors import LoragError
+from lorag.progress import progress_bar
 
 __all__ = ["Finding", "check_bank", "format_findings"]
 
@@ -52,7 +51,9 @@ def check_bank(bank: AdapterBank, *, quiet: bool = True) -> list[Finding]:
     """
     broken = {
         expert.name: problem
-        for expert, problem in tqdm(bank.check(), desc="reading experts", total=len(bank), disable=quiet or len(bank) < 16, leave=False)
+        for expert, problem in progress_bar(
+            bank.check(), desc="reading experts", total=len(bank), disable=quiet or len(bank) < 16, leave=False
+        )
         if problem
     }
     index = BankIndex.load(bank).cover(bank, quiet=quiet)
@@ -60,7 +61,7 @@ def check_bank(bank: AdapterBank, *, quiet: bool = True) -> list[Finding]:
     for expert in bank.experts:
         for text in {same_words(text) for text in expert.descriptions}:
             words.setdefault(text, []).append(expert.name)
-    bar = tqdm(bank.experts, desc="comparing experts", disable=quiet or len(bank) < 16, leave=False)
+    bar = progress_bar(bank.experts, desc="comparing experts", disable=quiet or len(bank) < 16, leave=False)
     return [_finding(bank, index, expert, broken.get(expert.name), words) for expert in bar]
 
 

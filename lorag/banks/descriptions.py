@@ -44,35 +44,53 @@ class DescriptionIndex:
     def __init__(self, embedder: TextEmbedder) -> None:
         self._embedder = embedder
         self._digests: dict[str, str] = {}
-        self._centroids: dict[str, Tensor] = {}
+        self._places: dict[str, int] = {}
+        self._rows = torch.empty(0, embedder.size)  # with room for more than there are
 
     def cover(self, bank: AdapterBank, *, quiet: bool = True) -> None:
         """Embeds what is new or was changed, and forgets the experts that are gone."""
-        for name in [name for name in self._digests if name not in bank]:
-            del self._digests[name], self._centroids[name]
+        if any(name not in bank for name in self._digests):
+            self._forget(bank)
         new = [expert for expert in bank.experts if self._digests.get(expert.name) != _digest(expert)]
         texts = [expert.descriptions[:_WORDINGS] for expert in new]
         flat = iter(self._embedder.embed([text for own in texts for text in own], quiet=quiet or sum(map(len, texts)) < 64))
         for expert, own in zip(new, texts, strict=True):
             mean = torch.stack([next(flat).pooled for _ in own]).mean(0)
-            self._centroids[expert.name] = torch.nn.functional.normalize(mean, dim=-1)
+            self._put(expert.name, torch.nn.functional.normalize(mean, dim=-1))
             self._digests[expert.name] = _digest(expert)
+
+    def _forget(self, bank: AdapterBank) -> None:
+        """Leaves out the experts that a bank lacks."""
+        kept = [name for name in self._digests if name in bank]
+        self._rows = self._rows[[self._places[name] for name in kept]]
+        self._digests = {name: self._digests[name] for name in kept}
+        self._places = {name: place for place, name in enumerate(kept)}
+
+    def _put(self, name: str, vector: Tensor) -> None:
+        place = self._places.setdefault(name, len(self._places))
+        if place == len(self._rows):
+            self._rows = torch.cat([self._rows, torch.zeros(max(64, place), self._rows.shape[1])])
+        self._rows[place] = vector
 
     def nearest(self, name: str, among: Collection[str], keep: int = 3) -> list[tuple[str, float]]:
         """The experts of a collection whose descriptions have the largest cosine with those of one expert, best first."""
-        names = [other for other in self._centroids if other != name and other in among]
-        if not names:
-            return []
-        similarities = torch.stack([self._centroids[other] for other in names]) @ self._centroids[name]
-        best = similarities.topk(min(keep, len(names)))
-        return [(names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        names = list(self._places)
+        cosines = self._rows[: len(names)] @ self._rows[self._places[name]]
+        # Nearly all are in the collection, so that few more than are wanted have to be looked at.
+        for count in (keep + 1 + max(0, len(names) - len(among)), len(names)):
+            best = cosines.topk(min(count, len(names)))
+            near = [(names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            near = [(other, value) for other, value in near if other != name and other in among]
+            if len(near) >= keep:
+                break
+        return near[:keep]
 
     def save(self, bank: AdapterBank) -> None:
         """Writes the vectors beside the bank's manifest."""
         if not self._digests:
             return
         values = {"format": _FORMAT, "embedder": self._embedder.name, "experts": self._digests}
-        tensors = {"centroids": torch.stack([self._centroids[name] for name in self._digests])}
+        tensors = {"centroids": self._rows[[self._places[name] for name in self._digests]]}
         save_tensors(bank.folder / FILE, tensors, {"index": json.dumps(values)})
 
     @classmethod
@@ -99,4 +117,5 @@ class DescriptionIndex:
         centroids = load_tensors(path)["centroids"]
         if not torch.isfinite(centroids).all():
             raise ArtifactError("it holds NaN or infinite values")
-        self._digests, self._centroids = dict(digests), dict(zip(digests, centroids, strict=True))
+        self._digests, self._rows = dict(digests), centroids
+        self._places = {name: place for place, name in enumerate(digests)}

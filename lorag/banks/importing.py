@@ -8,23 +8,22 @@ never needs the earlier ones again.
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.purpose import find_purpose
-from lorag.adapters.reading import read_folder
 from lorag.adapters.sources import Source
-from lorag.banks.admission import DUPLICATE, check_base, check_norm
+from lorag.banks.admission import DUPLICATE, check_norm
 from lorag.banks.bank import AdapterBank
+from lorag.banks.candidates import Candidate, Terms, plausible, read_candidate
 from lorag.banks.descriptions import DescriptionIndex, same_words
 from lorag.banks.index import BankIndex, norm_of, stamp
 from lorag.conditions.embedding import TextEmbedder
 from lorag.errors import BankError, LoragError, StorageError
-from lorag.publishing.licences import UNKNOWN
+from lorag.parallel import Backend
 from lorag.weights.shared_bases import cosine
 
 __all__ = ["Imported", "Terms", "import_adapters"]
@@ -32,29 +31,6 @@ __all__ = ["Imported", "Terms", "import_adapters"]
 logger = logging.getLogger(__name__)
 
 _RUN, _RUN_VALUES = 64, 2**23  # adapters written together
-
-
-@dataclass(frozen=True)
-class Terms:
-    """On which terms adapters are taken in.
-
-    Attributes:
-        descriptions: What the task is; without one, the adapter's own files must say so.
-        name: Name in the bank, instead of one made from the folder's or repository's.
-        licence: Licence, instead of what the adapter's files state.
-        ignore_extra: Leave out factors of modules outside of the bank's layout, instead of refusing the adapter.
-        any_norm: Take norms far outside of the bank's too.
-        base_aliases: Other names of the bank's base model, which adapters may give, under any revision.
-        revision: Revision of adapters on the hub.
-    """
-
-    descriptions: tuple[str, ...] = ()
-    name: str | None = None
-    licence: str | None = None
-    ignore_extra: bool = False
-    any_norm: bool = False
-    base_aliases: tuple[str, ...] = ()
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,33 +84,29 @@ class _Import:
     wordings: dict[str, list[str]] = field(default_factory=dict)  # words -> experts
     waiting: list[tuple[Imported, LoraAdapter, tuple[str, ...], str]] = field(default_factory=list)
 
-    def read(self, source: Source) -> Imported | None:
-        """Reads and checks one adapter; returns what became of it, or None where it now waits to be written."""
-        name, terms = self.terms.name or source.name, self.terms
+    def judge(self, norm: float, where: object) -> None:
+        """Raises NormRangeError where a norm is not like those of the experts, and of the adapters that wait."""
+        norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
+        check_norm(norm, norms, where, any_norm=self.terms.any_norm)
+
+    def take(self, source: Source, read: Candidate) -> Imported | None:
+        """Checks one adapter against the bank; returns what became of it, or None where it now waits to be written."""
+        name = self.terms.name or source.name
         try:
-            folder = source.folder(terms.revision)
-            check = partial(check_base, self.bank.base, folder, terms.base_aliases)
-            norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
-            size = partial(check_norm, others=norms, where=folder, any_norm=terms.any_norm)
-            parts = read_folder(
-                folder, self.bank.base.layout, allow_missing=True, ignore_extra=terms.ignore_extra, check=check, check_norm=size
-            )
-            adapter = LoraAdapter.from_parts(parts, self.bank.base.layout)
-            size(norm := norm_of(adapter))
-            texts, origin, licence = terms.descriptions, "--description", parts.info.get("license")
-            if not texts:
-                purpose = find_purpose(folder, parts.info)
-                texts, origin, licence = purpose.descriptions, purpose.origin, purpose.licence
-            if self._is_there(name, adapter, texts):
+            for norm in read.norms:
+                self.judge(norm, read.where)
+            if read.error is not None:
+                raise read.error
+            if read.adapter is None:
+                raise AssertionError("neither an adapter nor an error")
+            if self._is_there(name, read.adapter, read.texts):
                 return Imported(source.label, name, there=True)
         except LoragError as error:
             traceback.clear_frames(error.__traceback__)  # what is kept of the error must not keep what was being read
             return Imported(source.label, name, error)
-        except OSError as error:  # of the adapter's files: no leave to read them, a share that is gone
-            return Imported(source.label, name, StorageError(f"{source.label} cannot be read: {error.strerror or error}"))
-        one = Imported(source.label, name, rank=adapter.rank, norm=norm, described_by=origin)
-        one = replace(one, missing=parts.missing, ignored=parts.ignored, ignored_share=parts.ignored_share)
-        self.waiting.append((one, adapter, texts, str(terms.licence or licence or UNKNOWN)))
+        one = Imported(source.label, name, rank=read.adapter.rank, norm=read.norms[-1], described_by=read.origin)
+        one = replace(one, missing=read.missing, ignored=read.ignored, ignored_share=read.ignored_share)
+        self.waiting.append((one, read.adapter, read.texts, read.licence))
         return None
 
     def _is_there(self, name: str, adapter: LoraAdapter, texts: Sequence[str]) -> bool:
@@ -224,15 +196,20 @@ def import_adapters(
     terms: Terms | None = None,
     *,
     embedder: TextEmbedder | None = None,
+    backend: Backend | None = None,
     quiet: bool = True,
 ) -> Iterator[Imported]:
     """Adds adapters to a bank, one after the other, and says of each what became of it.
+
+    On Ray, workers fetch, read and check adapters ahead; they are compared with the bank and written here, in their order,
+    so that the bank is the same.
 
     Args:
         bank_folder: The bank.
         sources: The adapters.
         terms: On which terms they are taken in.
         embedder: Compares descriptions; without one they are not compared.
+        backend: Where adapters are read; None is here. Workers elsewhere must see folders under the same paths.
         quiet: No progress bars.
 
     Yields:
@@ -252,13 +229,18 @@ def import_adapters(
         for text in expert.descriptions:
             job.wordings.setdefault(same_words(text), []).append(expert.name)
     try:
-        for source in sources:
-            refused = job.read(source)
+        listed = list(sources)
+        backend = Backend() if backend is None else backend
+        # Elsewhere, the other experts' norms are not known: what is far from them is loaded there, and refused here.
+        common = (bank.base, job.terms, job.judge if backend.name == "local" else plausible)
+        for read in backend.run(read_candidate, common, listed, ordered=True):
+            refused = job.take(listed[read.place], read.result())
             if refused is not None:
                 yield refused
             if job.full:
                 yield from job.write()
         yield from job.write()
     finally:
-        if len(job.bank):
+        # A caller's uncaught error keeps this generator until the interpreter ends, and then no thread (of a bar, say) starts.
+        if len(job.bank) and not sys.is_finalizing():
             job.save()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.banks.bank import AdapterBank, Expert
@@ -23,6 +22,7 @@ from lorag.base_models.layout import LoraLayout
 from lorag.errors import ArtifactError, FormatVersionError, LoragError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
+from lorag.progress import progress_bar
 from lorag.weights.shared_bases import RunningSpan, cosine, reduced
 
 __all__ = ["BankIndex", "stamp"]
@@ -128,7 +128,7 @@ class BankIndex:
         if any(marks.get(name) != mark for name, mark in self._stamps.items()):
             return BankIndex(self.layout).cover(bank, quiet=quiet)
         new = [name for name in bank.names if name not in self._stamps]
-        for name in tqdm(new, desc="indexing experts", disable=quiet or len(new) < 16, leave=False):
+        for name in progress_bar(new, desc="indexing experts", disable=quiet or len(new) < 16, leave=False):
             try:
                 adapter = bank.adapter(name)
             except LoragError as error:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from lorag.adapters.checks import CONFIG, check_config
 from lorag.adapters.folder import own_layout, read_facts
@@ -24,12 +22,12 @@ from lorag.base_models.names import known_name, locate, same_model
 from lorag.errors import BankError, BaseMismatchError, BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import read_json
 from lorag.objectives import OBJECTIVES, make_objective
+from lorag.progress import progress_bar
 
 __all__ = ["Start", "start_bank"]
 
 _MANIFEST = "bank.json"
 _OWN = {_MANIFEST, ".lock", "experts"}  # what may be left of a bank that was begun and never filled
-_NO_OBJECTIVE = "none"  # of two towers, which lorag does not run on tasks
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Start:
 
     Attributes:
         base: Base model: hub id or folder.
-        kind: "causal_lm", "seq2seq_lm", "encoder" or "two_towers".
+        kind: A kind of base models, such as "causal_lm".
         revision: Revision of the base model on the hub.
         objective: How the base model is run on tasks; by default the first that is for its kind.
         settings: The objective's settings.
@@ -49,7 +47,7 @@ class Start:
     kind: str | None = None
     revision: str | None = None
     objective: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
 
@@ -140,7 +138,7 @@ def _is_filled(folder: Path, start: Start) -> bool:
 
 def _look(sources: Sequence[Source], revision: str | None, quiet: bool) -> list[_Seen]:
     found, first = [], None
-    for source in tqdm(sources, desc="looking at adapters", disable=quiet or len(sources) < 64, leave=False):
+    for source in progress_bar(sources, desc="looking at adapters", disable=quiet or len(sources) < 64, leave=False):
         try:
             folder = source.folder(revision)
             facts = read_facts(folder, values=False)
@@ -211,9 +209,9 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
 
 def _objective(model: BaseModel, start: Start) -> tuple[str, dict[str, Any]]:
     fitting = [name for name, objective in OBJECTIVES.items() if objective.kind == model.kind]
-    chosen = start.objective or (fitting or [_NO_OBJECTIVE])[0]
+    chosen = start.objective or fitting[0]
     if start.objective is not None and chosen not in fitting:
-        raise ConfigError("objective and base model do not fit", got=f"{chosen} on a {model.kind}", expected=" or ".join(fitting) or None)
+        raise ConfigError("objective and base model do not fit", got=f"{chosen} on a {model.kind}", expected=" or ".join(fitting))
     return chosen, make_objective(chosen, model.tokenizer(), start.settings).settings() if start.settings else {}
 
 

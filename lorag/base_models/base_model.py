@@ -8,29 +8,38 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from lorag.base_models.names import locate
 from lorag.errors import BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import sha256
+from lorag.files.images import require_pillow
 
 if TYPE_CHECKING:
     from torch import device as Device
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
 
-_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel", "two_towers": "AutoModel"}
+_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModel",
+    "two_towers": "AutoModel",
+    "image_seq2seq": "AutoModelForImageTextToText",
+}
 KINDS = tuple(_CLASSES)
+_SEEING = ("two_towers", "image_seq2seq")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# PEFT's wrapper for a task type passes on arguments of its own, which models of two towers, such as CLIP, do not take.
+# PEFT's wrapper for a task type passes on arguments of its own, which models that see images, such as CLIP, do not take.
 TASK_TYPES: dict[str, str | None] = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
     "encoder": "FEATURE_EXTRACTION",
     "two_towers": None,
+    "image_seq2seq": None,
 }
 
 
@@ -60,7 +69,7 @@ def kind_of(name: str, revision: str | None = None, task_type: str | None = None
         return kinds[task_type]
     config = stored_config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq_lm"
+        return "image_seq2seq" if hasattr(config, "vision_config") else "seq2seq_lm"
     classes = getattr(config, "architectures", None) or [""]
     if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")):
         return "causal_lm"
@@ -110,7 +119,8 @@ class BaseModel:
 
     Attributes:
         name: "sandbox-lm", a hub id, or a local folder.
-        kind: "causal_lm", "seq2seq_lm", "encoder", or "two_towers" for models of text and images such as CLIP.
+        kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" for models of text and images such as CLIP, or "image_seq2seq"
+            for encoder-decoders that read an image and a prompt, such as Florence-2.
         revision: Revision on the hub.
         remote_code: Whether Python code from its repository runs. What a file says here is a record of what was used and no
             permission: that takes `trust_remote_code` in this process.
@@ -179,17 +189,30 @@ class BaseModel:
             with torch.device("meta"):
                 return getattr(transformers, _CLASSES[self.kind]).from_config(config, trust_remote_code=own_code)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loads the tokenizer; a missing padding token is replaced by the end token."""
-        from transformers import AutoTokenizer
+    def tokenizer(self) -> Any:  # noqa: ANN401 - of a class that the model's config names
+        """Loads the tokenizer, or of a kind that sees images the processor, which has `tokenizer` and `image_processor`.
 
+        A missing padding token is replaced by the end token. Images are resized by Pillow on every machine, also where
+        torchvision is installed: the two differ in the last bits.
+
+        Raises:
+            BaseModelError: If it cannot be had.
+            MissingDependencyError: If a processor needs Pillow, and it is not installed.
+        """
+        from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+        seeing = self.kind in _SEEING
+        if seeing:
+            require_pillow()
         with self._failures():
-            tokenizer = AutoTokenizer.from_pretrained(
-                locate(self.name), revision=self.revision or "main", trust_remote_code=self._own_code()
-            )
+            where: dict[str, Any] = {"revision": self.revision or "main", "trust_remote_code": self._own_code()}
+            loaded = (AutoProcessor if seeing else AutoTokenizer).from_pretrained(locate(self.name), **where)
+            if seeing:
+                loaded.image_processor = AutoImageProcessor.from_pretrained(locate(self.name), backend="pil", **where)
+        tokenizer = loaded.tokenizer if seeing else loaded
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return loaded
 
     def identity(self) -> str:
         """What tells this model's weights from others: a digest of local weights, or the hub revision; and its code, if used."""

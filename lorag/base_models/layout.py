@@ -1,7 +1,7 @@
 """The layout of an adapter: which modules of a base model it changes, in model order, and their sizes.
 
 PEFT itself decides which modules a target names: it is asked on a copy of the base model on the meta device, so no
-weight is allocated and no module path is ever taken apart here.
+weight is allocated and no module path is taken apart for it. `LoraLayout.places` alone reads paths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorag.errors import LayoutError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["LoraLayout", "ModuleShape"]
+__all__ = ["LoraLayout", "ModulePlace", "ModuleShape"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,19 @@ class ModuleShape:
     name: str
     in_features: int
     out_features: int
+
+
+@dataclass(frozen=True)
+class ModulePlace:
+    """Where a module stands in its base model.
+
+    Attributes:
+        kind: Its path without the numbers, such as "model.layers.self_attn.q_proj": what it does, in which stack.
+        depth: The numbers, from the outermost: the layer, then a layer's part, an expert or the like.
+    """
+
+    kind: str
+    depth: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,18 @@ class LoraLayout:
     def names(self) -> tuple[str, ...]:
         """Module paths in order."""
         return tuple(module.name for module in self.modules)
+
+    @property
+    def places(self) -> tuple[ModulePlace, ...]:
+        """Kind and depth of each module, in order, from its path.
+
+        Lists of layers are `ModuleList`s in every model of transformers, so that the numbers of a path are its depth, and
+        encoder and decoder, or the towers of a model of text and images, keep kinds of their own.
+        """
+        parts = [module.name.split(".") for module in self.modules]
+        return tuple(
+            ModulePlace(".".join(p for p in path if not p.isdecimal()), tuple(int(p) for p in path if p.isdecimal())) for path in parts
+        )
 
     def values(self, rank: int) -> int:
         """Number of values in an adapter of this layout."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,32 +14,39 @@ if TYPE_CHECKING:
     from lorag.banks.importing import Imported
     from lorag.conditions.embedding import TextEmbedder
 
-__all__ = ["app"]
+__all__ = ["Address", "Cpus", "Gpus", "OnBackend", "app"]
+
+_AFAR = "Where it runs"
 
 app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of experts.")
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+OnBackend = Annotated[str, typer.Option("--backend", help="local, or ray (extra `ray`).", rich_help_panel=_AFAR)]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, such as auto; by default one on this machine.", rich_help_panel=_AFAR)]
+Cpus = Annotated[int, typer.Option(min=1, help="CPU cores, and threads, of a Ray task.", rich_help_panel=_AFAR)]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of a Ray task; .5 lets two share one.", rich_help_panel=_AFAR)]
 _MOST_ROWS = 30
 _NEW = "Only for a new bank"
-
-
-def _quiet(flag: bool) -> bool:
-    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
 
 
 @app.command("build")
 def build(
     settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as experts.steps=100.")] = None,
-    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, recipe (recipes/NAME), or a YAML file.")] = None,
+    backend: OnBackend = "local",
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0.0,
     quiet: Quiet = False,
 ) -> None:
     """Train an expert for each task of a suite; goes on at the last finished group."""
     from lorag.banks.build import BankConfig, build_bank
     from lorag.base_models.base_model import BaseModel, is_trusted
     from lorag.config import load_config
+    from lorag.parallel import Backend
     from lorag.training.preparation import find_tasks
 
-    values = load_config(BankConfig, config, settings or [])
+    values = load_config(BankConfig, config, settings or [], "build")
     bank = build_bank(
         values.out,
         find_tasks(values.tasks, values.split),
@@ -50,7 +56,9 @@ def build(
         values.experts,
         device=values.device,
         dtype=values.dtype,
-        quiet=_quiet(quiet),
+        trackers=values.trackers,
+        backend=Backend(backend, address, cpus, gpus),
+        quiet=quiet,
     )
     typer.echo(f"{values.out}: {len(bank)} experts of {bank.base.model.name}")
     typer.echo(f"next: lorag train bank={values.out} tasks={values.tasks}")
@@ -58,8 +66,14 @@ def build(
 
 @app.command("add")
 def add(
-    places: Annotated[list[str], typer.Argument(help="PEFT LoRA folders, folders of such folders, or hub ids such as user/name.")],
     bank: Annotated[Path, typer.Option(help="The bank; a new one is started from what the adapters' configs say.")],
+    places: Annotated[
+        list[str] | None, typer.Argument(help="PEFT LoRA folders, folders of such folders, or hub ids such as user/name.")
+    ] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--from", help="File with a folder or hub id a line, and by tabs a name and a description.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Recipe for a new bank (recipes/NAME), or a YAML file.", rich_help_panel=_NEW)] = None,
     description: Annotated[
         list[str] | None,
         typer.Option(help="What its task is; may be repeated. By default its description.txt, lorag.json or model card says it."),
@@ -72,7 +86,9 @@ def add(
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     embedder: Annotated[str | None, typer.Option(help="Compares descriptions; 'none' compares none.")] = None,
     base: Annotated[str | None, typer.Option(help="Of a new bank: base model, a hub id or a folder.", rich_help_panel=_NEW)] = None,
-    kind: Annotated[str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder or two_towers.", rich_help_panel=_NEW)] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq.", rich_help_panel=_NEW)
+    ] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's revision on the hub.", rich_help_panel=_NEW)] = None,
     objective: Annotated[
         str | None, typer.Option(help="How the base model is run on tasks; by default its kind's first.", rich_help_panel=_NEW)
@@ -80,35 +96,51 @@ def add(
     objective_setting: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE, such as template='{input}\n'; may be repeated.", rich_help_panel=_NEW)
     ] = None,
+    backend: OnBackend = "local",
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0.0,
     quiet: Quiet = False,
 ) -> None:
     """Add PEFT LoRA adapters to a bank: checked, folded to plain ΔW, compared with the experts that are there.
 
     A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
     """
-    from lorag.adapters.sources import find_sources
+    from lorag.adapters.sources import find_sources, listed_sources
     from lorag.banks.importing import Terms, import_adapters
     from lorag.banks.start import Start, start_bank
-    from lorag.config import read_settings
+    from lorag.config import load_config, read_settings
+    from lorag.parallel import Backend
 
-    sources = find_sources(places)
+    sources = find_sources(places or []) + ([] if listed is None else listed_sources(listed))
+    if not sources:
+        raise typer.BadParameter("no adapter is named: give folders, hub ids or --from FILE")
     if (name is not None or description) and len(sources) > 1:
         raise typer.BadParameter(f"--name and --description are for a single adapter; these are {len(sources)}")
-    start = Start(base, kind, base_revision, objective, read_settings(objective_setting or []), tuple(base_alias or ()))
-    started = start_bank(bank, sources, start, revision=revision, quiet=_quiet(quiet))
+    planned = load_config(Start, config, [], "add")
+    start = Start(
+        base or planned.base,
+        kind or planned.kind,
+        base_revision or planned.revision,
+        objective or planned.objective,
+        {**planned.settings, **read_settings(objective_setting or [])},
+        (*planned.aliases, *(base_alias or ())),
+    )
+    started = start_bank(bank, sources, start, revision=revision, quiet=quiet)
     if started is not None:
         model, layout = started.base.model, started.base.layout
         typer.echo(f"started {bank}: base model {model.name} ({model.kind}, {started.base.identity}), objective {started.base.objective}")
         typer.echo(f"  {len(layout)} modules: {', '.join(layout.target_modules[:8])}{' …' if len(layout.target_modules) > 8 else ''}")
-    terms = Terms(tuple(description or ()), name, licence, ignore_extra, any_norm, tuple(base_alias or ()), revision)
+    terms = Terms(tuple(description or ()), name, licence, ignore_extra, any_norm, start.aliases, revision)
     refused: list[Imported] = []
-    done = import_adapters(bank, sources, terms, embedder=_embedder(embedder), quiet=_quiet(quiet))
-    for number, one in enumerate(done, 1):
-        if one.error is not None:
-            refused.append(one)
-            if len(sources) == 1:
-                raise one.error
-        typer.echo(_line(one, f"{number}/{len(sources)} " if len(sources) > 1 else ""))
+    where = Backend(backend, address, cpus, gpus)
+    with closing(import_adapters(bank, sources, terms, embedder=_embedder(embedder), backend=where, quiet=quiet)) as done:
+        for number, one in enumerate(done, 1):
+            if one.error is not None:
+                refused.append(one)
+                if len(sources) == 1:
+                    raise one.error
+            typer.echo(_line(one, f"{number}/{len(sources)} " if len(sources) > 1 else ""))
     if refused:
         raise BankError(
             f"{len(refused)} of {len(sources)} adapters were not added", got=f"{refused[0].source} first", remedy="The lines above say why."
@@ -187,7 +219,7 @@ def check(
     from lorag.banks.check import check_bank, format_findings
     from lorag.training.preparation import find_bank
 
-    found = check_bank(find_bank(bank), quiet=_quiet(quiet))
+    found = check_bank(find_bank(bank), quiet=quiet)
     table = format_findings(found, every=every or len(found) <= _MOST_ROWS)
     if table:
         typer.echo(table + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +14,6 @@ app = typer.Typer(no_args_is_help=True, help="What a generator cannot do: novelt
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Unknown = Annotated[Path | None, typer.Option(help="YAML of descriptions that the bank cannot serve: kind -> fit, test -> texts.")]
-
-
-def _quiet(flag: bool) -> bool:
-    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
 
 
 @app.command()
@@ -37,7 +31,7 @@ def fit(
     from lorag.training.gate_fitting import GateSettings, add_gate
 
     settings = GateSettings(wordings=wordings, limit=limit)
-    made = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=_quiet(quiet))
+    made = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=quiet)
     if made.gate is not None:
         facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in made.gate.fitted.items())
         typer.echo(f"{generator}: gate fitted, refuses above novelty {made.gate.refuse_above:.2f}; {facts}")
@@ -72,8 +66,12 @@ def evaluate(
     where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
     experts = None if where is None else AdapterBank.from_pretrained(where)
     listed = None if unknown is None else read_unknown(unknown, "test")
-    report = measure_gate(made, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=_quiet(quiet))
+    report = measure_gate(made, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
     typer.echo(format_gate(report))
     if json_file is not None:
         write_json(json_file, report)
         typer.echo(f"\nwritten to {json_file}")
+    typer.echo(
+        "\nnext: lorag evaluate --report DIR draws the curve beside the scores"
+        + ("" if generator is None else f", with --generator {generator}")
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,16 +13,17 @@ import typer
 from lorag.cli import bank as cli_bank
 from lorag.cli import gate as cli_gate
 from lorag.cli import publishing as cli_publishing
+from lorag.cli import tasks as cli_tasks
 from lorag.cli import web as cli_web
+from lorag.cli.batch import generate_many
 from lorag.errors import LoragError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
 sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of small tasks.")
-tasks_app = typer.Typer(no_args_is_help=True, help="Task suites.")
 app.add_typer(cli_bank.app, name="bank")
 app.add_typer(cli_gate.app, name="gate")
 app.add_typer(sandbox_app, name="sandbox")
-app.add_typer(tasks_app, name="tasks")
+app.add_typer(cli_tasks.app, name="tasks")
 cli_publishing.register(app)
 cli_web.register(app)
 
@@ -31,10 +31,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}
 _INTERRUPTED = 130
-
-
-def _quiet(flag: bool) -> bool:
-    return flag or not sys.stderr.isatty() and not os.environ.get("LORAG_PROGRESS")
 
 
 @app.callback()
@@ -55,8 +51,11 @@ def _options(
 
 @app.command()
 def generate(
-    description: Annotated[str, typer.Argument(help='What the adapter should do, such as "summarise legal text".')],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    description: Annotated[str | None, typer.Argument(help='What the adapter should do, such as "summarise legal text".')] = None,
+    descriptions: Annotated[
+        Path | None, typer.Option(help="File with one a line, or JSON lines with name and description; --out gets a folder for each.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
     strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
     generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
@@ -69,9 +68,26 @@ def generate(
     bank: Annotated[
         str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")
     ] = None,
+    backend: cli_bank.OnBackend = "local",
+    address: cli_bank.Address = None,
+    cpus: cli_bank.Cpus = 1,
+    gpus: cli_bank.Gpus = 0.0,
 ) -> None:
-    """Turn a description into an adapter folder."""
+    """Turn a description into an adapter folder, or each description of a file into one of its own."""
     import warnings
+
+    if (description is None) == (descriptions is None):
+        raise typer.BadParameter("give one description, or a file of them with --descriptions")
+    if descriptions is not None:
+        from lorag.batch import BatchSettings
+        from lorag.parallel import Backend
+
+        if examples is not None or refine_steps or bank is not None:
+            raise typer.BadParameter("--examples, --refine-steps and --bank are for a single description")
+        where = Backend(backend, address, cpus, gpus)
+        return generate_many(descriptions, out, BatchSettings(generator, seed, strength, on_unknown), where)
+    if backend != "local" or address is not None:
+        raise typer.BadParameter("--backend is for many descriptions, with --descriptions")
 
     from lorag.errors import UnknownTaskWarning
     from lorag.generator import generate_lora
@@ -81,7 +97,7 @@ def generate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
         adapter = generate_lora(
-            description,
+            str(description),
             generator=generator,
             seed=seed,
             strength=strength,
@@ -99,23 +115,27 @@ def generate(
     if gate["expected_gain"] is not None:
         low, high = gate["expected_gain_interval"]
         print(f"{gate['served']}; expected to close {gate['expected_gain']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}")
-    print(f"novelty {adapter.info['novelty']:.2f}; nearest experts: {nearest}")
+    print(f"nearest experts: {nearest}")
     print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
 
 
 @app.command()
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE settings, such as method=ridge settings.steps=500.")] = None,
-    config: Annotated[str | None, typer.Option(help="Preset, or a YAML file.")] = None,
+    config: Annotated[str | None, typer.Option(help="Preset, recipe (recipes/NAME), or a YAML file.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a generator from a bank."""
+    from accelerate import PartialState
+
     from lorag.config import load_config
     from lorag.training.run import TrainConfig
     from lorag.training.run import train as run
 
-    values = load_config(TrainConfig, config, settings or [])
-    generator = run(values, quiet=_quiet(quiet))
+    values = load_config(TrainConfig, config, settings or [], "train")
+    generator = run(values, quiet=quiet)
+    if not PartialState().is_main_process:  # of several, under accelerate launch
+        return
     size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
     print(f"{values.out}: {values.method} from {len(generator.conditioner.names)} experts, strength {generator.strength:g}, {size:.1f} MB")
     if values.tasks is None:  # there is nothing to score it on
@@ -135,31 +155,35 @@ def evaluate(
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     limit: Annotated[int, typer.Option(min=1, help="Most test examples of each task.")] = 32,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a page with figures (extra `report`).")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Score a generator with all its controls; with no argument, the embedded one on its held-out tasks."""
-    from lorag.evaluation.folders import run_ladder
+    from lorag.evaluation.folders import open_ladder
     from lorag.evaluation.ladder import format_table
     from lorag.files.artifacts import write_json
 
-    report = run_ladder(
-        generator or [],
-        bank=bank,
-        tasks=tasks,
-        split=None if split == "all" else split,
-        oracles=oracles,
-        methods=methods.split(",") if methods else None,
-        seeds=seeds,
-        limit=limit,
-        device=device,
-        quiet=_quiet(quiet),
-    )
-    print(format_table(report))
+    if report is not None:
+        from lorag.report.style import require_matplotlib
+
+        require_matplotlib()
+    chosen, whole = methods.split(",") if methods else None, None if split == "all" else split
+    ladder = open_ladder(generator or [], bank=bank, tasks=tasks, split=whole, oracles=oracles, methods=chosen, device=device, quiet=quiet)
+    found = ladder.evaluate(methods=chosen, seeds=seeds, limit=limit, device=device, quiet=quiet)
+    print(format_table(found) + "\n")
     if json_file is not None:
-        write_json(json_file, report)
-        print(f"\nwritten to {json_file}")
+        write_json(json_file, found)
+        print(f"written to {json_file}")
+    if report is None:
+        print("next: the same with --report DIR writes a page with figures")
+    else:
+        from lorag.report.gathering import gather_findings
+        from lorag.report.writing import write_report
+
+        page = write_report(report, gather_findings(ladder, found, quiet=quiet))
+        print(f"written to {report}: {page.name}, which holds all, and its figures\nnext: open {page} in a browser")
 
 
 @app.command()
@@ -183,6 +207,7 @@ def fuse(
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} experts by {method}")
     if "energy" in adapter.info:
         print(f"its rank keeps {adapter.info['energy']:.1%} of the merged weights' energy")
+    print(f"next: lorag info {folder}")
 
 
 @app.command()
@@ -193,7 +218,7 @@ def quickstart(
     """Do the main job on the embedded default: train, generate for unseen descriptions, load, evaluate."""
     from lorag.quickstart import quickstart as run
 
-    for line in run(out, quiet=_quiet(quiet)):
+    for line in run(out, quiet=quiet):
         print(line, flush=True)
 
 
@@ -203,23 +228,6 @@ def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or 
     from lorag.cards import describe_path
 
     print(describe_path(path))
-
-
-@tasks_app.command("derive")
-def tasks_derive(
-    source: Annotated[Path, typer.Argument(help="Folder of suites.")],
-    out: Annotated[Path, typer.Option(help="Folder of the derived suite.")],
-    subsets: Annotated[int, typer.Option(min=0, help="Tasks made of each large label set.")] = 1,
-    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of source data sets held out.")] = 0.3,
-    names: Annotated[Path | None, typer.Option(help="JSON list of the tasks to start with.")] = None,
-    by: Annotated[str, typer.Option(help="What keeps tasks on one side of the split: their 'source', or shared 'texts' alone.")] = "source",
-    seed: Annotated[int, typer.Option(help="Seed of subsets and split.")] = 0,
-) -> None:
-    """Make a labelled suite with subsets of label sets, split by source data set."""
-    from lorag.tasks.derived import derive
-
-    counts = derive(source, out, names=names, subsets=subsets, held_out=held_out, by=by, seed=seed)
-    print(f"{out}: " + ", ".join(f"{count} {split} tasks" for split, count in counts.items()))
 
 
 @sandbox_app.command("build")
@@ -232,8 +240,9 @@ def sandbox_build(
     from lorag.sandbox.build import SandboxConfig
     from lorag.sandbox.build import build as run
 
-    for line in run(load_config(SandboxConfig, None, settings or []), quiet=_quiet(quiet)):
+    for line in run(load_config(SandboxConfig, None, settings or []), quiet=quiet):
         print(line)
+    print("next: lorag evaluate")
 
 
 def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits

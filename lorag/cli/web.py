@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def web(
     generator: Annotated[list[str] | None, typer.Option(help="Generator folder or hub id; more of them to compare.")] = None,
+    bank: Annotated[str | None, typer.Option(help="The generators' bank: a known task then gets its own expert.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -26,7 +27,7 @@ def web(
     from lorag.web.serving import serving
     from lorag.web.workbench import Workbench
 
-    workbench = Workbench.from_folders(generator or [], device=device)
+    workbench = Workbench.from_folders(generator or [], bank=bank, device=device)
     inputs = ""
     if workbench.first.base.model.name == SANDBOX_LM:  # its base model reads no other texts than its own world's
         inputs = "\n".join(example.input for example in find_tasks("sandbox", "test")["legal-summarise-plain"].split("test")[:2])

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lorag.conditions.embedding import Embedding
+from lorag.conditions.search import MANY, NeighbourSearch
 
 __all__ = ["Condition", "Conditioner", "Mixture", "mixture", "mixture_weights"]
 
 _DIRECTIONS = 64  # in which the descriptions of a bank are taken to differ, at most; a third of the experts in small banks
+_FOUND = 64  # neighbours that are found among many experts: more than any method mixes
+_CHUNK = 16_384
+_MOST_EXCLUDED = 4096  # experts that an index is asked to pass over
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Condition:
 
     Attributes:
         embedding: The description's pooled and token vectors.
-        similarities: Cosine to each expert of the bank (n,); an excluded one has -1.
+        similarities: Cosine to each expert of the bank (n,); an excluded one has -1, and in a bank of more than 100,000 experts
+            with an index of them (extra `faiss`) so has every one that is not among the 64 nearest.
         neighbours: The nearest experts and their cosines, best first.
         novelty: 1 - the best cosine; 0 only for the sole description of an expert.
         task_vector: Mean hidden state of the base model over example inputs (h,), if there were any.
@@ -68,12 +73,36 @@ class Conditioner:
             exclude: Experts that must not be seen, such as a training task's own.
             keep: Number of neighbours listed.
         """
-        similarities = self.centroids @ embedding.pooled
+        count = max(1, min(keep, len(self.names) - len(exclude)))
+        found = self._search_many(embedding.pooled, list(exclude), count)
+        similarities, cosines, places = self._compare(embedding.pooled, list(exclude), count) if found is None else found
+        neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(cosines.tolist(), places.tolist(), strict=True))
+        return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()))
+
+    def _compare(self, pooled: Tensor, exclude: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosine to every expert (n,), and the cosines and places of the nearest (f,)."""
+        similarities = self.centroids @ pooled
         if exclude:
-            similarities[list(exclude)] = -1.0
-        best = similarities.topk(max(1, min(keep, len(self.names) - len(exclude))))
-        neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - best.values[0].item()))
+            similarities[exclude] = -1.0
+        best = similarities.topk(count)
+        return similarities, best.values, best.indices
+
+    def _search_many(self, pooled: Tensor, exclude: list[int], count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same of the nearest alone, the others at -1; None where there are too few experts, or no index, for that."""
+        if len(self.names) <= MANY or len(exclude) > _MOST_EXCLUDED or not self._search.approximate:
+            return None
+        cosines, places = self._search.nearest(pooled, max(_FOUND, count) + len(exclude))
+        kept = ~torch.isin(places, torch.tensor(exclude, dtype=places.dtype))
+        cosines, places = cosines[kept], places[kept]
+        if len(places) < count:
+            return None
+        similarities = torch.full((len(self.names),), -1.0)
+        similarities[places] = cosines
+        return similarities, cosines[:count], places[:count]
+
+    @functools.cached_property
+    def _search(self) -> NeighbourSearch:
+        return NeighbourSearch(self.centroids)
 
     def outside(self, embedding: Embedding) -> float:
         """Share of a description, less the bank's mean, that lies outside of the directions in which the bank's differ most."""
@@ -86,6 +115,12 @@ class Conditioner:
     def _directions(self) -> tuple[Tensor, Tensor]:
         """Mean (e,) and leading directions (d, e) of the experts' descriptions."""
         centre = self.centroids.mean(0)
+        if len(self.names) > MANY:  # by the (e, e) matrix of products: a decomposition of all vectors takes minutes and gigabytes
+            gram = torch.zeros(len(centre), len(centre), dtype=torch.float64)
+            for part in self.centroids.split(_CHUNK):
+                apart = (part - centre).double()
+                gram += apart.T @ apart
+            return centre, torch.linalg.eigh(gram).eigenvectors.flip(1).T[:_DIRECTIONS].float()
         right = torch.linalg.svd((self.centroids - centre).double(), full_matrices=False).Vh
         return centre, right[: max(1, min(_DIRECTIONS, len(self.names) // 3))].float()
 

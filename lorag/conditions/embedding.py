@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorag.base_models.base_model import device_of, quiet_loading
 from lorag.base_models.names import MINILM, locate
 from lorag.errors import BaseModelError, MissingDependencyError
+from lorag.progress import progress_bar
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -111,7 +111,7 @@ class SentenceEmbedder:
         by_length: dict[int, list[str]] = {}
         for text, length in tokenized.items():
             by_length.setdefault(length, []).append(text)
-        with tqdm(total=len(tokenized), desc="embedding descriptions", disable=quiet, leave=False) as bar:
+        with progress_bar(total=len(tokenized), desc="embedding descriptions", disable=quiet, leave=False) as bar:
             for same in by_length.values():
                 for start in range(0, len(same), 64):
                     chunk = same[start : start + 64]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +16,52 @@ from lorag.files.artifacts import embedded
 from lorag.generator import DEFAULT, LoraGenerator
 from lorag.generators import generator_type
 from lorag.optimisation.training_loop import TrainingLoop
+from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import find_bank, find_split, find_tasks, prepare
 from lorag.training.run import fit_generator
 
-__all__ = ["run_ladder"]
+__all__ = ["Ladder", "open_ladder", "run_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
 MULTITASK = "checkpoints/multitask"
 
 
-def run_ladder(
+@dataclass(frozen=True)
+class Ladder:
+    """A ladder that is ready to be climbed.
+
+    Attributes:
+        bank: Experts of the training tasks.
+        suite: The evaluated tasks.
+        oracles: Their own experts, if there are any.
+        generators: Name to generators of that method, baselines first; several count as seeds.
+        folders: Where the first of each method that was opened, and not fitted here, lies.
+    """
+
+    bank: AdapterBank
+    suite: TaskSuite
+    oracles: AdapterBank | None
+    generators: Mapping[str, Sequence[LoraGenerator]]
+    folders: Mapping[str, Path]
+
+    def evaluate(
+        self, *, methods: Sequence[str] | None = None, seeds: int = 3, limit: int = 32, device: str = "auto", quiet: bool = False
+    ) -> dict[str, Any]:
+        """Scores it; arguments and report are those of `lorag.evaluation.ladder.evaluate`."""
+        return evaluate(
+            self.suite,
+            self.generators,
+            oracles=self.oracles,
+            methods=methods,
+            seeds=seeds,
+            limit=limit,
+            reproduce=self.oracles is self.bank,
+            device=device,
+            quiet=quiet,
+        )
+
+
+def open_ladder(
     generators: Sequence[str],
     *,
     bank: str = "sandbox",
@@ -31,12 +69,10 @@ def run_ladder(
     split: str | None = "test",
     oracles: str | None = None,
     methods: Sequence[str] | None = None,
-    seeds: int = 3,
-    limit: int = 32,
     device: str = "auto",
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Opens everything, fits the closed-form baselines on the bank, and evaluates.
+) -> Ladder:
+    """Opens everything and fits the closed-form baselines on the bank.
 
     Args:
         generators: Generator folders; several of one method count as seeds of it. Without any, the embedded ones.
@@ -44,11 +80,13 @@ def run_ladder(
         tasks: Suite.
         split: Split of the suite.
         oracles: Bank of the evaluated tasks' own experts; for the sandbox the embedded one.
-        methods: Names to score; all by default.
-        seeds: Number of seeds.
-        limit: Most test examples of each task.
+        methods: Names to be scored, so that other baselines need not be fitted; all by default.
         device: "auto", "cpu" or "cuda".
         quiet: No progress bars.
+
+    Raises:
+        ConfigError: If there is no generator.
+        ArtifactError: If a generator was trained on a bank of another base.
     """
     experts = find_bank(bank)
     suite = find_tasks(tasks, split)
@@ -60,6 +98,7 @@ def run_ladder(
     else:
         oracle_bank = AdapterBank.from_pretrained(oracles)
     given: dict[str, list[LoraGenerator]] = {}
+    places: dict[str, Path] = {}
     folders: list[Any] = list(generators)
     if bank == "sandbox":
         folders = folders or [embedded(DEFAULT)]
@@ -76,6 +115,7 @@ def run_ladder(
                 f"{folder} was not trained on a bank of this base", got=made.base.model.name, expected=experts.base.model.name
             )
         given.setdefault(made.method.name, []).append(made)
+        places.setdefault(made.method.name, Path(folder))
     baselines = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
     everything: dict[str, list[LoraGenerator]] = {}
     if baselines:
@@ -89,14 +129,22 @@ def run_ladder(
     order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
     everything |= given
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    return evaluate(
-        suite,
-        ranked,
-        oracles=oracle_bank,
-        methods=methods,
-        seeds=seeds,
-        limit=limit,
-        reproduce=oracle_bank is experts,
-        device=device,
-        quiet=quiet,
-    )
+    return Ladder(experts, suite, oracle_bank, ranked, places)
+
+
+def run_ladder(
+    generators: Sequence[str],
+    *,
+    bank: str = "sandbox",
+    tasks: str = "sandbox",
+    split: str | None = "test",
+    oracles: str | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    limit: int = 32,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """`open_ladder`, and the report of its `evaluate`."""
+    ladder = open_ladder(generators, bank=bank, tasks=tasks, split=split, oracles=oracles, methods=methods, device=device, quiet=quiet)
+    return ladder.evaluate(methods=methods, seeds=seeds, limit=limit, device=device, quiet=quiet)

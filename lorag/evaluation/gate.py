@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorag.banks.bank import AdapterBank
 from lorag.errors import GeneratorError
 from lorag.gate.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
 from lorag.gate.gate import Verdict
 from lorag.generator import LoraGenerator
+from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import unknown_tasks
 from lorag.training.gains import gains_of
@@ -56,7 +56,7 @@ def measure_gate(
     listed = unknown or unknown_tasks("test")
     rows = [(task, text) for task in tasks for text in task.descriptions[:wordings]]
     strange = [(kind, text) for kind, texts in listed.items() for text in texts]
-    with tqdm(total=len(rows) + len(strange), desc="judging", disable=quiet, leave=False) as bar:
+    with progress_bar(total=len(rows) + len(strange), desc="judging", disable=quiet, leave=False) as bar:
 
         def judge(text: str) -> Verdict:
             bar.update()

@@ -7,12 +7,11 @@ description, whatever it gains over `base`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.banks.bank import AdapterBank
@@ -20,10 +19,11 @@ from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
 from lorag.generator import LoraGenerator
 from lorag.objectives import Objective, make_objective
+from lorag.progress import Bar, progress_bar
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["BASELINES", "CONTROLS", "evaluate", "format_table"]
+__all__ = ["BASELINES", "CONTROLS", "bootstrap", "evaluate", "format_table", "is_learned", "shown_descriptions"]
 
 # Meaningless where a description is due; adapters made from them show what a generator gives to anything at all.
 JUNK = (
@@ -102,6 +102,8 @@ def evaluate(
     base = everything[0].base
     base.check()
     known = [name for name in _names(generators, oracles) if len(tasks) > 1 or not name.endswith("_shuffled")]
+    if any(task.inputs != "text" for task in tasks):
+        known.remove("base_prompted")  # no description can be put before an image
     chosen = list(methods) if methods else known
     unknown = [name for name in chosen if name not in known]
     if unknown:
@@ -118,7 +120,7 @@ def evaluate(
     reproduction = Reproduction(oracles, [task.key for task in tasks]) if reproduce and oracles is not None else None
     wanted = [name for name in ("base", "oracle") if name in known and name not in chosen] + chosen
     per_seed: dict[str, list[list[float]]] = {}
-    with tqdm(total=len(wanted) * seeds, desc="evaluating", disable=quiet) as bar:
+    with progress_bar(total=len(wanted) * seeds, desc="evaluating", disable=quiet) as bar:
         for name in wanted:
             bar.set_postfix(method=name)
             per_seed[name] = _score_method(run, name, generators, oracles, reproduction, seeds, bar)
@@ -129,11 +131,21 @@ def evaluate(
     return report
 
 
+def is_learned(method: str) -> bool:
+    """Whether a method claims to have learned from descriptions, so that it owes the shuffled and the junk control."""
+    return method not in (*BASELINES, "multitask", "static")
+
+
+def shown_descriptions(tasks: Iterable[Task], seed: int) -> list[str]:
+    """The description of each task that generators are shown for a seed."""
+    return [task.descriptions[seed % len(task.descriptions)] for task in tasks]
+
+
 def _names(generators: Mapping[str, Sequence[LoraGenerator]], oracles: AdapterBank | None) -> list[str]:
     names = ["base", "base_prompted"]
     names += [name for name in generators]
     for name in generators:
-        if name not in (*BASELINES, "multitask", "static"):
+        if is_learned(name):
             names += [f"{name}_shuffled", f"{name}_junk"]
     return names + (["oracle"] if oracles is not None else [])
 
@@ -145,7 +157,7 @@ def _score_method(
     oracles: AdapterBank | None,
     reproduction: Reproduction | None,
     seeds: int,
-    bar: tqdm,
+    bar: Bar,
 ) -> list[list[float]]:
     """Scores of each task, one list a seed."""
     if name in ("base", "oracle"):
@@ -156,7 +168,7 @@ def _score_method(
         return found
     found = []
     for seed in range(seeds):
-        shown = [task.descriptions[seed % len(task.descriptions)] for task in run.tasks]
+        shown = shown_descriptions(run.tasks, seed)
         if name == "base_prompted":
             prompted = [
                 replace(task, examples=tuple(replace(e, input=f"{text}\n{e.input}") for e in task.examples))
@@ -209,7 +221,7 @@ def _report(run: _Run, chosen: Sequence[str], per_seed: Mapping[str, list[list[f
         gap = None if ceiling is None or abs(ceiling - floor) < 1e-9 else round((score - floor) / (ceiling - floor), 4)
         methods[name] = {
             "score": round(score, 4),
-            "ci95": _bootstrap(values),
+            "ci95": bootstrap(values),
             "gap_closed": gap,
             "per_task": {task.name: round(value, 4) for task, value in zip(run.tasks, values.tolist(), strict=True)},
         }
@@ -221,7 +233,7 @@ def _report(run: _Run, chosen: Sequence[str], per_seed: Mapping[str, list[list[f
             other = f"{name}_{control}"
             if other in per_task:
                 values = per_task[name] - per_task[other]
-                differences[f"{name} - {other}"] = {"difference": round(values.mean().item(), 4), "ci95": _bootstrap(values)}
+                differences[f"{name} - {other}"] = {"difference": round(values.mean().item(), 4), "ci95": bootstrap(values)}
     return {
         "suite": "+".join(sorted({task.suite for task in run.tasks})),
         "metric": run.objective.metric,
@@ -233,8 +245,8 @@ def _report(run: _Run, chosen: Sequence[str], per_seed: Mapping[str, list[list[f
     }
 
 
-def _bootstrap(values: torch.Tensor) -> list[float]:
-    """95 % percentile interval of the mean over tasks."""
+def bootstrap(values: torch.Tensor) -> list[float]:
+    """95 % percentile interval (Efron 1979) of the mean of values (n,), one a task."""
     rng = torch.Generator().manual_seed(0)
     picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=rng)
     means = values[picks].mean(1).sort().values

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorag.base_models.layout import ModulePlace
 from lorag.conditions.conditioning import Condition, Conditioner
 from lorag.conditions.embedding import Embedding
 from lorag.config import from_plain
@@ -46,6 +47,7 @@ class FitData:
         functional: The base model's loss on the experts' tasks, if their examples are at hand.
         without_expert: Indices, after the experts', of training tasks that have examples but no expert. `embeddings`, `kin` and
             `functional` go on to them; they teach what learns through the base model, and nothing else.
+        places: Kind and depth of each adapted module, in order.
     """
 
     codes: Tensor
@@ -59,6 +61,7 @@ class FitData:
     modules: Sequence[int]
     functional: TaskLoss | None = None
     without_expert: Sequence[int] = ()
+    places: Sequence[ModulePlace] = ()
 
 
 class Generator(abc.ABC):

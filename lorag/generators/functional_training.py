@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lorag.conditions.embedding import Embedding
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, draw
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.functional import TaskLoss
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
@@ -87,12 +89,15 @@ def train_functionally(
     training = torch.tensor([*data.training, *data.without_expert])
     pupil = _Pupil(network, len(training))
 
-    def loss(_: nn.Module, step: int) -> Tensor:
+    def loss(_: nn.Module, step: int) -> Batch:
         picks = pupil.pick(settings.tasks, settings.focus, loop.rng)
         rows = training[picks].tolist()
-        losses = functional.losses(predict(rows, draw(data, rows, loop)), rows, settings.examples, f"{name}/{step}")
-        pupil.remember(picks, losses)
-        return losses.mean()
+        drawn = draw(data, rows, loop)
+
+        def losses(part: slice) -> Tensor:
+            return functional.losses(predict(rows[part], drawn[part]), rows[part], settings.examples, f"{name}/{step}")
+
+        return Batch(len(rows), losses, learned=functools.partial(pupil.remember, picks))
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():

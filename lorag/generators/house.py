@@ -8,18 +8,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorag.base_models.layout import ModulePlace
 from lorag.conditions.embedding import Embedding
-from lorag.errors import ConfigError
+from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import TokenNetwork
 from lorag.models.expert_attention import ExpertAttention
+from lorag.models.module_decoder import ModuleDecoder, SharedTokenNetwork
 from lorag.optimisation.training_loop import TrainingLoop
 
-__all__ = ["House"]
+__all__ = ["House", "HouseSettings", "number_places"]
 
 _SOURCES = ("description", "experts", "both")
+_DECODERS = ("auto", "flat", "shared")
+_LONG = 2**16  # elements of a code beyond which "auto" shares one decoder: 64 modules of k = 32
+_MOST_BLOCKS, _MOST_NUMBERS = 64, 8
 
 
 @dataclass
@@ -34,6 +39,10 @@ class HouseSettings(Settings):
         layers: Of the transformer.
         heads: Of its attention.
         hidden: Of the layer before the code.
+        decoder: From that layer to the code: "flat" is one linear map, "shared" one network for all modules, told where each
+            stands, whose size grows neither with depth nor with width; "auto" shares for codes of more than 65,536 elements.
+        decoder_width: Of the shared network; below the length k² of a module's part it is a bottleneck.
+        decoder_blocks: Residual blocks of the shared network.
         dropout: In the transformer and before the code.
         word_dropout: Share of a description's tokens hidden in training.
         noise: Gaussian noise on its vectors in training, as a share of their own size.
@@ -52,6 +61,9 @@ class HouseSettings(Settings):
     layers: int = 1
     heads: int = 4
     hidden: int = 256
+    decoder: str = "auto"
+    decoder_width: int = 1024
+    decoder_blocks: int = 1
     dropout: float = 0.1
     word_dropout: float = 0.1
     noise: float = 0.2
@@ -67,7 +79,9 @@ class HouseSettings(Settings):
 class _Sum(nn.Module):
     """A network on the description, attention over experts, or both; in training it sees descriptions blurred."""
 
-    def __init__(self, reading: TokenNetwork | None, attention: ExpertAttention | None, word_dropout: float, noise: float) -> None:
+    def __init__(
+        self, reading: TokenNetwork | SharedTokenNetwork | None, attention: ExpertAttention | None, word_dropout: float, noise: float
+    ) -> None:
         super().__init__()
         self.reading, self.attention = reading, attention
         self.word_dropout, self.noise = word_dropout, noise
@@ -96,15 +110,27 @@ class House(NetworkGenerator):
         super().__init__(settings)
         if self.settings.source not in _SOURCES:
             raise ConfigError("settings.source is unknown", got=repr(self.settings.source), expected=", ".join(_SOURCES))
+        if self.settings.decoder not in _DECODERS:
+            raise ConfigError("settings.decoder is unknown", got=repr(self.settings.decoder), expected=", ".join(_DECODERS))
+        if not 0 <= self.settings.decoder_blocks <= _MOST_BLOCKS or self.settings.decoder_width < 1:
+            got = f"{self.settings.decoder_blocks} blocks of width {self.settings.decoder_width}"
+            raise ConfigError(
+                "settings.decoder_blocks or decoder_width cannot be used", got=got, expected=f"0 to {_MOST_BLOCKS}, at least 1"
+            )
 
     def build(self, embedding: int, code: int) -> nn.Module:
         """The untrained network."""
         s = self.settings
-        reading, attention = None, None
+        reading: TokenNetwork | SharedTokenNetwork | None = None
+        attention = None
         if s.source != "experts":
-            reading = TokenNetwork(
-                embedding, code, width=s.width, queries=s.queries, layers=s.layers, heads=s.heads, hidden=s.hidden, dropout=s.dropout
-            )
+            sizes = {"width": s.width, "queries": s.queries, "layers": s.layers, "heads": s.heads, "hidden": s.hidden}
+            if self.kinds is None or self.depths is None:
+                reading = TokenNetwork(embedding, code, **sizes, dropout=s.dropout)
+            else:
+                part = code // len(self.kinds)
+                decoder = ModuleDecoder(s.hidden, self.kinds, self.depths, part, width=s.decoder_width, blocks=s.decoder_blocks)
+                reading = SharedTokenNetwork(embedding, decoder, **sizes, dropout=s.dropout)
         if s.source != "description":
             keys, codes = torch.empty(self.experts, embedding), torch.empty(self.experts, code)
             attention = ExpertAttention(
@@ -114,6 +140,8 @@ class House(NetworkGenerator):
 
     experts: int = 0
     modules: list[int]
+    kinds: Tensor | None = None  # of a shared decoder: number of each module's kind (m,)
+    depths: Tensor | None = None  # and the numbers of its path (m, d)
 
     @property
     def learns_from_tasks(self) -> bool:
@@ -129,6 +157,8 @@ class House(NetworkGenerator):
         if self.learns_from_tasks:
             require_tasks(self.name, data)  # before time is spent on reconstruction
         self.experts, self.modules = len(data.codes), list(data.modules)
+        if self.network is None and self._shares_decoder(data):
+            self.kinds, self.depths = number_places(data.places)
         network = start_network(self, data, loop)
         if isinstance(network, _Sum) and network.attention is not None:
             device = loop.accelerator.device
@@ -147,9 +177,29 @@ class House(NetworkGenerator):
 
         train_functionally(self.name, network, predict, data, loop, self.settings.functional)
 
+    def _shares_decoder(self, data: FitData) -> bool:
+        """Whether the code is made by one decoder for all modules.
+
+        Raises:
+            GeneratorError: If that is asked for, and modules' parts differ in length or nobody says where modules stand.
+        """
+        asked = self.settings.decoder
+        if asked == "flat" or self.settings.source == "experts":
+            return False
+        possible = len(set(data.modules)) == 1 and len(data.places) == len(data.modules)
+        if asked == "shared" and not possible:
+            raise GeneratorError(
+                "modules cannot share a decoder",
+                got=f"parts of {min(data.modules)} to {max(data.modules)} elements, {len(data.places)} places",
+                expected="parts of one length, as in space=shared_subspace",
+            )
+        return possible and (asked == "shared" or data.codes.shape[1] > _LONG)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The network, and the lengths of the modules' parts."""
+        """The network, where modules stand if they share a decoder, and the lengths of their parts if experts are attended to."""
         found = super().tensors()
+        if self.kinds is not None and self.depths is not None:
+            found |= {"kinds": self.kinds.cpu(), "depths": self.depths.cpu()}
         if self.settings.source == "description":
             return found
         return found | {"modules": torch.tensor(self.modules)}
@@ -158,4 +208,32 @@ class House(NetworkGenerator):
         """Builds the network and loads it."""
         if "modules" in tensors:
             self.modules, self.experts = tensors["modules"].tolist(), len(tensors.get("attention.codes", ()))
-        super().restore({name: value for name, value in tensors.items() if name != "modules"})
+        # What is stored decides, and not the setting: generators from before there was a shared decoder have none.
+        self.kinds, self.depths = tensors.get("kinds"), tensors.get("depths")
+        if self.kinds is not None or self.depths is not None:
+            _check_places(self.kinds, self.depths)
+        super().restore({name: value for name, value in tensors.items() if name not in ("modules", "kinds", "depths")})
+
+
+def number_places(places: Sequence[ModulePlace]) -> tuple[Tensor, Tensor]:
+    """Number of each module's kind (m,), and the numbers of its path (m, d), filled up with zeros."""
+    kinds = {kind: number for number, kind in enumerate(dict.fromkeys(place.kind for place in places))}
+    longest = max(1, *(len(place.depth) for place in places))
+    depths = [[*place.depth, *[0] * (longest - len(place.depth))] for place in places]
+    return torch.tensor([kinds[place.kind] for place in places]), torch.tensor(depths)
+
+
+def _check_places(kinds: Tensor | None, depths: Tensor | None) -> None:
+    """Raises GeneratorError unless these are numbers of kinds (m,) and of paths (m, d)."""
+    if (
+        kinds is None
+        or depths is None
+        or kinds.dtype != torch.int64
+        or depths.dtype != torch.int64
+        or kinds.dim() != 1
+        or depths.dim() != 2
+        or not 0 < depths.shape[1] <= _MOST_NUMBERS
+        or not 0 < len(kinds) == len(depths)
+        or not 0 <= int(kinds.min()) <= int(kinds.max()) < len(kinds)
+    ):
+        raise GeneratorError("stored places of modules do not fit house", expected="kinds (m,) and depths (m, d), whole numbers")

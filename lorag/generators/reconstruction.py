@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.generators.base import FitData, NetworkGenerator, draw
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["reconstruct", "start_network"]
@@ -33,9 +34,10 @@ def reconstruct(generator: NetworkGenerator, data: FitData, loop: TrainingLoop, 
     training = torch.tensor(list(data.training))
     device = loop.accelerator.device
 
-    def loss(_: nn.Module, step: int) -> Tensor:
+    def loss(_: nn.Module, step: int) -> Batch:
         rows = training[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
-        return _distance(generator.predict(draw(data, rows, loop)), data.codes[rows].to(device))
+        drawn = draw(data, rows, loop)
+        return Batch(batch, lambda part: _distance(generator.predict(drawn[part]), data.codes[rows[part]].to(device)))
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.base_models.layout import LoraLayout
 from lorag.objectives import Objective
+from lorag.progress import Bar
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Task
 
@@ -26,7 +26,7 @@ class ExpertConfig:
     """How experts are trained.
 
     Attributes:
-        target_modules: PEFT's target names.
+        target_modules: A list of PEFT's target names, or, as text, a regular expression for whole paths or "all-linear".
         ranks: Ranks given to groups in turn; one bank may mix them.
         group: Experts trained at once.
         steps: Optimizer steps of each.
@@ -41,7 +41,7 @@ class ExpertConfig:
         seed: Seed of initialisation and sampling. Each expert's own depends on its task's name too.
     """
 
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     ranks: list[int] = field(default_factory=lambda: [8])
     group: int = 16
     steps: int = 200
@@ -74,7 +74,8 @@ def train_group(
     config: ExpertConfig,
     *,
     start: Sequence[LoraAdapter] | None = None,
-    progress: tqdm | None = None,
+    progress: Bar | None = None,
+    record: Callable[[int, float], None] | None = None,
 ) -> list[list[LoraAdapter]]:
     """Trains one adapter a task, all at once.
 
@@ -86,6 +87,7 @@ def train_group(
         config: Steps, rates, seeds.
         start: Adapters to go on from; without them, fresh ones.
         progress: A bar that is advanced by one for each step.
+        record: Called every tenth step, and at the last, with the steps done and the mean loss.
 
     Returns:
         For each task its late checkpoints, the final one last.
@@ -119,6 +121,8 @@ def train_group(
             progress.update()
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{losses.mean().item():.3f}")
+        if record is not None and ((step + 1) % 10 == 0 or step + 1 == config.steps):
+            record(step + 1, losses.mean().item())
     return checkpoints
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -62,7 +63,7 @@ def refine(
             base model: the smaller, the more steps there are, and the larger, by a square root, the more examples.
 
     Returns:
-        The refined adapter, of scaling 1.
+        The refined adapter, of scaling 1; the very same adapter if it answers all examples word for word already.
 
     Raises:
         TaskError: If an encoder's examples hold too few classes to learn from.
@@ -82,11 +83,33 @@ def refine_tasks(
     seed: int = 0,
     learning_rate: float | None = None,
 ) -> list[LoraAdapter]:
-    """Refines adapter number i, all of one rank, on the training examples of task number i; all tasks have as many."""
+    """Refines adapter number i, all of one rank, on the training examples of task number i; all tasks have as many.
+
+    An adapter that gives every example's answer word for word comes back as it is: they have nothing to teach it, and steps on a
+    few of them would only forget the description.
+    """
     if steps < 1:
         return list(adapters)
     for task in tasks:
         _check_classes(objective, task)
+    left = [place for place, answered in enumerate(_answered(rows, objective, adapters, tasks)) if not answered]
+    found = list(adapters)
+    if left:
+        trained = _train(rows, objective, [adapters[i] for i in left], [tasks[i] for i in left], steps, seed, learning_rate)
+        for place, adapter in zip(left, trained, strict=True):
+            found[place] = adapter
+    return found
+
+
+def _train(
+    rows: RowAdapters,
+    objective: Objective,
+    adapters: Sequence[LoraAdapter],
+    tasks: Sequence[Task],
+    steps: int,
+    seed: int,
+    learning_rate: float | None,
+) -> list[LoraAdapter]:
     most = max(len(task.split("train")) for task in tasks)
     if learning_rate is None:
         learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
@@ -96,6 +119,15 @@ def refine_tasks(
         LoraAdapter(start.layout, end.factors, end.alpha, start.base_model, start.task_type)
         for start, end in zip(adapters, refined, strict=True)
     ]
+
+
+def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
+    """Which of the adapters give the outputs of all their examples; classes chosen from few are no proof of it."""
+    if objective.metric != "exact_match":
+        return [False] * len(tasks)
+    known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
+    scores = objective.scores(rows, stack_adapters(adapters, rows.model.device), known, limit=max(len(task.examples) for task in known))
+    return [score["exact_match"] == 1 for score in scores]
 
 
 def _size(adapters: Sequence[LoraAdapter]) -> float:

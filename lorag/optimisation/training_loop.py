@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from lorag.files.artifacts import writing
+from lorag.errors import ConfigError
 from lorag.files.tensors import save_tensors
 from lorag.files.training_state import load_best, load_training_state, save_training_state
+from lorag.optimisation.data_parallel import Batch, Shares, told
+from lorag.optimisation.metrics import Metrics
+from lorag.progress import progress_bar
 
 __all__ = ["LoopSettings", "TrainingLoop"]
 
@@ -49,40 +51,52 @@ class TrainingLoop:
 
     Attributes:
         folder: Gets `metrics.jsonl` and, while a stage runs, its state; None keeps nothing.
-        rng: The run's source of randomness, on the CPU.
+        rng: The run's source of randomness, on the CPU, with one seed in all processes.
         quiet: No progress bar.
         accelerator: Devices, processes and precision.
+        shares: Into how many each step's batch is cut; None is one for each process.
+        mixed_precision: "no" or "bf16"; None is what the accelerator says.
+        metrics: Where numbers go; None is `metrics.jsonl` in the folder.
     """
 
     folder: Path | None
     rng: torch.Generator
     quiet: bool = False
     accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=not torch.cuda.is_available()))
+    shares: int | None = None
+    mixed_precision: str | None = None
+    metrics: Metrics | None = None
 
     def run(
         self,
         stage: str,
         module: nn.Module,
-        loss: Callable[[nn.Module, int], Tensor],
+        loss: Callable[[nn.Module, int], Batch | Tensor],
         validate: Callable[[nn.Module], float] | None,
         settings: LoopSettings,
     ) -> float:
-        """Trains a module in place and leaves it in its best state.
+        """Trains a module in place and leaves it in its best state, the same in all processes. The main one alone writes files.
 
         Args:
             stage: Names the stage on the bar, in the metrics and in the state file.
-            module: What is trained.
-            loss: Loss of one step, drawing from `rng`.
-            validate: A number that should fall; without it the last state is kept.
+            module: What is trained; it is moved to the accelerator's device.
+            loss: One step's batch, drawn from `rng`; or its loss, which only one process with one share can learn from.
+            validate: A number that should fall; without it the last state is kept. The main process works it out.
             settings: Length and rates.
 
         Returns:
             The best validation, or NaN without one.
+
+        Raises:
+            ConfigError: If the batches cannot be cut into the shares.
         """
         if settings.steps == 0:
             return math.nan
+        shares, main = Shares.of(self.accelerator, self.shares, self.mixed_precision), self.accelerator.is_main_process
+        shares.check(stage, module)
+        # The module is not wrapped: losses run it by parts that a wrapper for data parallelism would not see.
+        module.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        prepared, optimizer = self.accelerator.prepare(module, optimizer)
         best, best_state, waited, start = math.inf, None, 0, 0
         state = None if self.folder is None else self.folder / f"{stage}.state.safetensors"
         kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"
@@ -91,23 +105,26 @@ class TrainingLoop:
             start, waited = int(counters["step"] or 0), int(counters["waited"] or 0)
             best = math.inf if counters["best"] is None else float(counters["best"])
             best_state = None if counters["best"] is None else load_best(kept, module)
-            logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
+            if main:
+                logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
+        shares.agree(module, start)
         began = time.monotonic()
         left = range(start, settings.steps if waited < settings.patience else start)
         device = self.accelerator.device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            tqdm(left, initial=start, total=settings.steps, desc=stage, disable=self.quiet) as bar,
+            progress_bar(left, initial=start, total=settings.steps, desc=stage, disable=self.quiet) as bar,
         ):
             for step in bar:
-                # Dropout draws from the global stream, which no state file holds.
-                torch.manual_seed(int(torch.randint(2**62, (), generator=self.rng)))
+                seed = int(torch.randint(2**62, (), generator=self.rng))
+                torch.manual_seed(seed)
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
                 module.train()
-                value = loss(prepared, step)
+                with shares.autocast():
+                    made = loss(module, step)
                 optimizer.zero_grad(set_to_none=True)
-                self.accelerator.backward(value)
+                value = shares.backward(stage, _cut(stage, made, shares.count), seed, module.parameters())
                 self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 last = step + 1 == settings.steps
@@ -118,14 +135,14 @@ class TrainingLoop:
                     found = math.nan
                     if validate is not None:
                         module.eval()
-                        found = validate(module)
+                        found = told(self.accelerator, functools.partial(validate, module))
                         waited = 0 if found < best else waited + 1
                         if found < best:
                             best, best_state = found, {n: v.detach().clone() for n, v in module.state_dict().items()}
-                            if kept is not None:
+                            if kept is not None and main:
                                 save_tensors(kept, best_state)
                     self._record(stage, step + 1, value.item(), found, time.monotonic() - began)
-                    if state is not None and not last:
+                    if state is not None and main and not last:
                         counters = {"step": step + 1, "best": None if math.isinf(best) else best, "waited": waited}
                         save_training_state(state, module, [optimizer], self.rng, counters)
                     if waited >= settings.patience:
@@ -136,26 +153,30 @@ class TrainingLoop:
         return best if validate is not None else math.nan
 
     def finish(self) -> None:
-        """Removes the stages' states once the result is written elsewhere."""
+        """Closes the metrics, and removes the stages' states once the result is written elsewhere; for the main process."""
+        if self.metrics is not None:
+            self.metrics.close()
         for pattern in ("*.state.safetensors", "*.best.safetensors"):
             for path in [] if self.folder is None else self.folder.glob(pattern):
                 path.unlink()
 
     def _record(self, stage: str, step: int, loss: float, validation: float, seconds: float) -> None:
-        if self.folder is None or not self.accelerator.is_main_process:
-            return
-        row: Mapping[str, object] = {
-            "stage": stage,
-            "step": step,
-            "loss": round(loss, 6),
-            "validation": None if math.isnan(validation) else round(validation, 6),
-            "seconds": round(seconds, 1),
-        }
-        path = self.folder / "metrics.jsonl"
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if self.metrics is None:
+            self.metrics = Metrics(self.folder, main=self.accelerator.is_main_process)
+        self.metrics.record(stage, step, loss=loss, validation=validation, seconds=round(seconds, 1))
+
+
+def _cut(stage: str, made: Batch | Tensor, count: int) -> Batch:
+    """What a loss gave, as a batch."""
+    if isinstance(made, Batch):
+        return made
+    if count > 1:
+        raise ConfigError(
+            f"{stage}: this method does not cut its batches into shares",
+            got=f"{count} shares",
+            remedy="Train it in one process, with shares=1.",
+        )
+    return Batch(1, lambda _: made)
 
 
 def _schedule(step: int, steps: int) -> float:

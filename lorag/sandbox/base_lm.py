@@ -17,11 +17,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorag.files.training_state import load_training_state, save_training_state
+from lorag.progress import progress_bar
 from lorag.sandbox import world
 from lorag.sandbox.grid import splits
 
@@ -219,7 +219,7 @@ def pretrain(folder: Path, config: PretrainConfig | None = None, *, quiet: bool 
         start = int(load_training_state(state, model, optimizers, rng)["step"])
         logger.info("resuming %s at step %d of %d", folder, start, config.steps)
     forms = _forms()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="base model", disable=quiet)
+    bar = progress_bar(range(start, config.steps), initial=start, total=config.steps, desc="base model", disable=quiet)
     for step in bar:
         batch = _batch(tokenizer, config, forms, random.Random(int(torch.randint(2**62, (), generator=rng))))
         output: BaseModelOutputWithPast = model.model(

@@ -65,7 +65,7 @@ class SandboxConfig:
     expert_examples: int = 384
     examples: int = 96
     test_examples: int = 32
-    descriptions: int = 40
+    descriptions: int = 64
     eval_descriptions: int = 8
     seed: int = 0
 

@@ -13,11 +13,12 @@ from typing import Any, TextIO
 
 from lorag.errors import ArtifactError, DescriptionError, TaskError
 from lorag.files.artifacts import parse_json, read_json, safe_name, write_atomically
+from lorag.files.images import ImageFile, copy_images
 from lorag.files.plain import require_plain
+from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 
-__all__ = ["Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
+__all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
 
-MAX_DESCRIPTION = 4096
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 2_000_000_000  # of one decompressed examples file
 _MAX_BLANK = 100_000
@@ -25,28 +26,9 @@ _MAX_TASKS_BYTES = 256 * 2**20
 _MAX_RATIO, _RATIO_FREE = 100, 10_000_000  # text shrinks to a fifth or a twentieth; gzip of nothing but blanks to a thousandth
 
 
-def check_description(text: object) -> str:
-    """Returns a description that can be embedded, stripped.
-
-    Raises:
-        DescriptionError: If it is no text, empty, longer than 4,096 characters, or holds control characters or
-            halves of surrogate pairs, which is how Python passes on bytes that were no UTF-8.
-    """
-    if not isinstance(text, str):
-        raise DescriptionError("a description must be text", got=type(text).__name__, expected="str")
-    stripped = text.strip()
-    if not stripped:
-        raise DescriptionError("the description is empty", remedy='Say what the adapter should do, such as "summarise legal text".')
-    if len(stripped) > MAX_DESCRIPTION:
-        raise DescriptionError("the description is too long", got=f"{len(stripped)} characters", expected=f"at most {MAX_DESCRIPTION}")
-    if any((c < " " and c not in "\t\n\r") or c in "\x7f\ufffd" or "\ud800" <= c <= "\udfff" for c in stripped):
-        raise DescriptionError("the description is not text", got=repr(stripped[:40]), remedy="Pass UTF-8 text.")
-    return stripped
-
-
 @dataclass(frozen=True)
 class Example:
-    """One labelled text of a task."""
+    """One labelled text of a task; of an image, the input is an `ImageFile`."""
 
     input: str
     output: str
@@ -55,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: what it is called, how people describe it, its closed label set if it has one, and its examples."""
+    """A task: what it is called, how people describe it, its closed label set if it has one, its examples, and what their inputs are."""
 
     name: str
     suite: str
@@ -64,6 +46,7 @@ class Task:
     license: str
     source: str
     examples: tuple[Example, ...] = ()
+    inputs: str = "text"  # or "image"
 
     @property
     def key(self) -> str:
@@ -139,8 +122,9 @@ class TaskSuite:
         return cls(task for child in found for task in _read_suite(child))
 
     def save(self, folder: str | Path) -> Path:
-        """Writes tasks.jsonl and examples.jsonl.gz; the same suite gives the same bytes."""
+        """Writes tasks.jsonl and examples.jsonl.gz, and copies images; the same suite gives the same bytes."""
         folder = Path(folder)
+        copy_images((example.input for task in self for example in task.examples), folder)
         lines = "".join(
             json.dumps(
                 {
@@ -150,7 +134,8 @@ class TaskSuite:
                     "labels": None if task.labels is None else list(task.labels),
                     "license": task.license,
                     "source": task.source,
-                },
+                }
+                | ({} if task.inputs == "text" else {"inputs": task.inputs}),
                 ensure_ascii=False,
             )
             + "\n"
@@ -246,8 +231,12 @@ def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
         labels = row.get("labels")
         if labels is not None and (not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)):
             raise TaskError(f"{where}: field 'labels' has the wrong type", expected="a list of str, or null")
+        inputs = row.get("inputs", "text")
+        if inputs not in ("text", "image"):
+            raise TaskError(f"{where}: field 'inputs' cannot be used", got=repr(inputs)[:40], expected="text or image")
         tasks[name] = Task(
             name=name,
+            inputs=inputs,
             suite=str(row.get("suite", suite)),
             descriptions=descriptions,
             labels=None if labels is None else tuple(labels),
@@ -271,7 +260,17 @@ def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: di
             raise TaskError(f"{where}: unknown label", got=repr(output)[:60], expected=f"one of the {len(labels)} labels of {name}")
         if seen.setdefault((name, text), split) != split:
             raise TaskError(f"{where}: the same input is in train and test of {name}", got=repr(text[:60]), remedy="Remove one.")
-        rows[name].append(Example(text, output, split))
+        rows[name].append(Example(_image(text, path.parent, where) if tasks[name].inputs == "image" else text, output, split))
+
+
+def _image(relative: str, folder: Path, where: str) -> ImageFile:
+    """An image's path, of a file that is there; it is opened when it is used."""
+    image = ImageFile(relative, folder)
+    try:
+        image.path()
+    except ArtifactError as error:
+        raise TaskError(f"{where}: field 'input' names no image of the suite: {error}") from error
+    return image
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:

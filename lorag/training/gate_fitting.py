@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lorag.banks.bank import AdapterBank
 from lorag.errors import ConfigError, GeneratorError
@@ -22,6 +21,7 @@ from lorag.gate.calibration import Logistic, auroc, calibration_error, cross_fit
 from lorag.gate.evidence import Reference, gather
 from lorag.gate.gate import Gate
 from lorag.generator import LoraGenerator
+from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.training.gains import gains_of
@@ -185,7 +185,9 @@ def _look(
     """Evidence (u, f) on descriptions, their codes (u, c), and their similarities to the experts (u, n)."""
     evidence, codes, similarities = [], [], []
     embedded = generator.embedder.embed(list(texts), quiet=quiet)
-    for text, one, exclude in tqdm(list(zip(texts, embedded, hidden, strict=True)), desc="gathering evidence", disable=quiet, leave=False):
+    for text, one, exclude in progress_bar(
+        list(zip(texts, embedded, hidden, strict=True)), desc="gathering evidence", disable=quiet, leave=False
+    ):
         condition = generator.conditioner(one, exclude=exclude)
         evidence.append(gather(generator, reference, text, condition, exclude))
         codes.append(generator.method.generate(condition, torch.Generator().manual_seed(0))[0].float())

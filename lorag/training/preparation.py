@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lorag.banks.bank import AdapterBank
+from lorag.banks.streaming import ExpertStream
 from lorag.conditions.conditioning import Conditioner
 from lorag.conditions.embedding import TextEmbedder
 from lorag.errors import ConfigError
@@ -17,6 +17,7 @@ from lorag.files.artifacts import embedded, read_json
 from lorag.generators import FitData
 from lorag.objectives import make_objective
 from lorag.optimisation.functional import TaskLoss
+from lorag.progress import progress_bar
 from lorag.row_adapters import RowAdapters
 from lorag.tasks.suite import TaskSuite, connected
 from lorag.weights.weight_space import FlatFactors, SharedSubspace
@@ -99,13 +100,13 @@ def prepare(
     layout = bank.base.layout
     if space is None:
         if space_name == "shared_subspace":
-            space = SharedSubspace.fit(bank.adapters, layout, k)
+            space = SharedSubspace.fit_stream(ExpertStream(bank), layout, k, quiet=quiet)
         elif space_name == "flat_factors":
             space = FlatFactors.fit(bank.adapters, layout)
         else:
             raise ConfigError("space is unknown", got=repr(space_name), expected="shared_subspace or flat_factors")
     codes, deviations = [], []
-    for expert in tqdm(bank.experts, desc="encoding experts", disable=quiet, leave=False):
+    for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
         codes.append(late[-1])
         deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
@@ -124,7 +125,8 @@ def prepare(
         missing = [name for name in bank.names if name not in tasks]
         if missing:
             raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-        functional = TaskLoss(RowAdapters(model, layout), objective, space.to(model.device), [*(tasks[name] for name in bank.names), *more])
+        near = space.to(model.device, torch.float32)
+        functional = TaskLoss(RowAdapters(model, layout), objective, near, [*(tasks[name] for name in bank.names), *more])
     data = FitData(
         codes=torch.stack(codes),
         deviations=torch.stack(deviations),
@@ -135,6 +137,7 @@ def prepare(
         kin=experts_kin,
         zero=space.zero.cpu(),
         modules=space.parts,
+        places=layout.places,
         functional=functional,
         # Kin of a held-out task would give it away.
         without_expert=[i for i in range(len(bank), len(kin_of)) if functional is not None and not set(kin_of[i]) & set(held)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator import LoraGenerator
 from lorag.generators import FitData, Generator, generator_type
+from lorag.optimisation.data_parallel import Shares, told
+from lorag.optimisation.metrics import Metrics, check_trackers
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.publishing.provenance import public_name
 from lorag.training.gate_fitting import fit_gate
@@ -54,6 +57,11 @@ class TrainConfig:
         seed: Seed of everything.
         device: "auto", "cpu" or "cuda".
         dtype: Precision of the frozen base model in functional training.
+        shares: Shares into which each step's batch is cut: processes take them in turn, and a process with several adds up
+            their gradients, which takes less memory. null is one for each process. With the same number of shares the result is
+            the same, but for rounding, in any number of processes.
+        mixed_precision: "no" or "bf16", in which losses are computed; null is what `accelerate launch` was told.
+        trackers: Names among "tensorboard" and "trackio", which get the numbers that `metrics.jsonl` gets (extra `trackers`).
     """
 
     bank: str = "sandbox"
@@ -72,6 +80,9 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    shares: int | None = None
+    mixed_precision: str | None = None
+    trackers: list[str] = field(default_factory=list)
 
 
 def fit_generator(
@@ -80,7 +91,7 @@ def fit_generator(
     """Fits a method on a prepared bank and chooses its strength."""
     method.fit(prepared.data, loop)
     if strength is None:
-        strength = tune_strength(method, prepared.data, loop.rng)
+        strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, loop.rng))
     space = prepared.space
     rank = space.rank if isinstance(space, FlatFactors) else min(rank, space.k)
     return LoraGenerator(
@@ -137,13 +148,24 @@ def _scale(space: SharedSubspace | FlatFactors, codes: Tensor, strength: float) 
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
-    """Runs a training run, or goes on with it where it was interrupted.
+    """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
+
+    Under `accelerate launch` all processes train, and the main one alone then fits the gate and writes. The others return the
+    generator without gate, while the main one may still be at work.
 
     Raises:
         ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
     """
     out = Path(config.out)
-    plain = to_plain(config)
+    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")  # first, because it chooses this process's GPU
+    Shares.of(accelerator, config.shares, config.mixed_precision)
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        logger.warning("accelerate launch started one process only; where there are CPUs alone, it starts several with --multi_gpu")
+    plain = {key: value for key, value in to_plain(config).items() if key != "trackers"}  # who looks on changes nothing
+    for key in ("shares", "mixed_precision"):  # named where they were chosen
+        if plain[key] is None:
+            del plain[key]
+    check_trackers(config.trackers)
     if (out / "run.json").exists() and read_json(out / "run.json") != plain:
         raise ConfigError(f"out: {out} holds a run with other settings", remedy="Choose another folder, or delete it.")
     if (out / "generator.json").exists():
@@ -155,7 +177,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     bank = find_bank(config.bank)
     suite = find_tasks(config.tasks) if config.tasks else None
     embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
-    write_json(out / "run.json", plain)
+    if accelerator.is_main_process:
+        write_json(out / "run.json", plain)
+    quiet = quiet or not accelerator.is_local_main_process
     prepared = prepare(
         bank,
         embedder,
@@ -171,13 +195,16 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         dtype=config.dtype,
         quiet=quiet,
     )
-    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")
-    loop = TrainingLoop(out, torch.Generator().manual_seed(config.seed), quiet or not accelerator.is_local_main_process, accelerator)
+    rng = torch.Generator().manual_seed(config.seed)
+    loop = TrainingLoop(out, rng, quiet, accelerator, shares=config.shares, mixed_precision=config.mixed_precision)
+    loop.metrics = Metrics(out, config.trackers, plain, main=accelerator.is_main_process)
     # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
     settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
     settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
     origin = {"config": settings, "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    if not accelerator.is_main_process:
+        return generator
     if prepared.data.validation and not method.needs_task_vectors:
         held, kin = prepared.data.validation, prepared.data.kin[: len(bank)]
         generator.gate = fit_gate(generator, bank, suite, held, kin, quiet=quiet)

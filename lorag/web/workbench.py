@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.banks.bank import AdapterBank
 from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
@@ -36,9 +37,19 @@ class Workbench:
     Args:
         generators: Label to generator; labels are unique and shown.
         sources: Label to what `generate_lora(generator=...)` takes for it; None for the embedded one.
+        bank: The generators' bank, as `generate_lora(bank=...)` takes it: a known task is then served its own expert.
+
+    Raises:
+        ArtifactError, BankError: If there is no such bank, or it is not the one that every generator learned from.
+        ConfigError: If there is no generator, or two of them are for different base models.
     """
 
-    def __init__(self, generators: Mapping[str, LoraGenerator], sources: Mapping[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        generators: Mapping[str, LoraGenerator],
+        sources: Mapping[str, str | None] | None = None,
+        bank: str | Path | None = None,
+    ) -> None:
         if not generators:
             raise ConfigError("no generator to show")
         self.generators = dict(generators)
@@ -54,15 +65,19 @@ class Workbench:
                 )
             if made.embedder.name == self.first.embedder.name:
                 made.embedder = self.first.embedder  # one in memory, and each description is embedded once
+        self.bank_place = None if bank is None else str(bank)
+        self.bank = None if bank is None else AdapterBank.from_pretrained(bank)
+        for made in generators.values():
+            made.check_bank(self.bank)
         self._maps: dict[str, TaskMap] = {}
         self._made: OrderedDict[tuple[object, ...], tuple[LoraAdapter, float]] = OrderedDict()
         self._lock = threading.Lock()  # hooks on the one base model must not meet
 
     @classmethod
-    def from_folders(cls, names: Sequence[str], *, device: str = "auto") -> Workbench:
+    def from_folders(cls, names: Sequence[str], *, bank: str | Path | None = None, device: str = "auto") -> Workbench:
         """Opens generators by folder or hub id; the embedded one if there are none."""
         if not names:
-            return cls({"house": LoraGenerator.from_pretrained(embedded(DEFAULT), device=device)})
+            return cls({"house": LoraGenerator.from_pretrained(embedded(DEFAULT), device=device)}, bank=bank)
         generators: dict[str, LoraGenerator] = {}
         sources: dict[str, str | None] = {}
         for name in dict.fromkeys(names):
@@ -73,7 +88,7 @@ class Workbench:
             if label in generators:
                 label = f"{made.method.name} ({name})"
             generators[label], sources[label] = made, name
-        return cls(generators, sources)
+        return cls(generators, sources, bank)
 
     @property
     def writes(self) -> bool:
@@ -175,6 +190,8 @@ class Workbench:
         arguments = [repr(order.description.strip())]
         if (source := self.sources[made.method]) is not None:
             arguments.append(f"generator={source!r}")
+        if self.bank_place is not None:
+            arguments.append(f"bank={self.bank_place!r}")
         if made.seed:
             arguments.append(f"seed={made.seed}")
         if order.strength != 1:
@@ -201,7 +218,7 @@ class Workbench:
             if key not in self._made:
                 start = time.perf_counter()
                 asked = "warn" if order.anyway else "raise"
-                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), on_unknown=asked)
+                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), on_unknown=asked, bank=self.bank)
                 self._made[key] = adapter, time.perf_counter() - start
                 while len(self._made) > _REMEMBERED:
                     self._made.popitem(last=False)

@@ -106,8 +106,8 @@ class FlatFactors:
         stacked = self.differentiable(codes.detach())
         return [{name: (rows[i], columns[i]) for name, (rows, columns) in stacked.items()} for i in range(len(codes))]
 
-    def to(self, device: torch.device | str) -> FlatFactors:
-        """The same space on a device."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FlatFactors:
+        """The same space on a device; it has no bases, and its normaliser stays in fp32 whatever the dtype."""
         return FlatFactors(self.layout, self.rank, self.mean.to(device), self.scale.to(device))
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

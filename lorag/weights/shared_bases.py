@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.errors import GeneratorError
 
-__all__ = ["RunningSpan", "Span", "cosine", "reduced"]
+__all__ = ["RunningSpan", "Span", "cosine", "reduced", "weighted_columns"]
+
+_EXACT = 32  # times k: up to this length a Gram matrix takes less time than compressing, and loses nothing
+_FULL, _KEPT = 8, 4  # times k: columns at which a buffer is compressed, and those that are left
 
 
 def reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,34 +42,66 @@ def cosine(one: LoraAdapter, other: LoraAdapter) -> float:
     return product(one, other) / size if size else 0.0
 
 
-class Span:
-    """Leading left singular vectors of many columns, in bounded memory: the buffer is compressed when it is full."""
+def weighted_columns(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns L (o, n·r) and R (i, n·r), in fp64, with LLᵀ = Σ ΔW ΔWᵀ and RRᵀ = Σ ΔWᵀ ΔW over n adapters of one module.
 
-    def __init__(self, size: int) -> None:
-        self.keep = size
-        self.columns: list[Tensor] = []
-        self.held = 0
+    ΔW ΔWᵀ = B (A Aᵀ) Bᵀ: the roots of n Gram matrices r x r take the place of n decompositions of factors.
+
+    Args:
+        rows: A (n, r, i).
+        columns: B (n, o, r), scaling in it.
+
+    Raises:
+        GeneratorError: If a value is no number.
+    """
+    rows, columns = rows.double(), columns.double()
+    grams = torch.stack([rows @ rows.mT, columns.mT @ columns])
+    if not grams.isfinite().all():
+        raise GeneratorError("an expert's factors hold NaN or infinite values", remedy="Run lorag bank check.")
+    values, vectors = torch.linalg.eigh(grams)
+    roots = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return rearrange(columns @ roots[0], "n o r -> o (n r)"), rearrange(rows.mT @ roots[1], "n i r -> i (n r)")
+
+
+class Span:
+    """Leading left singular vectors of any number of columns, in memory that does not grow with their number.
+
+    Short columns, of at most 32 k elements, add up to their Gram matrix, which is exact. Of longer ones a buffer of 8 k is
+    compressed to its 4 k leading directions, with their weights, whenever it is full.
+
+    Args:
+        size: Length of the columns.
+        keep: k, the number of vectors that are wanted.
+    """
+
+    def __init__(self, size: int, keep: int) -> None:
+        self.size, self.keep = size, keep
+        exact = size <= _EXACT * keep
+        self._gram = torch.zeros(size, size, dtype=torch.float64) if exact else None
+        self._columns = torch.zeros(size, 0, dtype=torch.float64)
 
     def add(self, columns: Tensor) -> None:
-        """Takes columns (size, any)."""
-        self.columns.append(columns)
-        self.held += columns.shape[1]
-        if self.held > 16 * self.keep + 4096:
-            left, values = self._svd()
-            self.columns = [left[:, : 8 * self.keep] * values[: 8 * self.keep]]
-            self.held = self.columns[0].shape[1]
+        """Takes columns (size, any) in fp64."""
+        if self._gram is not None:
+            self._gram.addmm_(columns, columns.T)
+            return
+        for part in columns.split((_FULL - _KEPT) * self.keep, 1):
+            self._columns = torch.cat([self._columns, part], 1)
+            if self._columns.shape[1] >= _FULL * self.keep:
+                self._compress()
 
-    def _svd(self) -> tuple[Tensor, Tensor]:
-        stacked = torch.cat(self.columns, 1)
-        if stacked.shape[1] > stacked.shape[0]:  # the Gram matrix is smaller, and fp64 leaves room for squaring
-            values, left = torch.linalg.eigh(stacked @ stacked.T)
-            return left.flip(1), values.flip(0).clamp_min(0).sqrt()
-        left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
-        return left, values
+    def _compress(self) -> None:
+        _, right = torch.linalg.eigh(self._columns.T @ self._columns)
+        self._columns = self._columns @ right[:, -_KEPT * self.keep :]
 
     def basis(self) -> Tensor:
-        """Orthonormal columns (size, k) in fp32, their signs fixed against a fixed direction."""
-        left, _ = self._svd()
+        """Orthonormal columns (size, k) in fp32, the leading first, their signs fixed against a fixed direction."""
+        if self._gram is not None:
+            left = torch.linalg.eigh(self._gram)[1].flip(1)
+        else:
+            if self._columns.shape[1] > _KEPT * self.keep:
+                self._compress()
+            left = torch.linalg.svd(self._columns, full_matrices=False)[0]
         left = left[:, : self.keep]
         if left.shape[1] < self.keep:  # fewer directions than k: complete them, so that all modules share one k
             rng = torch.Generator().manual_seed(0)

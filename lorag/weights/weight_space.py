@@ -8,11 +8,9 @@ the bank, which are free of that gauge and of rank and alpha. `FlatFactors` keep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
@@ -20,19 +18,10 @@ from lorag.adapters.checks import Factors
 from lorag.base_models.layout import LoraLayout
 from lorag.errors import GeneratorError
 from lorag.files.artifacts import parse_json
-from lorag.weights.flat_factors import Adapters, FlatFactors
-from lorag.weights.shared_bases import Span, reduced
+from lorag.weights.flat_factors import FlatFactors
+from lorag.weights.shared_subspace import Cores, SharedSubspace
 
 __all__ = ["Cores", "FlatFactors", "SharedSubspace", "WeightSpace", "weight_space_from_tensors"]
-
-
-@dataclass(frozen=True)
-class Cores:
-    """ΔW of n adapters in shared bases: module -> U_in (i, k), M (n, k, k), U_out (o, k), with ΔW = U_out M U_inᵀ."""
-
-    bases_in: Mapping[str, Tensor]
-    values: Mapping[str, Tensor]
-    bases_out: Mapping[str, Tensor]
 
 
 class WeightSpace(Protocol):
@@ -75,151 +64,9 @@ class WeightSpace(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SharedSubspace:
-    """Codes are standardised cores M = U_outᵀ ΔW U_in in orthonormal bases shared by all experts of a bank.
-
-    Attributes:
-        layout: The adapters' layout.
-        bases_in: U_in (i, k) of each module.
-        bases_out: U_out (o, k) of each module.
-        mean: Mean core of the experts (m, k, k).
-        scale: Standard deviation of the experts' cores, one value a module (m,).
-    """
-
-    layout: LoraLayout
-    bases_in: tuple[Tensor, ...]
-    bases_out: tuple[Tensor, ...]
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def fit(cls, adapters: Adapters, layout: LoraLayout, size: int = 32) -> SharedSubspace:
-        """Finds bases and normaliser from experts, module by module, without holding the bank.
-
-        Args:
-            adapters: Returns an iterator over the training experts each time it is called.
-            layout: Their layout.
-            size: k, the dimensions kept on each side; less where a module is smaller.
-        """
-        size = min([size, *(min(m.in_features, m.out_features) for m in layout.modules)])
-        spans = [(Span(size), Span(size)) for _ in layout.modules]
-        count = 0
-        for adapter in adapters():
-            count += 1
-            for module, (out_span, in_span) in zip(layout.modules, spans, strict=True):
-                left, values, right = reduced(adapter, module.name)
-                out_span.add(left * values)
-                in_span.add(right * values)
-        if count == 0:
-            raise GeneratorError("a weight space needs at least one expert", got="an empty bank")
-        bases_out = tuple(out_span.basis() for out_span, _ in spans)
-        bases_in = tuple(in_span.basis() for _, in_span in spans)
-        bare = cls(layout, bases_in, bases_out, torch.zeros(len(layout), size, size), torch.ones(len(layout)))
-        total, square = torch.zeros(len(layout), size, size, dtype=torch.float64), torch.zeros(len(layout), dtype=torch.float64)
-        for adapter in adapters():
-            cores = bare.cores(adapter).double()
-            total += cores
-            square += cores.square().sum((1, 2))
-        mean = total / count
-        variance = (square / count - mean.square().sum((1, 2))) / size**2
-        # A module that no two experts change differently, but for rounding, has nothing to standardise.
-        varied = variance > 1e-10 * square / (count * size**2)
-        scale = torch.where(varied, variance.clamp_min(0).sqrt(), torch.ones_like(variance))
-        return cls(layout, bases_in, bases_out, mean.float(), scale.float())
-
-    @property
-    def k(self) -> int:
-        """Dimensions kept on each side of a module."""
-        return self.mean.shape[1]
-
-    @property
-    def size(self) -> int:
-        """Length c = m·k² of a code."""
-        return self.mean.numel()
-
-    @property
-    def zero(self) -> Tensor:
-        """Code (c,) of the adapter that changes nothing."""
-        return self.standardise(torch.zeros_like(self.mean))
-
-    @property
-    def parts(self) -> list[int]:
-        """Length of each module's part of a code."""
-        return [self.k**2] * len(self.layout)
-
-    def cores(self, adapter: LoraAdapter) -> Tensor:
-        """Cores (m, k, k) of an adapter, in fp32."""
-        found = []
-        for module, u_in, u_out in zip(self.layout.modules, self.bases_in, self.bases_out, strict=True):
-            rows, columns = (factor.to(u_in.device).double() for factor in adapter.factors[module.name])
-            found.append(adapter.scaling * (u_out.double().T @ columns) @ (rows @ u_in.double()))
-        return torch.stack(found).float()
-
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) of an adapter."""
-        return self.standardise(self.cores(adapter))
-
-    def standardise(self, cores: Tensor) -> Tensor:
-        """Codes (..., c) of cores (..., m, k, k)."""
-        return rearrange((cores - self.mean) / self.scale[:, None, None], "... m p q -> ... (m p q)")
-
-    def restore(self, codes: Tensor) -> Tensor:
-        """Cores (..., m, k, k) of codes (..., c)."""
-        cores = rearrange(codes, "... (m p q) -> ... m p q", m=len(self.layout), p=self.k)
-        return cores * self.scale[:, None, None] + self.mean
-
-    def energy(self, adapter: LoraAdapter) -> float:
-        """Share of ‖ΔW‖² over all modules that lies in the bases, from 0 to 1."""
-        whole = sum(norm**2 for norm in adapter.norms().values())
-        return min(1.0, float(self.cores(adapter).double().square().sum() / whole)) if whole else 1.0
-
-    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
-        """Best rank-r factors of each code (b, c), singular values shared evenly by A and B."""
-        if codes.dim() != 2 or codes.shape[1] != self.size:
-            raise GeneratorError("codes do not fit the weight space", got=tuple(codes.shape), expected=f"(b, {self.size})")
-        if not 1 <= rank <= self.k:
-            raise GeneratorError("the weight space has no adapters of this rank", got=rank, expected=f"1 to {self.k}")
-        # One decomposition a code: a batched one may round differently with the batch, and each adapter's bytes must not.
-        factors: list[Factors] = []
-        for code in codes.detach():
-            left, values, right = torch.linalg.svd(self.restore(code))
-            root = values[:, :rank].sqrt()
-            columns, rows = left[:, :, :rank] * root[:, None, :], right[:, :rank] * root[:, :, None]
-            factors.append(
-                {
-                    module.name: (rows[index] @ u_in.T, u_out @ columns[index])
-                    for index, (module, u_in, u_out) in enumerate(zip(self.layout.modules, self.bases_in, self.bases_out, strict=True))
-                }
-            )
-        return factors
-
-    def differentiable(self, codes: Tensor) -> Cores:
-        """The cores of codes (b, c) with the shared bases: no decomposition, so that gradients are cheap."""
-        cores = self.restore(codes)
-        names = self.layout.names
-        return Cores(
-            dict(zip(names, self.bases_in, strict=True)),
-            {name: cores[:, index] for index, name in enumerate(names)},
-            dict(zip(names, self.bases_out, strict=True)),
-        )
-
-    def to(self, device: torch.device | str) -> SharedSubspace:
-        """The same space on a device."""
-        return SharedSubspace(
-            self.layout,
-            tuple(u.to(device) for u in self.bases_in),
-            tuple(u.to(device) for u in self.bases_out),
-            self.mean.to(device),
-            self.scale.to(device),
-        )
-
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which the space can be built again."""
-        tensors = {"mean": self.mean, "scale": self.scale}
-        for index, (u_in, u_out) in enumerate(zip(self.bases_in, self.bases_out, strict=True)):
-            tensors |= {f"bases_in.{index}": u_in, f"bases_out.{index}": u_out}
-        return tensors, {"kind": "shared_subspace", "layout": self.layout.to_dict()}
+def _stored_basis(basis: Tensor) -> Tensor:
+    """A basis as it is stored, in fp32 or bf16: no copy, so that a file that is mapped stays on the disk until it is used."""
+    return basis if basis.dtype == torch.bfloat16 else basis.float()
 
 
 def weight_space_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | str) -> SharedSubspace | FlatFactors:
@@ -239,8 +86,8 @@ def weight_space_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str
             indices = range(len(layout))
             space = SharedSubspace(
                 layout,
-                tuple(tensors[f"bases_in.{i}"].float() for i in indices),
-                tuple(tensors[f"bases_out.{i}"].float() for i in indices),
+                tuple(_stored_basis(tensors[f"bases_in.{i}"]) for i in indices),
+                tuple(_stored_basis(tensors[f"bases_out.{i}"]) for i in indices),
                 tensors["mean"].float(),
                 tensors["scale"].float(),
             )

@@ -1,0 +1,46 @@
+"""What `lorag generate --descriptions FILE` does: an adapter folder for each line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorag.errors import GeneratorError
+
+if TYPE_CHECKING:
+    from lorag.batch import BatchSettings, Made
+    from lorag.parallel import Backend
+
+__all__ = ["generate_many"]
+
+
+def generate_many(file: Path, out: Path, settings: BatchSettings, backend: Backend) -> None:
+    """Makes the adapters of a file's descriptions, with a line for each; those that are there are kept.
+
+    Raises:
+        GeneratorError: At the end, if some could not be made.
+    """
+    from lorag.batch import generate_folders, read_descriptions
+
+    wanted, failed = read_descriptions(file), []
+    for number, one in enumerate(generate_folders(wanted, out, settings, backend=backend), 1):
+        if one.error is not None:
+            failed.append(one.wanted.name)
+        typer.echo(f"{number}/{len(wanted)} {_line(one)}")
+    if failed:
+        raise GeneratorError(
+            f"{len(failed)} of {len(wanted)} adapters were not made", got=f"{failed[0]} first", remedy="The lines above say why."
+        )
+    typer.echo(f"next: lorag info {out / wanted[0].name}")
+
+
+def _line(one: Made) -> str:
+    if one.error is not None:
+        return f"refused {one.wanted.name}: {type(one.error).__name__}: {one.error}"
+    if one.there:
+        return f"kept {one.folder}: it is there already"
+    gate, gain = one.info["gate"], one.info["gate"]["expected_gain"]
+    judged = "do not expect it to work" if gate["decision"] == "refuse" else gate["served"]
+    return f"{one.folder}: {judged}" + ("" if gain is None else f", expected to close {gain:.0%} of the gap")

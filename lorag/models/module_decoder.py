@@ -1,0 +1,104 @@
+"""One decoder for all adapted modules: what was read of a description, and where a module stands, to the module's core.
+
+Its size depends on the number of kinds of modules and on k, and neither on the depth nor on the width of the base model: a
+layer is told by features of its number, not by an embedding of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lorag.models.code_networks import TokenReader
+
+__all__ = ["ModuleDecoder", "SharedTokenNetwork"]
+
+_WAVES = 8  # wavelengths of 2π·2⁰ to 2π·2⁷ layers for each number of a module's path
+
+
+class _Residual(nn.Module):
+    """x + MLP(norm(x)), twice as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ModuleDecoder(nn.Module):
+    """Tokens of (z, depth, kind), one a module, through one stack of residual blocks; one head for each kind.
+
+    A place scales what z says before it adds itself, so that layers can take different parts of it. Without blocks a module's
+    part is a linear function of z, of its own for each place; blocks add what is not linear, and nothing after them rescales.
+    Heads start at zero, so that training starts from the mean adapter.
+
+    Args:
+        latent: Length z of what is known of the task.
+        kinds: Number of each module's kind (m,), int64, counted from 0.
+        depths: Numbers of each module's path (m, d), int64; shorter ones are filled up with zeros.
+        part: Length of each module's part of a code.
+        width: Of a token.
+        blocks: Number of residual blocks.
+    """
+
+    kinds: Tensor
+    depths: Tensor
+
+    def __init__(self, latent: int, kinds: Tensor, depths: Tensor, part: int, *, width: int, blocks: int) -> None:
+        super().__init__()
+        # Not among the parameters' state: whoever stores the network stores the places apart, as the integers that they are.
+        self.register_buffer("kinds", kinds, persistent=False)
+        self.register_buffer("depths", depths, persistent=False)
+        count = int(kinds.max()) + 1
+        self.inward = nn.Linear(latent, width)
+        self.kind = nn.Parameter(torch.randn(count, 2 * width) * 0.5)
+        self.depth = nn.Linear(2 * _WAVES * depths.shape[1], 2 * width)
+        # Gains of about unit variance over layers: layers have bases of their own and begin with maps as far apart.
+        nn.init.normal_(self.depth.weight, std=(_WAVES * depths.shape[1]) ** -0.5)
+        self.blocks = nn.Sequential(*(_Residual(width) for _ in range(blocks)))
+        self.heads = nn.Parameter(torch.zeros(count, width, part))
+        self.offsets = nn.Parameter(torch.zeros(count, part))
+
+    def features(self) -> Tensor:
+        """Sine and cosine (m, 2 · waves · d) of the numbers of the modules' paths, as Vaswani et al. (2017) do with positions."""
+        rates = 0.5 ** torch.arange(_WAVES, device=self.depths.device)
+        angles = rearrange(self.depths[..., None] * rates, "m d f -> m (d f)")
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Maps z (b, z) to codes (b, c)."""
+        gain, shift = (self.kind[self.kinds] + self.depth(self.features())).chunk(2, -1)
+        tokens = self.blocks(self.inward(z)[:, None] * (1 + gain) + shift)
+        parts = tokens.new_empty(len(z), len(self.kinds), self.heads.shape[-1])
+        for kind in range(len(self.heads)):
+            own = self.kinds == kind
+            parts[:, own] = torch.addmm(self.offsets[kind], tokens[:, own].flatten(0, 1), self.heads[kind]).unflatten(0, (len(z), -1))
+        return rearrange(parts, "b m v -> b (m v)")
+
+
+class SharedTokenNetwork(nn.Module):
+    """`TokenNetwork` whose last layer is a decoder that all modules share."""
+
+    def __init__(
+        self,
+        embedding: int,
+        decoder: ModuleDecoder,
+        *,
+        width: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.reader = TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout)
+        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.reader.size, hidden))
+        self.decoder = decoder
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Maps tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e), to codes (b, c)."""
+        return self.decoder(self.hidden(self.reader(pooled, tokens, mask)))

@@ -1,0 +1,112 @@
+"""How long work shows itself: tqdm's bar on a terminal, a plain line now and then anywhere else, nothing where that is asked for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from tqdm.auto import tqdm
+
+__all__ = ["Bar", "Lines", "progress_bar"]
+
+T = TypeVar("T")
+_FIRST, _EVERY = 10.0, 30.0  # seconds until the first line, and between lines
+_LONG = 2.0  # seconds from which it is worth a line that something is done
+
+
+class Lines(Generic[T]):
+    """Progress for logs and pipes: whole lines on standard error, without carriage returns. Has of tqdm's methods what lorag uses.
+
+    Args:
+        iterable: What is gone through, if it is not advanced by `update`.
+        desc: What is being done.
+        total: Steps in all; by default the iterable's length, if it has one.
+        initial: Steps that were done before.
+        leave: Whether it is worth saying when it is done.
+    """
+
+    def __init__(
+        self, iterable: Iterable[T] | None = None, *, desc: str, total: int | None = None, initial: int = 0, leave: bool = True
+    ) -> None:
+        self.iterable, self.desc, self.initial, self.leave = iterable, desc, initial, leave
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self.n, self._details, self._closed = initial, "", False
+        self._began = time.monotonic()
+        self._next = self._began + _FIRST
+
+    def __iter__(self) -> Iterator[T]:
+        for one in () if self.iterable is None else self.iterable:
+            yield one
+            self.update()
+        self.close()
+
+    def __enter__(self) -> Lines[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """Advances it, and says so if the last line is long ago."""
+        self.n += n
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _EVERY
+            self.write(self._line(now - self._began))
+
+    def set_postfix(self, values: Mapping[str, object] | None = None, **more: object) -> None:
+        """Numbers that the next line shows."""
+        self._details = ", ".join(f"{key} {value}" for key, value in {**(values or {}), **more}.items())
+
+    def write(self, text: str) -> None:
+        """Writes a line of its own."""
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Says that it is done, if it took long; it may be called again."""
+        took = time.monotonic() - self._began
+        if not self._closed and self.leave and took >= _LONG:
+            self.write(self._line(took))
+        self._closed = True
+
+    def _line(self, took: float) -> str:
+        if self.total is None:
+            parts = [f"{self.desc}: {self.n}"]
+        else:
+            parts = [f"{self.desc}: {self.n} of {self.total} ({self.n / max(1, self.total):.0%})"]
+        parts.append(f"{tqdm.format_interval(took)} so far")
+        done = self.n - self.initial
+        if self.total is not None and done > 0 and self.n < self.total:
+            parts.append(f"{tqdm.format_interval(took / done * (self.total - self.n))} left")
+        return ", ".join([*parts, self._details] if self._details else parts)
+
+
+Bar: TypeAlias = "tqdm[Any] | Lines[Any]"
+
+
+def progress_bar(
+    iterable: Iterable[T] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    disable: bool = False,
+    leave: bool = True,
+) -> tqdm[T] | Lines[T]:
+    """A bar with the time that is left, or lines that say it where standard error is no terminal.
+
+    Args:
+        iterable: What is gone through; without it, `update` advances.
+        desc: What is being done.
+        total: Steps in all.
+        initial: Steps that were done before.
+        disable: Shows nothing.
+        leave: Whether the finished bar stays.
+    """
+    # In a notebook tqdm.auto has a class of its own, which draws a widget.
+    if disable or sys.stderr.isatty() or tqdm.__module__ == "tqdm.auto":
+        return tqdm(iterable, desc=desc, total=total, initial=initial, disable=disable, leave=leave)
+    return Lines(iterable, desc=desc, total=total, initial=initial, leave=leave)

@@ -1,0 +1,1 @@
+"""The report of a ladder: one page and its figures."""

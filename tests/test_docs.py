@@ -1,0 +1,176 @@
+"""The pages: commands parse, settings exist, code compiles, links lead somewhere, nothing is fetched from elsewhere."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
+
+import lorag
+from lorag.banks.build import BankConfig
+from lorag.cli.main import app
+from lorag.config import load_config, read_settings
+from lorag.generators import generator_type
+from lorag.sandbox.build import SandboxConfig
+from lorag.training.run import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```", re.S | re.M)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND_LINE = typer.main.get_command(app)
+# Settings of these commands are fields of a dataclass; of a recipe, they take the part of the command's name.
+SCHEMAS = {("train",): TrainConfig, ("bank", "build"): BankConfig, ("sandbox", "build"): SandboxConfig}
+
+
+def _commands(page):
+    """Lines of fenced blocks that start with lorag, a line that ends with a backslash together with the next."""
+    found = []
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in ("python", "json", "yaml"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if line.startswith("lorag "):
+                found.append([word for word in shlex.split(line, comments=True)[1:] if word != "…"])
+    return found
+
+
+def _parse(words):
+    """Runs the parser alone, as the command line does, and returns the command's path and its values."""
+    command, name, parent, path = COMMAND_LINE, "lorag", None, ()
+    while True:
+        context = command.make_context(name, list(words), parent=parent)
+        if not hasattr(command, "commands"):
+            return path, context.params
+        words = [*context._protected_args, *context.args]
+        name, command, words = command.resolve_command(context, words)
+        parent, path = context, (*path, name)
+
+
+COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") for page in PAGES for words in _commands(page)]
+
+
+def test_there_are_commands():
+    """The search finds what the pages show; a page on banks, one on training and the README among them."""
+    with_commands = {page.name for page in PAGES if _commands(page)}
+    assert {"README.md", "own-bank.md", "evaluation.md", "importing.md", "results.md"} <= with_commands
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_of_the_pages_parses(words):
+    """Command, options and arguments are those of the command line, and settings are those of its dataclass and its method."""
+    path, values = _parse(words)
+    if path not in SCHEMAS:
+        return
+    settings = values["settings"] or []
+    config = load_config(SCHEMAS[path], values.get("config"), settings, path[-1])
+    if path == ("train",):
+        generator_type(config.method).with_settings(config.settings)
+
+
+def test_a_wrong_command_is_found_out():
+    """A misspelt command, option or setting does not pass for a right one."""
+    for words in (["generat", "x", "--out", "y"], ["generate", "x", "--outt", "y"], ["generate", "x"], ["bank", "add", "x"]):
+        with pytest.raises(Exception, match="(?i)no such|missing|requires"):
+            _parse(words)
+    path, values = _parse(["train", "methode=ridge"])
+    with pytest.raises(lorag.LoragError):
+        load_config(SCHEMAS[path], None, values["settings"])
+    assert read_settings(["a.b=1"]) == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_running_text_exist(page):
+    """`lorag …` in a sentence names a command that there is, and only options that it has."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for span in re.findall(r"`lorag ([^`\n]+)`", text):
+        words = shlex.split(span.replace("…", " "))
+        command, rest = COMMAND_LINE, words
+        known = {option for parameter in command.params for option in parameter.opts}
+        while hasattr(command, "commands") and rest:
+            if rest[0].startswith("-"):  # an option of lorag itself, with its value
+                assert rest[0] in known, span
+                rest = rest[2:]
+                continue
+            assert rest[0] in command.commands, f"{page.name}: lorag {span}"
+            command, rest = command.commands[rest[0]], rest[1:]
+            known |= {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= known, f"{page.name}: lorag {span}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_on_the_pages_is_python(page):
+    """Every block compiles, and what it imports from lorag is there."""
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "lorag":
+                module = __import__(node.module, fromlist=["*"])
+                assert all(hasattr(module, alias.name) for alias in node.names), f"{page.name}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_relative_links_lead_somewhere(page):
+    """Every relative link and picture is a file; those of docs/ stay inside, since the site has nothing else."""
+    for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{page.name} links to {target}"
+        assert page.parent != DOCS or file.parent == DOCS, f"{page.name} links to {target}, which is no page of the site"
+        if anchor and file.suffix == ".md":
+            assert anchor in _anchors(file), f"{page.name} links to {target}"
+
+
+def _anchors(file):
+    """Headings as addresses: lower case, no punctuation, dashes for blanks."""
+    text = FENCE.sub("", file.read_text(encoding="utf-8"))
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", line).strip().lower()) for line in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+def test_every_page_is_in_the_site_and_nothing_is_fetched():
+    """The navigation lists exactly the pages of docs/, and the theme takes fonts and scripts from nowhere else."""
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def pages(part):
+        children = part.values() if isinstance(part, dict) else part
+        return [part] if isinstance(part, str) else [page for child in children for page in pages(child)]
+
+    listed = pages(config["nav"])
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert config["theme"]["font"] is False
+    assert not {"extra_javascript", "extra_css", "hooks"} & set(config)
+    for picture in DOCS.glob("*.svg"):
+        assert not re.search(r"<script|href=|url\((?!#)|@import", picture.read_text(encoding="utf-8"))
+
+
+def test_the_site_builds_strictly(tmp_path):
+    """No broken link, anchor or name in the API reference; no page loads anything from another host."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for page in (tmp_path / "site").rglob("*.html"):
+        elsewhere = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]+"', page.read_text(encoding="utf-8"))
+        assert not elsewhere, page
+    reference = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    for name in ("LoraGenerator.generate", "AdapterBank.add", "LoraAdapter.apply_to", "UnknownTaskError", "Objective.losses"):
+        assert f".{name}" in reference, name
+
+
+def test_examples_are_on_the_page_about_them():
+    """docs/examples.md lists each script of examples/, and no other."""
+    named = set(re.findall(r"python examples/(\w+\.py)", (DOCS / "examples.md").read_text(encoding="utf-8")))
+    assert named == {path.name for path in (ROOT / "examples").glob("*.py")}

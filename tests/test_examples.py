@@ -1,0 +1,89 @@
+"""The scripts in examples/: each runs as it stands, offline, and what it prints says that it did its job."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment before transformers is imported
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.base_models.names import locate
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script as `python examples/NAME.py` does, without arguments, in an empty folder; returns what it prints."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"examples/{name}.py"])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def numbers(text, after):
+    """Numbers that follow words on their line."""
+    return [float(number) for number in re.findall(rf"{after}\s+(-?[\d.]+)", text)]
+
+
+def test_own_adapters(run):
+    """66 plain PEFT folders become a bank, a generator and an adapter that suits the unseen task better than the base model does."""
+    text = run("own_adapters")
+    assert "66 adapters, 0 refused" in text and "ridge from 66 experts" in text
+    adapter = LoraAdapter.from_pretrained(Path("runs/examples/own_adapters/new"))
+    assert adapter.info["description"] and adapter.rank == 16
+    (base,), (generated,) = (numbers(text, rf"{name} .*token") for name in ("base", "generated"))
+    assert generated > base
+
+
+def test_sentence_encoder(run):
+    """The description finds the right aspect: with its adapter the encoder tells classes better apart than without."""
+    text = run("sentence_encoder")
+    for name in ("mood", "topic"):
+        (base,), (adapted,) = (numbers(text, rf"{label}\s+accuracy on {name}:") for label in ("base", "adapted"))
+        assert adapted >= base
+        assert LoraAdapter.from_pretrained(Path("runs/examples/sentence_encoder") / name).info["neighbours"][0][0] == name
+    (base,), (adapted,) = (numbers(text, rf"{label}\s+accuracy on mood:") for label in ("base", "adapted"))
+    assert adapted > base
+
+
+def test_few_examples(run):
+    """Three examples mend a description that was misread, and serve it at least as well as an adapter that starts from nothing."""
+    text = run("few_examples")
+    base, described, both, alone = (numbers(line, "exact match")[0] for line in text.splitlines() if "exact match" in line)
+    assert both > max(described, base) and both >= alone
+
+
+def test_fusion(run):
+    """One adapter with learned weights serves both of two tasks that the base model does not, where their plain mean serves one."""
+    text = run("fusion")
+    scores = {line.split("  ")[0].strip(): numbers(line, r"(?:upper|json)") for line in text.splitlines() if "legal-person-upper" in line}
+    assert min(scores["each task's own expert"]) > 0.8 and max(scores["base model"]) < 0.2
+    assert min(scores["cat, one adapter"]) > max(0.2, min(scores["mean, one adapter"]))
+    assert LoraAdapter.from_pretrained(Path("runs/examples/fusion")).info["method"] == "cat"
+
+
+def test_serving(run, tmp_path):
+    """Stock PEFT answers with the adapter, and the command for vLLM names the adapter, with --max-lora-rank only where it must."""
+    text = run("serving")
+    folder = Path("runs/examples/serving")
+    command = text.splitlines()[-1]
+    assert command.startswith("vllm serve ") and f"--enable-lora --lora-modules legal-summary={folder}" in command
+    assert "--max-lora-rank" not in command  # rank 16 is vLLM's default
+    with_adapter, without = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("with adapter", "without"))
+    assert with_adapter.split(None, 2)[2:] != without.split(None, 1)[1:]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(locate("sandbox-lm")), folder)
+
+    script = runpy.run_path(str(EXAMPLES / "serving.py"))
+    adapter = LoraAdapter.from_pretrained(folder)
+    wide = {name: (rows.repeat(2, 1) / 2, columns.repeat(1, 2)) for name, (rows, columns) in adapter.factors.items()}
+    wider = LoraAdapter(adapter.layout, wide, 32.0, adapter.base_model, adapter.task_type).save_pretrained(tmp_path / "wide")
+    assert script["vllm_command"]("base", wider, "name")[-2:] == ["--max-lora-rank", "32"]
