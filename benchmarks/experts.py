@@ -10,7 +10,7 @@ the frozen weights, forwards and backwards through activations, and each expert 
 element-wise passes over activations, which both sides run, cost more than twice that. Only the overhead of starting
 kernels, logits that nobody needs and idle cores can be saved. Beyond some 8 experts activations leave the cache, and a step gets
 slower again. On a GPU a step of one small model leaves the device idle, and n experts cost little more than one. With
-sentence encoders a step is more arithmetic still, and row adapters win nothing on two cores; n is bounded by memory there.
+sentence encoders a step is more arithmetic still, and row adapters win little on two cores; n is bounded by memory there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     if quick:
         return _rows(_sandbox((1, 2)), steps=1, repeats=1)
     on_gpu = device().type == "cuda"
-    most = 256 if on_gpu else 64  # on a CPU 64 experts are past the best number, and 256 need 7 GB of activations
+    most = 256 if on_gpu else 64  # on a CPU 64 experts are past the best number, and 256 need about 7 GB of activations by estimate
     rows = _rows(_sandbox(tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 256) if n <= most)), steps=4, repeats=5)
     return rows + _rows(_encoder((1, 4, 16, 64, 256) if on_gpu else (1, 4, 8)), steps=2, repeats=3)
 

@@ -38,7 +38,7 @@ from lorag.weights.shared_subspace import SharedSubspace
 __all__ = ["TITLE", "llama_8b", "measure"]
 
 TITLE = "Generating adapters of Llama-3.1-8B"
-CASES = {"all-linear, r = 16": ("all-linear", 16), "q and v, r = 8": (["q_proj", "v_proj"], 8)}
+CASES: dict[str, tuple[str | list[str], int]] = {"all-linear, r = 16": ("all-linear", 16), "q and v, r = 8": (["q_proj", "v_proj"], 8)}
 K, EMBEDDING, TOKENS, TOGETHER = 32, 384, 16, 8
 EXPERTS = 479
 
@@ -140,7 +140,8 @@ def _case(name: str, where: torch.device, batches: Sequence[int], repeats: int) 
     values = generator.base.layout.values(rank)
     condition = generator.condition("summarise legal text")
     space, rng = generator.space.to(where), torch.Generator()
-    generator.method.network.to(where)  # type: ignore[union-attr] # made above
+    if isinstance(generator.method, House) and generator.method.network is not None:
+        generator.method.network.to(where)
     floor = _copy(values, where)
     rows: list[dict[str, str | float]] = []
     for batch in batches:

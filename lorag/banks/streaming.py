@@ -102,11 +102,11 @@ def _read(opened: BinaryIO, shard: _Shard, number: int, side: int, experts: list
 
 
 def _values(opened: BinaryIO, start: int, dtype: torch.dtype, experts: list[Expert], shape: tuple[int, int]) -> Tensor:
-    buffer = torch.empty(len(experts), *shape, dtype=dtype)
-    raw = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
-    size = len(raw) // len(experts)
-    for place, expert in enumerate(experts):
+    size = math.prod(shape) * dtype.itemsize
+    data = bytearray()
+    for expert in experts:
         opened.seek(start + (expert.index * expert.checkpoints + expert.checkpoints - 1) * size)
-        if opened.readinto(raw[place * size : (place + 1) * size]) != size:
-            raise ArtifactError(f"{opened.name} is cut short", remedy="Run lorag bank check.")
-    return buffer
+        data += opened.read(size)
+    if len(data) != size * len(experts):
+        raise ArtifactError(f"{opened.name} is cut short", remedy="Run lorag bank check.")
+    return torch.frombuffer(data, dtype=dtype).view(len(experts), *shape)

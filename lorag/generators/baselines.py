@@ -13,6 +13,7 @@ from lorag.conditions.conditioning import Condition, mixture, mixture_weights
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator, Settings
 from lorag.generators.functional_training import require_tasks
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
@@ -96,10 +97,13 @@ class Multitask(Mean):
         module = _Code(data.codes[list(data.training)].mean(0))
         training = torch.tensor([*data.training, *data.without_expert])
 
-        def loss(_: nn.Module, step: int) -> Tensor:
+        def loss(_: nn.Module, step: int) -> Batch:
             chosen = training[torch.randint(len(training), (settings.tasks,), generator=loop.rng)].tolist()
-            codes = module().expand(len(chosen), -1)
-            return functional.losses(codes, chosen, settings.batch, f"multitask/{step}").mean()
+
+            def losses(part: slice) -> Tensor:
+                return functional.losses(module().expand(len(chosen[part]), -1), chosen[part], settings.batch, f"multitask/{step}")
+
+            return Batch(len(chosen), losses)
 
         def validate(_: nn.Module) -> float:
             indices = list(data.validation)

@@ -17,6 +17,7 @@ from lorag.generators.base import FitData, Generator, Settings, draw
 from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo
 from lorag.models.cvae import Gaussian, standard_normal
 from lorag.models.fvae import FusionVae
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.functional import TaskLoss
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes
@@ -132,17 +133,24 @@ class IcmFusion(Generator):
                 v = self.standardise(torch.stack([one.pooled for one in draw(data, picks, loop)]))
             return x[picks], v.to(device), torch.randn(len(picks), settings.latent, generator=loop.rng).to(device)
 
-        def reconstruction(_: nn.Module, step: int) -> Tensor:
+        def reconstruction(_: nn.Module, step: int) -> Batch:
             picks = training[torch.randint(len(training), (settings.batch,), generator=loop.rng)].tolist()
             target, v, noise = batch(picks)
-            return negative_elbo(network(target, v, noise), target, settings.kl, each=True)
+            return Batch(
+                len(picks), lambda part: negative_elbo(network(target[part], v[part], noise[part]), target[part], settings.kl, each=True)
+            )
 
-        def meta(_: nn.Module, step: int) -> Tensor:
+        def meta(_: nn.Module, step: int) -> Batch:
             picks = training[torch.randperm(len(training), generator=loop.rng)[: settings.tasks]].tolist()
             target, v, noise = batch(picks)
-            adapted = self.adapt(network(target, v, noise).x, picks, _required(functional), f"{self.name}/{step}")
-            again = network(adapted, v, torch.randn(noise.shape, generator=loop.rng).to(device))
-            return negative_elbo(again, target, settings.kl, each=True)
+            more = torch.randn(noise.shape, generator=loop.rng).to(device)
+
+            def losses(part: slice) -> Tensor:
+                made = network(target[part], v[part], noise[part]).x
+                adapted = self.adapt(made, picks[part], _required(functional), f"{self.name}/{step}")
+                return negative_elbo(network(adapted, v[part], more[part]), target[part], settings.kl, each=True)
+
+            return Batch(len(picks), losses)
 
         def decoded() -> Tensor:
             """Held-out experts, through their posterior's mean."""

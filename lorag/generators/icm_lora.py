@@ -15,6 +15,7 @@ from lorag.generators.base import FitData, Settings, collate, draw
 from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.conv_cvae import ConvVae
 from lorag.models.cvae import ConditionalVae, ConditionReader
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
@@ -150,12 +151,17 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         def inputs(rows: Sequence[int], embeddings: Sequence[Embedding]) -> _Inputs:
             return self._inputs(embeddings, None if vectors is None else vectors[list(rows)], device)
 
-        def loss(module: nn.Module, step: int) -> Tensor:
+        def loss(module: nn.Module, step: int) -> Batch:
             rows = rows_of[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
             noise = torch.randn(batch, data.codes.shape[1], generator=loop.rng)
             x = self.coordinates.to_coordinates(data.codes[rows] + data.deviations[rows] * noise).to(device)
             z = torch.randn(batch, latent, generator=loop.rng).to(device)
-            return negative_elbo(module(x, z, *inputs(rows, draw(data, rows, loop))), x, s.beta, each=True)
+            drawn = draw(data, rows, loop)
+
+            def losses(part: slice) -> Tensor:
+                return negative_elbo(module(x[part], z[part], *inputs(rows[part], drawn[part])), x[part], s.beta, each=True)
+
+            return Batch(batch, losses)
 
         def validate(_: nn.Module) -> float:
             pairs = [(i, one) for i in held for one in data.embeddings[i][: 8 if self.reads else 1]]

@@ -15,6 +15,7 @@ from lorag.generators.baselines import MixtureSettings
 from lorag.generators.expert_mixture import ExpertMixture
 from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.cvae import LearnedPriorVae
+from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes
 
@@ -85,14 +86,14 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         self.sizes = (2 * self.coordinates.size, self.coordinates.size)
         network, device = self.start(loop), loop.accelerator.device
 
-        def loss(module: nn.Module, step: int) -> Tensor:
+        def loss(module: nn.Module, step: int) -> Batch:
             places = torch.randint(len(training), (s.batch,), generator=loop.rng).tolist()
             picks = torch.randint(2**31, (s.batch,), generator=loop.rng).tolist()
             h = torch.stack([conditions[i][pick % len(conditions[i])] for i, pick in zip(places, picks, strict=True)])
             x = known.means[places] + known.deviations[places] * torch.randn(h.shape[0], self.sizes[-1], generator=loop.rng)
             noise = torch.randn(s.batch, s.latent, generator=loop.rng)
-            x = x.to(device)
-            return negative_elbo(module(x, noise.to(device), h.to(device)), x, s.beta, each=False)
+            x, noise, h = x.to(device), noise.to(device), h.to(device)
+            return Batch(s.batch, lambda part: negative_elbo(module(x[part], noise[part], h[part]), x[part], s.beta, each=False))
 
         unseen = known.leave_one_out(data, held)
         right = self.coordinates.to_coordinates(data.codes[held])
