@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.files.artifacts import embedded, write_json
-from lorag.generator import DEFAULT, LoraGenerator
+from lorag.generation import DEFAULT
+from lorag.generator import LoraGenerator
 from lorag.objectives import Objective
 from lorag.optimisation.experts import train_group
 from lorag.optimisation.refinement import refine_tasks

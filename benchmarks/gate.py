@@ -19,7 +19,8 @@ from lorag.banks.bank import AdapterBank
 from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.files.artifacts import embedded
 from lorag.gate.evidence import FEATURES
-from lorag.generator import DEFAULT, LoraGenerator
+from lorag.generation import DEFAULT
+from lorag.generator import LoraGenerator
 from lorag.sandbox.grid import Cell, splits
 from lorag.sandbox.wordings import describe
 from lorag.tasks.suite import Task

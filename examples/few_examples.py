@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 
 from lorag import LoraAdapter, generate_lora
-from lorag.generator import default_generator
+from lorag.generation import default_generator
 from lorag.optimisation.refinement import refine
 from lorag.row_adapters import stack_adapters
 from lorag.training.preparation import find_tasks
 
-# One of the wordings that the embedded generator misreads: "press title" is a newspaper, and to be quoted.
-DESCRIPTION = "the press title that broke the news (quote it, would you)"
+# A vague wording, on purpose: whose name? Examples say what the description leaves open.
+DESCRIPTION = "the name that matters in a news story, in quotation marks"
 UNSEEN = "news-organisation-quoted"  # none of the generator's experts was trained on it
 EXAMPLES, STEPS = 3, 20
 

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.banks.bank import AdapterBank
     from lorag.errors import LoragError
-    from lorag.generator import LoraGenerator, generate_lora, generate_loras
+    from lorag.generation import generate_lora, generate_loras
+    from lorag.generator import LoraGenerator
     from lorag.tasks.suite import TaskSuite
 
 __version__ = "0.1.0"
@@ -30,8 +31,8 @@ _HOME = {
     "LoraGenerator": "lorag.generator",
     "LoragError": "lorag.errors",
     "TaskSuite": "lorag.tasks.suite",
-    "generate_lora": "lorag.generator",
-    "generate_loras": "lorag.generator",
+    "generate_lora": "lorag.generation",
+    "generate_loras": "lorag.generation",
 }
 
 

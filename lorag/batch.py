@@ -14,7 +14,8 @@ from lorag.adapters.reading import read_provenance
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragError, UnknownTaskWarning
 from lorag.files.artifacts import parse_json, require_name, slug
 from lorag.files.plain import read_bounded
-from lorag.generator import ON_UNKNOWN, LoraGenerator, default_generator
+from lorag.generation import default_generator
+from lorag.generator import ON_UNKNOWN, LoraGenerator
 from lorag.parallel import Backend
 from lorag.tasks.suite import check_description
 

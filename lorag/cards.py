@@ -169,7 +169,7 @@ def _generator(path: Path) -> dict[str, Any]:
 
 
 def _space(kind: str, spec: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    if kind != "shared_subspace":
+    if kind != "shared_subspace" or "space.mean" not in spec:
         return kind
     _, (modules, k, _) = spec["space.mean"]
     return f"{kind}: {k} directions on each side of {modules} modules, codes of {modules * k * k:,} values"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from lorag.banks.bank import AdapterBank, BankBase
 from lorag.base_models.base_model import TASK_TYPES
 from lorag.conditions.conditioning import Condition, Conditioner, mixture_weights
 from lorag.conditions.embedding import TextEmbedder
-from lorag.errors import BankError, ConfigError, GeneratorError
-from lorag.files.artifacts import embedded
+from lorag.errors import BankError, ConfigError
 from lorag.files.hub import fetch
 from lorag.gate.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator_files import read_parts, write_generator
@@ -31,11 +29,25 @@ from lorag.row_adapters import RowAdapters
 from lorag.tasks.suite import check_description
 from lorag.weights.weight_space import FlatFactors, SharedSubspace
 
-__all__ = ["LoraGenerator", "default_generator", "generate_lora", "generate_loras"]
+__all__ = ["LoraGenerator"]
 
-DEFAULT = "checkpoints/house"
 ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
 FUSED, FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
+_TOGETHER = 8  # codes decoded at once: they share the reading of the bases; eight adapters of an 8 B model take 1.3 GB
+
+
+@dataclass
+class _Plan:
+    """What a description is served: an adapter that is there, or a code that is still to be decoded."""
+
+    description: str
+    condition: Condition
+    verdict: Verdict
+    served: str
+    shares: Tensor | None
+    adapter: LoraAdapter | None = None
+    code: Tensor | None = None
+    factor: float = 1.0
 
 
 @dataclass
@@ -131,26 +143,73 @@ class LoraGenerator:
             UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
             BankError: If the bank is not one of this generator's base model and experts.
         """
+        given = {"examples": examples, "refine_steps": refine_steps, "on_unknown": on_unknown, "bank": bank}
+        return next(self.generate_many([description], seed=seed, strength=strength, **given))
+
+    def generate_many(
+        self,
+        descriptions: Sequence[str],
+        *,
+        seed: int = 0,
+        strength: float = 1.0,
+        examples: Sequence[tuple[str, str]] = (),
+        refine_steps: int = 0,
+        on_unknown: str = "warn",
+        bank: AdapterBank | None = None,
+    ) -> Iterator[LoraAdapter]:
+        """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
         examples = check_examples(examples, refine_steps)
         if on_unknown not in ON_UNKNOWN:
             raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
         self.check_bank(bank)
+        for start in range(0, len(descriptions), _TOGETHER):
+            plans = [self._plan(text, seed, examples, on_unknown, bank) for text in descriptions[start : start + _TOGETHER]]
+            codes = [plan.code for plan in plans if plan.code is not None]
+            decoded = iter(self.space.decode(torch.cat(codes), self.rank) if codes else ())
+            for plan in plans:
+                adapter = plan.adapter
+                if adapter is None:
+                    adapter = LoraAdapter(self.base.layout, next(decoded), float(self.rank)).scaled(plan.factor)
+                yield self._finished(plan, adapter.scaled(strength), seed, strength, examples, refine_steps)
+
+    def _plan(self, description: str, seed: int, examples: Sequence[tuple[str, str]], on_unknown: str, bank: AdapterBank | None) -> _Plan:
+        """What is served for a description, and how much each expert counts in it."""
         condition = self.condition(description, examples)
         verdict = unasked(condition) if on_unknown == "ignore" else self.judge(description, condition)
         if verdict.decision == "refuse":
             report_unknown(description, verdict, on_unknown)
-        served, adapter, shares = self._serve(verdict, condition, seed, on_unknown, bank)
-        adapter = adapter.scaled(strength)
-        if refine_steps and served != "fallback":
+        names, count = self.conditioner.names, len(self.conditioner.names)
+        plan = _Plan(description, condition, verdict, "generated", None)
+        if verdict.decision == "expert" and verdict.known is not None and bank is not None:
+            plan.served, plan.shares = "expert", torch.eye(count)[names.index(verdict.known)]
+            plan.adapter = bank.adapter(verdict.known)
+        elif verdict.decision == "refuse" and on_unknown == "fallback":
+            plan.served, plan.shares = "fallback", torch.zeros(count)
+            plan.code, plan.factor = self.space.zero[None], 0.0
+        elif verdict.decision == "fuse" and bank is not None:
+            plan.served, plan.shares = "fusion", mixture_weights(condition.similarities, FUSED, FUSED_TEMPERATURE)
+            chosen = plan.shares.nonzero()[:, 0].tolist()
+            plan.code = (plan.shares[chosen] @ torch.stack([self.space.encode(bank.adapter(names[i])) for i in chosen]))[None]
+        else:
+            plan.served = "reconstruction" if verdict.decision == "expert" else "generated"
+            plan.shares = self.method.shares(condition)
+            plan.code, plan.factor = self.method.generate(condition, torch.Generator().manual_seed(seed)), self.strength
+        return plan
+
+    def _finished(
+        self, plan: _Plan, adapter: LoraAdapter, seed: int, strength: float, examples: Sequence[tuple[str, str]], refine_steps: int
+    ) -> LoraAdapter:
+        """The adapter of a plan, refined if that is asked for, with where it came from."""
+        if refine_steps and plan.served != "fallback":
             started, adapter = adapter, refine(*self.runtime(), adapter, examples, refine_steps, seed)
             refine_steps = 0 if adapter is started else refine_steps
         norms, model = adapter.norms(), self.base.model
         info: dict[str, Any] = {
-            "description": description.strip(),
-            "method": self.method.name if served in ("generated", "reconstruction") else served,
-            "neighbours": [list(pair) for pair in condition.neighbours],
-            "novelty": verdict.novelty,
-            "gate": verdict.to_dict() | {"served": served},
+            "description": plan.description.strip(),
+            "method": self.method.name if plan.served in ("generated", "reconstruction") else plan.served,
+            "neighbours": [list(pair) for pair in plan.condition.neighbours],
+            "novelty": plan.verdict.novelty,
+            "gate": plan.verdict.to_dict() | {"served": plan.served},
             "seed": seed,
             "strength": strength,
             "examples": len(examples),
@@ -158,7 +217,7 @@ class LoraGenerator:
             "generator": {"revision": self.revision, "strength": self.strength},
             "base_model": base_fields(model, self.base.identity, self.base.layout),
             "embedder": public_name(self.embedder.name),
-            "parents": parents(self.conditioner.names, self.licenses, None if shares is None else shares.tolist()),
+            "parents": parents(self.conditioner.names, self.licenses, None if plan.shares is None else plan.shares.tolist()),
             "norm": round(sum(norm**2 for norm in norms.values()) ** 0.5, 6),
             "norms": {name: round(norm, 6) for name, norm in norms.items()},
             "versions": versions(),
@@ -170,27 +229,6 @@ class LoraGenerator:
         """Raises a BankError if a bank is not the one that the generator learned from."""
         if bank is not None and (bank.base != self.base or not set(self.conditioner.names) <= set(bank.names)):
             raise BankError("the bank is not the one that the generator learned from", remedy="Give that one, or none.")
-
-    def _serve(
-        self, verdict: Verdict, condition: Condition, seed: int, on_unknown: str, bank: AdapterBank | None
-    ) -> tuple[str, LoraAdapter, Tensor | None]:
-        """What is served, its adapter, and how much each expert counts in it."""
-        names, count = self.conditioner.names, len(self.conditioner.names)
-        if verdict.decision == "expert" and verdict.known is not None and bank is not None:
-            return "expert", bank.adapter(verdict.known), torch.eye(count)[names.index(verdict.known)]
-        if verdict.decision == "refuse" and on_unknown == "fallback":
-            return "fallback", self._adapter(self.space.zero[None]).scaled(0.0), torch.zeros(count)
-        if verdict.decision == "fuse" and bank is not None:
-            shares = mixture_weights(condition.similarities, FUSED, FUSED_TEMPERATURE)
-            chosen = shares.nonzero()[:, 0].tolist()
-            codes = torch.stack([self.space.encode(bank.adapter(names[i])) for i in chosen])
-            return "fusion", self._adapter((shares[chosen] @ codes)[None]), shares
-        adapter = self._adapter(self.method.generate(condition, torch.Generator().manual_seed(seed))).scaled(self.strength)
-        return "reconstruction" if verdict.decision == "expert" else "generated", adapter, self.method.shares(condition)
-
-    def _adapter(self, codes: Tensor) -> LoraAdapter:
-        (factors,) = self.space.decode(codes, self.rank)
-        return LoraAdapter(self.base.layout, factors, float(self.rank))
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -222,77 +260,3 @@ class LoraGenerator:
         """Publishes the generator, as `save_pretrained` writes it, to user/name and returns the commit's address."""
         with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
             return push_generator_folder(self.save_pretrained(staging), repository, private=private)
-
-
-@functools.lru_cache(maxsize=1)
-def default_generator() -> LoraGenerator:
-    """The embedded generator, loaded once."""
-    return LoraGenerator.from_pretrained(embedded(DEFAULT))
-
-
-def generate_lora(
-    description: str,
-    *,
-    generator: LoraGenerator | str | Path | None = None,
-    seed: int = 0,
-    strength: float = 1.0,
-    examples: Sequence[tuple[str, str]] = (),
-    refine_steps: int = 0,
-    on_unknown: str = "warn",
-    bank: AdapterBank | str | Path | None = None,
-) -> LoraAdapter:
-    """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
-
-    Args:
-        description: What the adapter should do, such as "summarise legal text".
-        generator: A generator, or its folder or hub id; by default the embedded one.
-        seed: Seed of methods that sample.
-        strength: Factor on ΔW.
-        examples: (input, output) of the task, if there happen to be some.
-        refine_steps: Gradient steps on the examples, from the generated adapter.
-        on_unknown: What becomes of a description that the gate refuses, because the bank has nothing near it: "warn",
-            "raise", "fallback" (an adapter that changes nothing) or "ignore" (the gate is not asked).
-        bank: The generator's bank, or its folder: a known task then gets its own expert, a close one a fusion.
-
-    Returns:
-        The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it; `info["gate"]` says how far
-        to trust it.
-
-    Raises:
-        DescriptionError: If the description is empty, too long or not text.
-        TaskError: If the examples are not pairs of texts, or are missing where `refine_steps` needs them.
-        UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
-    """
-    description = check_description(description)
-    experts = AdapterBank.from_pretrained(bank) if isinstance(bank, str | Path) else bank
-    return _open(generator).generate(
-        description,
-        seed=seed,
-        strength=strength,
-        examples=examples,
-        refine_steps=refine_steps,
-        on_unknown=on_unknown,
-        bank=experts,
-    )
-
-
-def generate_loras(
-    descriptions: Sequence[str],
-    *,
-    generator: LoraGenerator | str | Path | None = None,
-    seed: int = 0,
-    strength: float = 1.0,
-    on_unknown: str = "warn",
-) -> list[LoraAdapter]:
-    """`generate_lora` for several descriptions; each adapter is the same, byte for byte, as if made alone."""
-    if isinstance(descriptions, str):
-        raise GeneratorError("descriptions must be a list", got="one str", remedy="Use generate_lora for one description.")
-    checked = [check_description(text) for text in descriptions]
-    opened = _open(generator)
-    return [opened.generate(text, seed=seed, strength=strength, on_unknown=on_unknown) for text in checked]
-
-
-def _open(generator: LoraGenerator | str | Path | None) -> LoraGenerator:
-    if generator is None:
-        return default_generator()
-    return generator if isinstance(generator, LoraGenerator) else LoraGenerator.from_pretrained(generator)

@@ -11,7 +11,7 @@ import torch
 from lorag.config import load_config
 from lorag.evaluation.folders import run_ladder
 from lorag.evaluation.ladder import format_table
-from lorag.generator import generate_loras
+from lorag.generation import generate_loras
 from lorag.objectives import make_objective
 from lorag.training.preparation import find_tasks
 from lorag.training.run import TrainConfig, train

@@ -92,7 +92,7 @@ def test_a_wrong_command_is_found_out():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_in_running_text_exist(page):
     """`lorag …` in a sentence names a command that there is, and only options that it has."""
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"<!--.*?-->", "", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.S)
     for span in re.findall(r"`lorag ([^`\n]+)`", text):
         words = shlex.split(span.replace("…", " "))
         command, rest = COMMAND_LINE, words

@@ -13,7 +13,7 @@ from peft import PeftModel
 from lorag import generate_lora
 from lorag.banks.bank import AdapterBank
 from lorag.files.artifacts import embedded
-from lorag.generator import default_generator
+from lorag.generation import default_generator
 from lorag.objectives import make_objective
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.sandbox import wordings

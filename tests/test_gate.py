@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from toy_world import COLOURS, HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base
 from typer.testing import CliRunner
 
-import lorag.generator as generator_module
+import lorag.generation as generation_module
 import lorag.generator_files as generator_files
 import lorag.training.gate_fitting as gate_fitting
 import lorag.training.run as training
@@ -21,7 +21,8 @@ from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.gate.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.gate.evidence import FEATURES, gather, rewordings
 from lorag.gate.gate import Gate
-from lorag.generator import LoraGenerator, generate_lora
+from lorag.generation import generate_lora
+from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
@@ -316,7 +317,7 @@ def test_generate_lora_passes_the_choice_on(gated, bank):
 
 def test_the_command_line_refuses_and_warns(gated, tmp_path, monkeypatch):
     """--on-unknown raise makes no folder; the default writes it and says on stderr that it will not work."""
-    monkeypatch.setattr(generator_module, "default_generator", lambda: gated)
+    monkeypatch.setattr(generation_module, "default_generator", lambda: gated)
     refused = CliRunner().invoke(app, ["generate", FAR[0], "--out", str(tmp_path / "no"), "--on-unknown", "raise"])
     assert isinstance(refused.exception, UnknownTaskError) and not (tmp_path / "no").exists()
     warned = CliRunner().invoke(app, ["generate", FAR[0], "--out", str(tmp_path / "yes")])

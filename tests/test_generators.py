@@ -11,7 +11,8 @@ from lorag.adapters.adapter import WEIGHTS
 from lorag.banks.bank import AdapterBank
 from lorag.conditions.conditioning import Conditioner, mixture
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generator import LoraGenerator, generate_loras
+from lorag.generation import generate_loras
+from lorag.generator import LoraGenerator
 from lorag.generators import GENERATORS, FitData, generator_type
 from lorag.generators.reconstruction import _distance
 from lorag.generators.regression import _left_out

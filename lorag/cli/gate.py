@@ -57,7 +57,8 @@ def evaluate(
     from lorag.banks.bank import AdapterBank
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
-    from lorag.generator import LoraGenerator, default_generator
+    from lorag.generation import default_generator
+    from lorag.generator import LoraGenerator
     from lorag.tasks.unknown import read_unknown
     from lorag.training.preparation import find_tasks
 

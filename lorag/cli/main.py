@@ -90,7 +90,7 @@ def generate(
         raise typer.BadParameter("--backend is for many descriptions, with --descriptions")
 
     from lorag.errors import UnknownTaskWarning
-    from lorag.generator import generate_lora
+    from lorag.generation import generate_lora
     from lorag.tasks.suite import read_pairs
     from lorag.training.preparation import find_bank
 

@@ -13,7 +13,8 @@ from lorag.banks.bank import AdapterBank
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
-from lorag.generator import DEFAULT, LoraGenerator
+from lorag.generation import DEFAULT
+from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite

@@ -20,7 +20,8 @@ from lorag.banks.bank import AdapterBank
 from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
-from lorag.generator import DEFAULT, LoraGenerator
+from lorag.generation import DEFAULT
+from lorag.generator import LoraGenerator
 from lorag.row_adapters import stack_adapters
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
 
