@@ -143,7 +143,7 @@ class LoraGenerator:
             UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
             BankError: If the bank is not one of this generator's base model and experts.
         """
-        given = {"examples": examples, "refine_steps": refine_steps, "on_unknown": on_unknown, "bank": bank}
+        given: dict[str, Any] = {"examples": examples, "refine_steps": refine_steps, "on_unknown": on_unknown, "bank": bank}
         return next(self.generate_many([description], seed=seed, strength=strength, **given))
 
     def generate_many(

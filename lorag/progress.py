@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 from tqdm.auto import tqdm
 
@@ -85,6 +85,18 @@ class Lines(Generic[T]):
 
 
 Bar: TypeAlias = "tqdm[Any] | Lines[Any]"
+
+
+@overload
+def progress_bar(
+    iterable: None = None, *, desc: str, total: int | None = None, initial: int = 0, disable: bool = False, leave: bool = True
+) -> Bar: ...
+
+
+@overload
+def progress_bar(
+    iterable: Iterable[T], *, desc: str, total: int | None = None, initial: int = 0, disable: bool = False, leave: bool = True
+) -> tqdm[T] | Lines[T]: ...
 
 
 def progress_bar(

@@ -96,7 +96,7 @@ def test_commands_in_running_text_exist(page):
     for span in re.findall(r"`lorag ([^`\n]+)`", text):
         words = shlex.split(span.replace("…", " "))
         command, rest = COMMAND_LINE, words
-        known = {option for parameter in command.params for option in parameter.opts}
+        known = {"--help"} | {option for parameter in command.params for option in parameter.opts}
         while hasattr(command, "commands") and rest:
             if rest[0].startswith("-"):  # an option of lorag itself, with its value
                 assert rest[0] in known, span

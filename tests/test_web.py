@@ -204,6 +204,13 @@ def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, t
         Workbench({"ridge": made}, bank=tmp_path / "bank")
 
 
+def test_a_base_model_of_images_is_refused(generators):
+    """ConfigError before anything is loaded: the page has no place for images."""
+    seeing = SimpleNamespace(base=SimpleNamespace(model=SimpleNamespace(kind="two_towers", name="clip")))
+    with pytest.raises(ConfigError, match="base models of text.*clip, two_towers"):
+        Workbench({"ridge": seeing})
+
+
 def test_three_lines_of_python_make_the_same_adapter(generators, tmp_path, monkeypatch):
     """What is copied from the page runs, with any quotes in the description, and writes the same bytes."""
     folder = tmp_path / "it's"

@@ -79,7 +79,7 @@ class AdapterBank:
         with bank._lock():
             made = (folder / _MANIFEST).exists()  # by another process, while this one waited
             if not made:
-                bank._write()
+                bank.write_manifest()
         return cls.create(folder, base) if made else bank
 
     @classmethod
@@ -137,7 +137,7 @@ class AdapterBank:
         finally:
             lock.release()
 
-    def _write(self) -> AdapterBank:
+    def write_manifest(self) -> AdapterBank:
         """Writes the manifest and returns the bank as it now is. Shards that the manifest before listed are not read again."""
         entries = [{**asdict(expert), "descriptions": list(expert.descriptions)} for expert in self.experts]
         fields = {"kind": _KIND, "format": _FORMAT, "base": self.base.to_dict(), "experts": entries}
@@ -250,7 +250,7 @@ class AdapterBank:
             if taken:
                 raise BankError("the bank already has an expert of this name", got=taken[0], remedy="Choose another name.")
             save_tensors(self.folder / file, tensors)
-            return AdapterBank(self.folder, self.base, [*now.experts, *entries], now.files)._write()
+            return AdapterBank(self.folder, self.base, [*now.experts, *entries], now.files).write_manifest()
 
     def remove(self, names: Sequence[str]) -> AdapterBank:
         """Takes experts out of the bank; shards that no other expert needs are deleted.
@@ -261,7 +261,7 @@ class AdapterBank:
         with self.locked() as now:
             gone = {now[name].name for name in names}
             left = [expert for expert in now.experts if expert.name not in gone]
-            bank = AdapterBank(self.folder, self.base, left, now.files)._write()
+            bank = AdapterBank(self.folder, self.base, left, now.files).write_manifest()
             for file in now.files.keys() - bank.files.keys():
                 resolve_inside(self.folder, file).unlink(missing_ok=True)
         return bank
@@ -284,7 +284,7 @@ class AdapterBank:
         with self.locked() as now:
             new = {name: tuple(map(check_description, given)) for name, given in descriptions.items()}
             experts = [replace(e, descriptions=new.get(e.name, e.descriptions)) for e in now.experts]
-            return AdapterBank(self.folder, self.base, experts, now.files)._write()
+            return AdapterBank(self.folder, self.base, experts, now.files).write_manifest()
 
     def check(self) -> Iterator[tuple[Expert, str | None]]:
         """Reads every expert and yields it with what is wrong with it, or None."""

@@ -158,7 +158,7 @@ def _in_order(bank: AdapterBank, names: Sequence[str]) -> AdapterBank:
     with bank.locked() as now:
         own, wanted = (now[name] for name in names if name in now), set(names)
         experts = [next(own) if expert.name in wanted else expert for expert in now.experts]
-        return now if experts == list(now.experts) else AdapterBank(now.folder, now.base, experts, now.files)._write()
+        return now if experts == list(now.experts) else AdapterBank(now.folder, now.base, experts, now.files).write_manifest()
 
 
 # --- one group, here or on a worker -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def import_adapters(
     embedder: TextEmbedder | None = None,
     backend: Backend | None = None,
     quiet: bool = True,
-) -> Iterator[Imported]:
+) -> Generator[Imported, None, None]:
     """Adds adapters to a bank, one after the other, and says of each what became of it.
 
     On Ray, workers fetch, read and check adapters ahead; they are compared with the bank and written here, in their order,

@@ -18,7 +18,7 @@ __all__ = ["build_page"]
 _log = logging.getLogger("lorag")
 _MOST_WAITING = 16
 _FORCE = "Generate even where the generator would refuse"
-_ONE_AT_A_TIME = {"concurrency_id": "base model", "concurrency_limit": 1, "api_visibility": "private"}
+_ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "base model", "concurrency_limit": 1, "api_visibility": "private"}
 
 
 def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> Any:  # noqa: ANN401 - gradio is an extra
@@ -34,7 +34,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
     """
     import gradio as gr
 
-    plain = {"apply_default_css": False}  # page.css is enough
+    plain: dict[str, Any] = {"apply_default_css": False}  # page.css is enough
     labels = list(workbench.generators)
     base = workbench.first.base.model.name
     with gr.Blocks(title="lorag", analytics_enabled=False) as page:

@@ -144,7 +144,7 @@ def _launch(workbench: Workbench, folder: Path, port: int | None, inputs: str) -
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     # The theme's own button is too pale to be read by everybody: contrast 2.8, where 4.5 is due.
     strong = {f"button_primary_background_fill{part}{dark}": "*primary_700" for part in ("", "_hover") for dark in ("", "_dark")}
-    theme = theme.set(**strong, button_primary_text_color="white", button_primary_text_color_dark="white")
+    styled = theme.set(**strong, button_primary_text_color="white", button_primary_text_color_dark="white")
     try:
         page.launch(
             server_name=_HOST,
@@ -165,7 +165,7 @@ def _launch(workbench: Workbench, folder: Path, port: int | None, inputs: str) -
             root_path="",
             max_file_size=1,
             state_session_capacity=200,
-            theme=theme,
+            theme=styled,
             css=style,
             app_kwargs={"middleware": [Middleware(Doorkeeper, folder=folder)], "docs_url": None, "redoc_url": None, "openapi_url": None},
         )

@@ -27,6 +27,7 @@ from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outl
 
 __all__ = ["Workbench"]
 
+_TEXT_KINDS = ("causal_lm", "seq2seq_lm", "encoder")
 _REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
 
 Progress = Callable[[float, str], object]
@@ -56,6 +57,13 @@ class Workbench:
         self.generators = dict(generators)
         self.sources: dict[str, str | None] = dict.fromkeys(generators) | dict(sources or {})
         self.first = next(iter(generators.values()))
+        if self.first.base.model.kind not in _TEXT_KINDS:
+            raise ConfigError(
+                "the page works with base models of text",
+                got=f"{self.first.base.model.name}, {self.first.base.model.kind}",
+                expected=", ".join(_TEXT_KINDS),
+                remedy="Use lorag generate.",
+            )
         for label, made in generators.items():
             if made.base != self.first.base:
                 raise ConfigError(
