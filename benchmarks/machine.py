@@ -27,6 +27,17 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def peak_bytes(where: torch.device | None = None) -> float:
+    """Highest memory so far: of this process, or what torch allocated on a GPU."""
+    if where is not None and where.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(where))
+    # Not getrusage: that maximum outlives exec, so that a child would report its parent's memory.
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    if found is None:
+        raise RuntimeError("peak memory is read from /proc, which this system lacks")
+    return float(found.group(1)) * 1024
+
+
 def describe() -> str:
     """Processor, cores, memory and versions in one line; no name of a host, a user or a folder."""
     processor = platform.machine()

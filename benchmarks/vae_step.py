@@ -13,16 +13,14 @@ bases, whose bytes (`bases`) are not part of the training process.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import device, median_seconds, memory_bytes, synchronise
+from benchmarks.machine import device, median_seconds, memory_bytes, peak_bytes, synchronise
 from lorag.base_models.layout import LoraLayout, ModuleShape
 from lorag.generators.icm_lora import IcmLora, IcmLoraSettings
 from lorag.generators.latent import negative_elbo
@@ -114,17 +112,6 @@ def _child(what: str, adapter: Adapter) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak(where: torch.device) -> float:
-    """Highest memory so far: of this process, or what torch allocated on the GPU."""
-    if where.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(where))
-    # Not getrusage: that maximum outlives exec, so that a child would report its parent's memory.
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    if found is None:
-        raise RuntimeError("peak memory is read from /proc, which this system lacks")
-    return float(found.group(1)) * 1024
-
-
 def _build(what: str, adapter: Adapter, size: int, code: int) -> tuple[ConditionalVae | ConvVae, PrincipalCodes | None]:
     torch.manual_seed(0)
     if what == "conv":
@@ -158,7 +145,7 @@ def _train(what: str, adapter: Adapter, where: torch.device) -> dict[str, float]
         synchronise(where)
 
     seconds = median_seconds(step, 2 if what == "conv" and values > 1e6 else 50)
-    found = {"step": seconds, "peak": _peak(where), "parameters": float(sum(p.numel() for p in network.parameters()))}
+    found = {"step": seconds, "peak": peak_bytes(where), "parameters": float(sum(p.numel() for p in network.parameters()))}
     if what == "conv":
         found["generate"] = _generating(network, where, lambda x: x)
     return found
@@ -209,7 +196,7 @@ def _here(what: str, adapter: Adapter) -> dict[str, float]:
         optimizer = torch.optim.AdamW(network.parameters())
         network(torch.zeros(1, 1, device=where)).sum().backward()
         optimizer.step()
-        return {"peak": _peak(where)}
+        return {"peak": peak_bytes(where)}
     return _generate(adapter, where) if what == "generate" else _train(what, adapter, where)
 
 

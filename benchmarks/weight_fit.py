@@ -3,7 +3,7 @@
 Experts are synthetic, of Llama-3.1-8B's shape: rank 8 on q and v of all layers, 3.4 million values each. Their ΔW share 64
 directions a side, weighted as j^-½, with singular values that fall by a factor of .7 each, and a tenth of noise in directions of
 their own. They lie in fp16 in shards of 20, in a temporary folder: 6.5 MiB an expert. Each fit is a process of its own; its
-peak is ru_maxrss. "energy kept" is the share of ‖ΔW‖² of the first four experts that lies in the bases.
+peak is its resident memory. "energy kept" is the share of ‖ΔW‖² of the first four experts that lies in the bases.
 
 Bounded by arithmetic in fp64: columns are compressed from 8 k to 4 k whenever 4 k new ones have come, one product 8 k x 8 k and
 one decomposition of that size each, so time is linear in experts, rank and width. Memory is that of one module and a few
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.generation import llama_8b
+from benchmarks.machine import peak_bytes
 from lorag.adapters.adapter import LoraAdapter
 from lorag.banks.bank import AdapterBank, BankBase
 from lorag.banks.streaming import ExpertStream
@@ -85,11 +85,11 @@ def fit(folder: Path, count: int) -> dict[str, str | float]:
     """Fits the first `count` experts of a bank in this process: one row."""
     whole = AdapterBank._open(folder, contents=False)  # without reading all of it once for its checksums
     bank = AdapterBank(folder, whole.base, whole.experts[:count], whole.files)
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_before = peak_bytes()
     wall, used = time.perf_counter(), time.process_time()
     space = SharedSubspace.fit_stream(ExpertStream(bank), bank.base.layout, K, quiet=False)
     wall, used = time.perf_counter() - wall, time.process_time() - used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     kept = [space.energy(bank.adapter(expert.name)) for expert in bank.experts[:4]]
     return {
         "experts": count,
@@ -97,8 +97,8 @@ def fit(folder: Path, count: int) -> dict[str, str | float]:
         "seconds": round(wall, 1),
         "CPU seconds": round(used, 1),
         "threads": torch.get_num_threads(),
-        "peak MiB above start": round((peak - peak_before) / 1024),
-        "peak MiB of the process": round(peak / 1024),
+        "peak MiB above start": round((peak - peak_before) / 2**20),
+        "peak MiB of the process": round(peak / 2**20),
         "energy kept": round(sum(kept) / len(kept), 3),
     }
 
