@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorag.files.atomic import write_atomically
+from lorag.files.atomic import write_bytes
 
 __all__ = ["Table", "read_page", "write_page"]
 
@@ -103,9 +103,4 @@ def write_page(path: Path, tables: Mapping[tuple[str, str], Table], order: Seque
     for kind, heading in _DEVICES.items():
         own = [tables[kind, name] for name in order if (kind, name) in tables]
         parts += [f"## {heading}\n"] * bool(own) + [table.section() for table in own]
-    text = "\n".join([*parts, _STUDIES])
-
-    def write(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_bytes(path, "\n".join([*parts, _STUDIES]).encode())

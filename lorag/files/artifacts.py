@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import ArtifactError, FormatVersionError, NonFiniteError
-from lorag.files.atomic import finish_replacing, replace_together, write_atomically, writing
+from lorag.files.atomic import finish_replacing, replace_together, write_atomically, write_bytes, writing
 from lorag.files.plain import check_part, is_foreign_link, looks_like, read_bounded
 
 __all__ = [
@@ -102,11 +102,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON with sorted keys; NaN and infinity are refused."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda sibling: _write_text(sibling, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["finish_replacing", "replace_together", "write_atomically", "writing"]
+__all__ = ["finish_replacing", "replace_together", "write_atomically", "write_bytes", "writing"]
 
 _JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
 _ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
@@ -58,6 +58,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             sibling.unlink(missing_ok=True)
         _flush_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_atomically` of bytes that are at hand."""
+
+    def write(sibling: Path) -> None:
+        sibling.write_bytes(data)
+
+    write_atomically(path, write)
 
 
 def replace_together(folder: Path, write: Callable[[Path], None], last: str) -> None:

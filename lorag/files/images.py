@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorag.errors import ArtifactError, MissingDependencyError
 from lorag.files.artifacts import resolve_inside
-from lorag.files.atomic import write_atomically
+from lorag.files.atomic import write_bytes
 from lorag.files.plain import looks_like, read_bounded, require_plain
 
 if TYPE_CHECKING:
@@ -106,11 +106,6 @@ def copy_images(inputs: Iterable[str], folder: Path) -> None:
         target = resolve_inside(folder, str(image))
         source = image.path()
         if first is image and not (target.exists() and target.samefile(source)):
-            raw = read_bounded(source, _MAX_BYTES)
-            write_atomically(target, lambda path, raw=raw: _write(path, raw))  # type: ignore[misc]
+            write_bytes(target, read_bounded(source, _MAX_BYTES))
         elif first.folder != image.folder and first.path().read_bytes() != source.read_bytes():
             raise ArtifactError("two different images of a suite have one path", got=str(image)[:80], remedy="Rename one.")
-
-
-def _write(path: Path, raw: bytes) -> None:
-    path.write_bytes(raw)

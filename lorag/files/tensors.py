@@ -14,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lorag.errors import ArtifactError
-from lorag.files.artifacts import parse_json, write_atomically
+from lorag.files.artifacts import parse_json
+from lorag.files.atomic import write_bytes
 from lorag.files.plain import looks_like, require_plain
 
 __all__ = ["TensorSpec", "load_tensors", "read_header", "save_tensors"]
@@ -104,7 +105,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Writes a safetensors file atomically, tensors in sorted order so that equal contents give equal bytes."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     data = _sorted_header(save(ordered, dict(metadata or {})))
-    write_atomically(path, lambda sibling: _write_bytes(sibling, data))
+    write_bytes(path, data)
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -114,7 +115,3 @@ def _sorted_header(data: bytes) -> bytes:
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from lorag.files.atomic import write_atomically
+from lorag.files.atomic import write_bytes
 from lorag.publishing.licences import UNKNOWN, Derived, derive
 from lorag.publishing.provenance import licence_of, public_name
 
@@ -53,12 +53,8 @@ or, with lorag, `LoraAdapter.from_pretrained("$name").apply_to(base_model)`.""")
 
 def write_card(folder: Path, text: str) -> None:
     """Writes README.md, unless somebody wrote their own: one without lorag's mark stays as it is."""
-
-    def write(sibling: Path) -> None:
-        sibling.write_text(text, encoding="utf-8")
-
     if own_card(folder) is None:
-        write_atomically(folder / CARD, write)
+        write_bytes(folder / CARD, text.encode())
 
 
 def own_card(folder: Path) -> str | None:

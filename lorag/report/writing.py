@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorag.files.artifacts import write_atomically
+from lorag.files.atomic import write_bytes
 from lorag.report.chapters import write_chapters
 from lorag.report.findings import Findings
 from lorag.report.page import render_page
@@ -44,14 +44,7 @@ def write_report(folder: str | Path, found: Findings) -> Path:
             with drawing(theme):
                 drawn.append(to_png(chapter.draw(theme)))
         pictures[chapter.name] = (drawn[0], drawn[1])
-        _write(folder / f"{chapter.name}.png", drawn[0])
+        write_bytes(folder / f"{chapter.name}.png", drawn[0])
     title = f"{found.subject}: from descriptions to adapters, measured"
-    _write(folder / PAGE, render_page(title, found.facts, chapters, pictures).encode())
+    write_bytes(folder / PAGE, render_page(title, found.facts, chapters, pictures).encode())
     return folder / PAGE
-
-
-def _write(path: Path, content: bytes) -> None:
-    def put(sibling: Path) -> None:
-        sibling.write_bytes(content)
-
-    write_atomically(path, put)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorag.errors import ArtifactError, DescriptionError, TaskError
-from lorag.files.artifacts import parse_json, read_json, safe_name, write_atomically
+from lorag.files.artifacts import parse_json, read_json, safe_name
+from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
 from lorag.files.plain import require_plain
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
@@ -147,8 +148,8 @@ class TaskSuite:
                 for example in task.examples:
                     row = {"task": task.name, "split": example.split, "input": example.input, "output": example.output}
                     file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        write_atomically(folder / "examples.jsonl.gz", lambda path: _dump(path, raw.getvalue()))
-        write_atomically(folder / "tasks.jsonl", lambda path: _dump(path, lines.encode()))
+        write_bytes(folder / "examples.jsonl.gz", raw.getvalue())
+        write_bytes(folder / "tasks.jsonl", lines.encode())
         return folder
 
     def fingerprint(self) -> str:
@@ -159,10 +160,6 @@ class TaskSuite:
             for example in task.examples:
                 crc = zlib.crc32(repr(example).encode(), crc)
         return f"{crc:08x}"
-
-
-def _dump(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _lines(file: TextIO, path: Path, most: int = _MAX_BYTES) -> Iterator[tuple[int, Mapping[str, Any]]]:
