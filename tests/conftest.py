@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from hub_standin import standin  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from lorag.adapters.adapter import LoraAdapter
@@ -34,6 +35,18 @@ _COMMON = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 def pytest_configure(config: pytest.Config) -> None:
     """Hides what transformers says of its own modelling code, whoever calls it."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the largest tensor that an operation leaves off the meta device, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "meta":
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
 
 
 @dataclass(frozen=True)

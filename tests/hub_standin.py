@@ -8,7 +8,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+import transformers
 import yaml
+from huggingface_hub import constants
 
 TOKEN = "hf_standinstandinstandin"
 
@@ -49,6 +53,27 @@ class StandIn(ThreadingHTTPServer):
         return {
             path.split("/resolve/")[1].split("/", 1)[1] for how, path in self.log if how == "GET" and path.startswith(f"/{name}/resolve/")
         }
+
+
+@pytest.fixture
+def standin(tmp_path, monkeypatch):
+    """A hub of one's own: the official client talks to it, with a cache and a token of its own."""
+    server = StandIn()
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the endpoint that it is made with
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

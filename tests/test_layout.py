@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import Allocations
 from peft.tuners.lora import LoraLayer
 
 from lorag.base_models.layout import LoraLayout, ModuleShape
@@ -137,22 +138,10 @@ def test_true_size_layout_allocates_nothing():
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    with _Allocations() as seen:
+    with Allocations() as seen:
         layout = LoraLayout.from_model(model, ["q_proj", "v_proj"])
     assert [(m.in_features, m.out_features) for m in layout.modules] == [(4096, 4096), (4096, 1024)] * 32
     assert seen.largest < 2**20
-
-
-class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the largest tensor that an operation leaves off the meta device, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.device.type != "meta":
-            self.largest = max(self.largest, result.untyped_storage().nbytes())
-        return result
 
 
 def test_factors_that_do_not_fit_name_the_module(llama_layout, random_adapter):

@@ -9,12 +9,11 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment before transformers is imported
-from hub_standin import TOKEN, StandIn
+from hub_standin import TOKEN
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, save_base
@@ -69,25 +68,6 @@ def fitted(toy):
         return fit_generator(prepared, generator_type(method)(), loop, rank=8, strength=1.0, origin={})
 
     return fit
-
-
-@pytest.fixture
-def standin(tmp_path, monkeypatch):
-    """A hub of one's own: the official client talks to it, with a cache and a token of its own."""
-    server = StandIn()
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.shutdown()
 
 
 def _front(text):

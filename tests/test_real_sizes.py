@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from conftest import Allocations
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
 from lorag.banks.streaming import ExpertStream
@@ -68,18 +69,6 @@ def _skeleton(name):
         return getattr(transformers, values["architectures"][0])(config)
 
 
-class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the largest tensor that an operation leaves off the meta device, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.device.type != "meta":
-            self.largest = max(self.largest, result.untyped_storage().nbytes())
-        return result
-
-
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +76,7 @@ class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 def test_layouts_of_real_base_models(name):
     """PEFT finds the published model's modules, all linear ones and those of attention, and no weight is allocated."""
     targets, modules, values, attention, attention_values = EXPECTED[name]
-    with _Allocations() as seen:
+    with Allocations() as seen:
         model = _skeleton(name)
         whole, part = LoraLayout.from_model(model, "all-linear"), LoraLayout.from_model(model, targets)
     assert (len(whole), whole.values(1)) == (modules, values)

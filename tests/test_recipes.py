@@ -6,14 +6,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-import transformers
 import yaml
 from conftest import WORDS
-from hub_standin import StandIn
-from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 from tiny_bases import picture, save_tiny, words_tokenizer
 from toy_world import WordEmbedder
@@ -244,28 +240,8 @@ def _use(made, bank, lorag, tmp_path):
 # --- from hub ids -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub of one's own, to which the official client talks."""
-    server = StandIn()
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the endpoint that it is made with
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def _publish(hub, name, folder):
-    hub.put(name, {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+def _publish(standin, name, folder):
+    standin.put(name, {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
 
 
 def _adapters(base, kind, targets, names, folder, random_adapter, base_name):
@@ -289,16 +265,16 @@ HUB = {
 
 
 @pytest.mark.parametrize("name", sorted(HUB))
-def test_hub_ids_to_a_generator(name, hub, bases, lorag, tmp_path, random_adapter):
+def test_hub_ids_to_a_generator(name, standin, bases, lorag, tmp_path, random_adapter):
     """Base and adapters come from the hub under the very ids of the recipe; no expert is trained, and no pickle is fetched."""
     start, (targets, pattern) = load_config(Start, name, [], "add"), HUB[name]
     folder = bases(RECIPES[name])
-    _publish(hub, start.base, folder)
+    _publish(standin, start.base, folder)
     adapters = _adapters(folder, start.kind, targets, [str(n) for n in range(4)], tmp_path / "adapters", random_adapter, start.base)
     lines = ["# id, name, description"]
     for number in range(4):
-        _publish(hub, pattern.format(number), adapters / str(number))
-        hub.put(pattern.format(number), {"adapter_model.bin": b"\x80\x04 never fetched"})
+        _publish(standin, pattern.format(number), adapters / str(number))
+        standin.put(pattern.format(number), {"adapter_model.bin": b"\x80\x04 never fetched"})
         lines.append(f"{pattern.format(number)}\ttask{number:03}_made_up\tfind the {WORDS[2 + number]} {WORDS[5 + number % 2]}")
     (tmp_path / "ids.tsv").write_text("\n".join(lines))
     bank, made = tmp_path / "bank", tmp_path / "generator"
@@ -310,8 +286,8 @@ def test_hub_ids_to_a_generator(name, hub, bases, lorag, tmp_path, random_adapte
     assert sorted(opened.names) == [f"task{number:03}_made_up" for number in range(4)]
     assert (opened.base.model.name, opened.base.settings["template"]) == (start.base, start.settings["template"])
     lorag("train", "--config", f"recipes/{name}", f"bank={bank}", f"out={made}", "validation=0.25", *FEW)
-    assert "model.safetensors" not in hub.fetched(start.base)  # its config says what adapters may change
-    assert not any(path.endswith(".bin") for _, path in hub.log if "/resolve/" in path)
+    assert "model.safetensors" not in standin.fetched(start.base)  # its config says what adapters may change
+    assert not any(path.endswith(".bin") for _, path in standin.log if "/resolve/" in path)
     _use(made, bank, lorag, tmp_path)
 
 

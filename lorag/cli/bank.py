@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorag.cli.options import Address, Cpus, Gpus, OnBackend, Quiet
 from lorag.errors import BankError, BaseModelError, MissingDependencyError
 
 if TYPE_CHECKING:
     from lorag.banks.importing import Imported
     from lorag.conditions.embedding import TextEmbedder
 
-__all__ = ["Address", "Cpus", "Gpus", "OnBackend", "app"]
-
-_AFAR = "Where it runs"
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Build, fill and look at banks of experts.")
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-OnBackend = Annotated[str, typer.Option("--backend", help="local, or ray (extra `ray`).", rich_help_panel=_AFAR)]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, such as auto; by default one on this machine.", rich_help_panel=_AFAR)]
-Cpus = Annotated[int, typer.Option(min=1, help="CPU cores, and threads, of a Ray task.", rich_help_panel=_AFAR)]
-Gpus = Annotated[float, typer.Option(min=0, help="GPUs of a Ray task; .5 lets two share one.", rich_help_panel=_AFAR)]
 _MOST_ROWS = 30
 _NEW = "Only for a new bank"
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from lorag.cli.options import Device, Quiet
+
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="What a generator cannot do: novelty, expected gain, refusals.")
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Unknown = Annotated[Path | None, typer.Option(help="YAML of descriptions that the bank cannot serve: kind -> fit, test -> texts.")]
 
 

@@ -16,6 +16,7 @@ from lorag.cli import publishing as cli_publishing
 from lorag.cli import tasks as cli_tasks
 from lorag.cli import web as cli_web
 from lorag.cli.batch import generate_many
+from lorag.cli.options import Address, Cpus, Device, Gpus, OnBackend, Quiet
 from lorag.errors import LoragError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
@@ -27,8 +28,6 @@ app.add_typer(cli_tasks.app, name="tasks")
 cli_publishing.register(app)
 cli_web.register(app)
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}
 _INTERRUPTED = 130
 
@@ -68,10 +67,10 @@ def generate(
     bank: Annotated[
         str | None, typer.Option(help="The generator's bank: a known task then gets its own expert, a close one a fusion.")
     ] = None,
-    backend: cli_bank.OnBackend = "local",
-    address: cli_bank.Address = None,
-    cpus: cli_bank.Cpus = 1,
-    gpus: cli_bank.Gpus = 0.0,
+    backend: OnBackend = "local",
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0.0,
 ) -> None:
     """Turn a description into an adapter folder, or each description of a file into one of its own."""
     import warnings

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorag.cli.options import Device
+
 __all__ = ["register"]
 
 
@@ -19,7 +21,7 @@ def web(
     generator: Annotated[list[str] | None, typer.Option(help="Generator folder or hub id; more of them to compare.")] = None,
     bank: Annotated[str | None, typer.Option(help="The generators' bank: a known task then gets its own expert.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Open a page to type descriptions on, for this machine alone."""
     from lorag.base_models.names import SANDBOX_LM
