@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe", "device", "interleaved_seconds", "load_average", "median_seconds", "memory_bytes", "synchronise"]
+__all__ = ["describe", "device", "interleaved_seconds", "load_average", "median_seconds", "memory_bytes", "peak_bytes", "synchronise"]
 
 
 def device() -> torch.device:

@@ -32,7 +32,7 @@ from lorag.weights.weight_space import FlatFactors, SharedSubspace
 __all__ = ["LoraGenerator"]
 
 ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
-FUSED, FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
+_FUSED, _FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
 _TOGETHER = 8  # codes decoded at once: they share the reading of the bases; eight adapters of an 8 B model take 1.3 GB
 
 
@@ -143,8 +143,10 @@ class LoraGenerator:
             UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
             BankError: If the bank is not one of this generator's base model and experts.
         """
-        given: dict[str, Any] = {"examples": examples, "refine_steps": refine_steps, "on_unknown": on_unknown, "bank": bank}
-        return next(self.generate_many([description], seed=seed, strength=strength, **given))
+        made = self.generate_many(
+            [description], seed=seed, strength=strength, examples=examples, refine_steps=refine_steps, on_unknown=on_unknown, bank=bank
+        )
+        return next(made)
 
     def generate_many(
         self,
@@ -187,14 +189,20 @@ class LoraGenerator:
             plan.served, plan.shares = "fallback", torch.zeros(count)
             plan.code, plan.factor = self.space.zero[None], 0.0
         elif verdict.decision == "fuse" and bank is not None:
-            plan.served, plan.shares = "fusion", mixture_weights(condition.similarities, FUSED, FUSED_TEMPERATURE)
-            chosen = plan.shares.nonzero()[:, 0].tolist()
-            plan.code = (plan.shares[chosen] @ torch.stack([self.space.encode(bank.adapter(names[i])) for i in chosen]))[None]
+            plan.served = "fusion"
+            plan.shares, plan.code = self.fuse_nearest(bank, condition.similarities)
         else:
             plan.served = "reconstruction" if verdict.decision == "expert" else "generated"
             plan.shares = self.method.shares(condition)
             plan.code, plan.factor = self.method.generate(condition, torch.Generator().manual_seed(seed)), self.strength
         return plan
+
+    def fuse_nearest(self, bank: AdapterBank, similarities: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares (n,) of the experts nearest to a description, a softmax over similarities (n,), and the code (1, c) of their fusion."""
+        shares = mixture_weights(similarities, _FUSED, _FUSED_TEMPERATURE)
+        chosen = shares.nonzero()[:, 0].tolist()
+        codes = torch.stack([self.space.encode(bank.adapter(self.conditioner.names[i])) for i in chosen])
+        return shares, (shares[chosen] @ codes)[None]
 
     def _finished(
         self, plan: _Plan, adapter: LoraAdapter, seed: int, strength: float, examples: Sequence[tuple[str, str]], refine_steps: int

@@ -1,6 +1,6 @@
 """The gate: whether the adapter for a description is looked up, fused, generated or refused, and what may be gained by it.
 
-`gate_evidence` measures a description, `gate_fitting` learns on held-out tasks what the numbers mean.
+`evidence` measures a description, `training/gate_fitting` learns on held-out tasks what the numbers mean.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Verdict:
         interval: 90 % of held-out tasks' gains lay as near to their estimate.
         nearest: Nearest tasks and their cosines.
         known: The expert that it names, if it does.
-        evidence: What was gone by (f,), in the order of `gate_evidence.FEATURES`.
+        evidence: What was gone by (f,), in the order of `evidence.FEATURES`.
     """
 
     decision: str

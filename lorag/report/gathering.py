@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ from lorag.progress import progress_bar
 from lorag.publishing.provenance import public_name
 from lorag.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
 from lorag.tasks.unknown import unknown_tasks
+from lorag.training.gains import share_closed
 
 __all__ = ["gather_findings"]
 
-_LEAST_GAP = 0.05  # between base and oracle; below it a share of the gap is noise
 _BINS, _LEAST_BIN = 4, 4
 _MOST_EXPERTS = 512  # whose norms are read, evenly spread over the bank
 _MOST_ROWS = 24
@@ -126,11 +127,10 @@ def _gains(report: Mapping[str, Any], subject: str) -> list[float | None] | None
     rows = [report["methods"].get(name) for name in ("base", subject, "oracle")]
     if any(row is None for row in rows):
         return None
-    found: list[float | None] = []
-    for task in report["tasks"]:
-        floor, score, ceiling = (float(row["per_task"][task]) for row in rows if row is not None)
-        gap = ceiling - floor
-        found.append(max(-1.0, min(1.0, (score - floor) / gap)) if gap >= _LEAST_GAP else None)
+    floor, scores, ceiling = (
+        torch.tensor([row["per_task"][task] for task in report["tasks"]], dtype=torch.float64) for row in rows if row is not None
+    )
+    found = [None if math.isnan(gain) else gain for gain in share_closed(scores, floor, ceiling).tolist()]
     return found if any(gain is not None for gain in found) else None
 
 

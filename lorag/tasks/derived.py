@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import slug, write_json
 from lorag.tasks.suite import Task, TaskSuite, connected
 
-__all__ = ["derive"]
+__all__ = ["derive", "hold_out_groups"]
 
 _LARGE = 6  # a label set of this size can be cut into subsets that are tasks of their own
 _LEAST_TEST = 12
@@ -70,13 +70,7 @@ def derive(
     if not tasks:
         raise TaskError(f"{source} has no task with labels and test examples")
     marks = [{task.source} if by == "source" else {example.input for example in task.examples} for task in tasks]
-    groups = connected(marks)
-    rng.shuffle(groups)
-    test: list[str] = []
-    for group in groups:
-        if len(test) + len(group) <= 1.2 * held_out * len(tasks):
-            test += [tasks[index].name for index in group]
-    chosen = set(test)
+    chosen = hold_out_groups(tasks, marks, held_out, rng)
     splits = {"train": [t.name for t in tasks if t.name not in chosen], "test": [t.name for t in tasks if t.name in chosen]}
     more: dict[str, Task] = {}
     for task in [one for one in whole if one.name not in chosen] * without_expert:
@@ -88,6 +82,17 @@ def derive(
     TaskSuite([*tasks, *more.values()]).save(out)
     write_json(out / "splits.json", splits)
     return {name: len(found) for name, found in splits.items()}
+
+
+def hold_out_groups(tasks: Sequence[Task], marks: Sequence[Set[str]], share: float, rng: random.Random) -> set[str]:
+    """Names of tasks to hold out: whole groups of tasks that share marks, as many as fit into a fifth more than the share."""
+    groups = connected(marks)
+    rng.shuffle(groups)
+    held: set[str] = set()
+    for group in groups:
+        if len(held) + len(group) <= 1.2 * share * len(tasks):
+            held |= {tasks[index].name for index in group}
+    return held
 
 
 def _subset(task: Task, rng: random.Random) -> Task | None:

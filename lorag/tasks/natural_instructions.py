@@ -12,10 +12,11 @@ from typing import Any
 from lorag.errors import DescriptionError, TaskError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.plain import read_bounded
+from lorag.tasks.derived import hold_out_groups
 from lorag.tasks.descriptions import check_description
-from lorag.tasks.suite import Example, Task, TaskSuite, connected
+from lorag.tasks.suite import Example, Task, TaskSuite
 
-__all__ = ["Limits", "hold_out_groups", "import_instructions"]
+__all__ = ["Limits", "import_instructions"]
 
 _MOST_FILES = 10_000
 _MAX_LIST = 2**22
@@ -75,7 +76,7 @@ def import_instructions(
             found.append(made)
     tasks = [task for task, _ in found]
     if test_tasks is None:
-        test = hold_out_groups(tasks, [marks for _, marks in found], held_out, seed)
+        test = hold_out_groups(tasks, [marks for _, marks in found], held_out, random.Random(seed))
     else:
         test = {line.strip() for line in read_bounded(test_tasks, _MAX_LIST, named=True).decode("utf-8", "replace").splitlines()}
     splits = {"train": [t.name for t in tasks if t.name not in test], "test": [t.name for t in tasks if t.name in test]}
@@ -84,17 +85,6 @@ def import_instructions(
     TaskSuite(tasks).save(out)
     write_json(out / "splits.json", splits)
     return {name: len(names) for name, names in splits.items()} | {"skipped": len(files) - len(tasks)}
-
-
-def hold_out_groups(tasks: list[Task], marks: list[set[str]], share: float, seed: int) -> set[str]:
-    """Names of tasks to hold out: whole groups of tasks that share marks, as many as fit into a fifth more than the share."""
-    groups = connected(marks)
-    random.Random(seed).shuffle(groups)
-    held: set[str] = set()
-    for group in groups:
-        if len(held) + len(group) <= 1.2 * share * len(tasks):
-            held |= {tasks[index].name for index in group}
-    return held
 
 
 def _task(file: Path, limits: Limits, seed: int) -> tuple[Task, set[str]] | None:

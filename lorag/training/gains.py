@@ -13,7 +13,7 @@ from lorag.generator import LoraGenerator
 from lorag.row_adapters import stack_adapters
 from lorag.tasks.suite import Task
 
-__all__ = ["gains_of", "score_codes"]
+__all__ = ["gains_of", "score_codes", "share_closed"]
 
 _CHUNK = 32
 _LEAST_GAP = 0.05  # between base and expert; below it a share of the gap is noise
@@ -67,7 +67,12 @@ def gains_of(
         experts = stack_adapters([bank.adapter(name) for name in distinct[start : start + _CHUNK]], rows.model.device)
         ceiling += [s[objective.metric] for s in objective.scores(rows, experts, mine[start : start + _CHUNK], limit=limit)]
     place = torch.tensor([distinct.index(name) for name in names])
-    gap = (torch.tensor(ceiling, dtype=torch.float64) - floor)[place]
     made = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))
-    share = ((made - floor[place]) / gap.clamp_min(_LEAST_GAP)).clamp(*_GAINS)
+    return share_closed(made, floor[place], torch.tensor(ceiling, dtype=torch.float64)[place])
+
+
+def share_closed(scores: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
+    """Share of the gap between base model and expert that scores (n,) close, -1 to 1; NaN where there is no gap."""
+    gap = ceiling - floor
+    share = ((scores - floor) / gap.clamp_min(_LEAST_GAP)).clamp(*_GAINS)
     return torch.where(gap >= _LEAST_GAP, share, torch.full_like(share, torch.nan))

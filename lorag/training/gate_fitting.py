@@ -25,7 +25,7 @@ from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.training.gains import gains_of
-from lorag.training.gate_rungs import bank_wordings, fused_code, fusing_cosine, naming_cosine
+from lorag.training.gate_rungs import bank_wordings, fusing_cosine, naming_cosine
 from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
 
 __all__ = ["GateSettings", "add_gate", "fit_gate"]
@@ -99,7 +99,7 @@ def fit_gate(
     gain, gain_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
     if tasks:
         first = [next(place for place, (i, _) in enumerate(rows) if i == task) for task in held]
-        fused = torch.stack([fused_code(generator, bank, firsts[place]) for place in first])
+        fused = torch.cat([generator.fuse_nearest(bank, firsts[place])[1] for place in first])
         owners = [names[i] for i, _ in rows] + [names[i] for i in held]
         strengths = [generator.strength] * len(rows) + [1.0] * len(held)
         every = gains_of(generator, torch.cat([codes, fused]), owners, bank, tasks, settings.limit, strengths)

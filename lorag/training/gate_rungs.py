@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 
 from lorag.banks.bank import AdapterBank
-from lorag.conditions.conditioning import mixture_weights
 from lorag.conditions.embedding import Embedding
 from lorag.gate.gate import digest
-from lorag.generator import FUSED, FUSED_TEMPERATURE, LoraGenerator
+from lorag.generator import LoraGenerator
 
-__all__ = ["bank_wordings", "fused_code", "fusing_cosine", "naming_cosine"]
+__all__ = ["bank_wordings", "fusing_cosine", "naming_cosine"]
 
 _PRECISION, _LEAST_CLAIMS, _COMPARED = 0.95, 20, 3
 _LEAST_TASKS, _LEAST_GAIN = 3, 0.5  # that fusing must have shown
-
-
-def fused_code(generator: LoraGenerator, bank: AdapterBank, similarities: Tensor) -> Tensor:
-    """Code (c,) of what the gate's middle rung serves: the nearest experts, weighted by a softmax over similarities (n,)."""
-    shares = mixture_weights(similarities, FUSED, FUSED_TEMPERATURE)
-    chosen = shares.nonzero()[:, 0].tolist()
-    return shares[chosen] @ torch.stack([generator.space.encode(bank.adapter(generator.conditioner.names[i])) for i in chosen])
 
 
 def fusing_cosine(nearest: Tensor, fused: Tensor, generated: Tensor) -> float | None:
