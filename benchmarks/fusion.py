@@ -24,6 +24,7 @@ from lorag.files.artifacts import read_json, write_json
 from lorag.fusion import fuse_experts
 from lorag.generator import LoraGenerator
 from lorag.optimisation.experts import train_group
+from lorag.optimisation.refinement import refine
 from lorag.optimisation.support_examples import few_examples, learn_weights, tasks_of
 from lorag.row_adapters import stack_adapters
 from lorag.sandbox.build import SandboxConfig
@@ -32,6 +33,7 @@ from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.preparation import find_bank, find_tasks
 from lorag.weights.merging import merge
 
+EXAMPLES = 8  # of each task, that refinement sees
 RARE = 8  # training examples of the rare task of a long-tailed set
 LONG_TAILED = 4  # tasks of such a set
 RESAMPLES = 2000
@@ -87,6 +89,12 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
+    def refined(adapter: LoraAdapter) -> LoraAdapter:
+        """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
+        support = [few_examples(task, EXAMPLES, seed) for task in tasks]
+        pairs = [(example.input, example.output) for task in support for example in task.examples]
+        return refine(rows, objective, adapter, pairs, world.steps, seed)
+
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
         return fuse_experts(generator, world.bank, names, seed=seed, steps=world.steps, **more)
 
@@ -99,6 +107,8 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "lego": lambda: world.bank.fuse(names, "lego", rank=world.generator.rank),
         "learned_weights": lambda: learned(False),
         "cat": lambda: learned(True),
+        "mean_refined": lambda: refined(world.bank.fuse(names, "mean")),
+        "cat_refined": lambda: refined(learned(True)),
         "icm_uniform": lambda: fused(world.generator),
         "icm_conflict": lambda: fused(world.generator, rule="conflict"),
         "icm_learned": lambda: fused(world.generator, rule="learned", suite=world.suite),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read_parts", "write_generator"]
 
-_MANIFEST, _WEIGHTS, _KIND, _FORMAT = "generator.json", "generator.safetensors", "generator", 1
+_MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
+_FORMAT = 2  # in 1, tokens' vectors came from the embedder's last layer alone
 
 
 def write_generator(generator: LoraGenerator, folder: Path) -> str:

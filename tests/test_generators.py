@@ -31,6 +31,7 @@ QUICK = {
     "sg_lora": {"steps": 60, "width": 64, "latent": 8},
     "house": {
         "functional": {"steps": 0},
+        "colleagues": {"count": 0},
         "steps": 300,
         "width": 64,
         "queries": 4,
@@ -410,12 +411,13 @@ class _Stopped:
         monkeypatch.setattr(TrainingLoop, "run", changed)
 
 
-@pytest.mark.parametrize(("stage", "at"), [("house reconstruction", 150), ("house functional", 130)])
+@pytest.mark.parametrize(("stage", "at"), [("house reconstruction", 150), ("house functional", 130), ("house colleague 2", 35)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, tmp_path, monkeypatch, stage, at):
-    """The same weights to the bit, dropout included, whichever of the two stages was cut, and no state is left behind."""
+    """The same weights to the bit, dropout included, whichever of the stages was cut, and no state is left behind."""
     settings = {
         "steps": 220,
         "functional": {"steps": 160, "tasks": 4, "examples": 1},
+        "colleagues": {"count": 2, "steps": 40},
         "dropout": 0.1,
         "queries": 2,
         "width": 32,

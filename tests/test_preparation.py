@@ -15,7 +15,7 @@ from lorag.tasks.suite import Example, Task, TaskSuite, connected
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator
 
-SMALL = {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
+SMALL = {"colleagues": {"count": 0}, "functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,21 @@ def test_attention_gives_hidden_experts_nothing_and_the_rest_all():
         assert torch.equal(weights.diagonal(), torch.zeros(5)) and torch.allclose(weights.sum(1), torch.ones(5))
         attention.strength[1] = torch.tensor(2.0).log()
         assert torch.allclose(attention(keys)[:, 2:], 2 * codes[:, 2:], atol=1e-2)
+
+
+def test_attention_starts_from_plain_similarity():
+    """Before training the weights are a softmax of the descriptions' own cosines, in a view of no more dimensions than experts."""
+    rng = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(5, 16, generator=rng), dim=-1)
+    codes, zero = torch.randn(5, 6, generator=rng), torch.randn(6, generator=rng)
+    torch.manual_seed(0)
+    empty = (torch.empty(5, 16), torch.empty(5, 6), torch.empty(6))
+    attention = ExpertAttention(*empty, [2, 4], width=5, temperature=0.1, offset=False)
+    attention.hold(keys, codes, zero)
+    with torch.no_grad():
+        expected = (keys @ keys.T / 0.1).softmax(-1)
+        assert torch.allclose(attention.weights(keys), expected, atol=1e-5)
+        assert torch.allclose(attention(keys), zero + expected @ (codes - zero), atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["experts", "both"])

@@ -38,6 +38,7 @@ HOUSE = {
     "heads": 2,
     "queries": 2,
     "functional": {"steps": 9, "tasks": 7, "examples": 2, "validate_every": 4},
+    "colleagues": {"count": 1, "steps": 5, "batch": 9},
 }
 QUIET = {"dropout": 0.0, "word_dropout": 0.0, "noise": 0.0}
 CELLS = TRAINING[:9]

@@ -143,6 +143,7 @@ def prepared(tmp_path_factory, tiny_models, tokenizer):
 
 def _fit(prepared, **settings):
     small = {"functional": {"steps": 0}, "steps": 40, "width": 32, "queries": 2, "hidden": 32, "decoder_width": 32, "decoder_blocks": 1}
+    small["colleagues"] = {"count": 1, "steps": 4}
     method = generator_type("house").with_settings({**small, "noise": 0.0, "word_dropout": 0.0, "dropout": 0.0, **settings})
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})

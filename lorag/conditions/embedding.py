@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,10 @@ class TextEmbedder(Protocol):
 class SentenceEmbedder:
     """A sentence-transformers model.
 
+    A token's vector is the mean of its states after the last layer and after two thirds of the layers: the last one has been
+    drawn towards the sentence as a whole, the earlier one still tells the words apart. Read in this way, wordings that were kept
+    back from training were understood more often (docs/results.md).
+
     Args:
         model: The loaded model.
         name: What it was loaded from.
@@ -74,6 +78,9 @@ class SentenceEmbedder:
 
     def __init__(self, model: SentenceTransformer, name: str) -> None:
         self._model, self.name = model, name
+        config = getattr(getattr(model[0], "model", None), "config", None)
+        if config is not None:
+            config.output_hidden_states = True
 
     @classmethod
     def from_pretrained(cls, name: str = DEFAULT_EMBEDDER, device: str = "auto") -> SentenceEmbedder:
@@ -122,11 +129,17 @@ class SentenceEmbedder:
                     with torch.inference_mode():
                         output = self._model(features)
                     pooled = torch.nn.functional.normalize(output["sentence_embedding"].float(), dim=-1).cpu()
-                    tokens = output["token_embeddings"].float().cpu()
+                    tokens = _states(output).float().cpu()
                     for index, text in enumerate(chunk):
                         found[text] = Embedding(pooled[index].clone(), tokens[index].clone())
                     bar.update(len(chunk))
         return [found[text] for text in texts]
+
+
+def _states(output: Mapping[str, Any]) -> Tensor:
+    """One vector for each token (b, t, e); the last layer's alone where a model does not show the others."""
+    last, layers = output["token_embeddings"], output.get("all_layer_embeddings")
+    return last if layers is None else (last + layers[len(layers) * 2 // 3]) / 2
 
 
 def _without_pickles(where: str) -> str:

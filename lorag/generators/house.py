@@ -12,11 +12,12 @@ from lorag.base_models.layout import ModulePlace
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
+from lorag.generators.colleagues import ColleagueSettings, teach_colleagues
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
-from lorag.models.code_networks import TokenNetwork
+from lorag.models.code_networks import Blur, TokenNetwork, linear_head
 from lorag.models.expert_attention import ExpertAttention
-from lorag.models.module_decoder import ModuleDecoder, SharedTokenNetwork
+from lorag.models.module_decoder import ModuleDecoder
 from lorag.optimisation.training_loop import TrainingLoop
 
 __all__ = ["House", "HouseSettings", "number_places"]
@@ -24,7 +25,8 @@ __all__ = ["House", "HouseSettings", "number_places"]
 _SOURCES = ("description", "experts", "both")
 _DECODERS = ("auto", "flat", "shared")
 _LONG = 2**16  # elements of a code beyond which "auto" shares one decoder: 64 modules of k = 32
-_MOST_BLOCKS, _MOST_NUMBERS = 64, 8
+_MOST_BLOCKS, _MOST_NUMBERS, _MOST_COLLEAGUES = 64, 8, 32
+_COLLEAGUES = "reading.colleagues."  # where they stand among the tensors
 
 
 @dataclass
@@ -53,6 +55,7 @@ class HouseSettings(Settings):
         learning_rate: Peak rate of reconstruction.
         batch: Descriptions in a step of reconstruction.
         functional: Steps through the frozen base model.
+        colleagues: Readers beside the one that took those steps, which learn from it; for codes made of the description alone.
     """
 
     source: str = "description"
@@ -73,30 +76,22 @@ class HouseSettings(Settings):
     steps: int = 300
     learning_rate: float = 1e-3
     batch: int = 64
-    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1300, tasks=64, examples=2))
+    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1150, tasks=64, examples=2))
+    colleagues: ColleagueSettings = field(default_factory=ColleagueSettings)
 
 
 class _Sum(nn.Module):
     """A network on the description, attention over experts, or both; in training it sees descriptions blurred."""
 
-    def __init__(
-        self, reading: TokenNetwork | SharedTokenNetwork | None, attention: ExpertAttention | None, word_dropout: float, noise: float
-    ) -> None:
+    def __init__(self, reading: TokenNetwork | None, attention: ExpertAttention | None, blur: Blur) -> None:
         super().__init__()
-        self.reading, self.attention = reading, attention
-        self.word_dropout, self.noise = word_dropout, noise
+        self.reading, self.attention, self.blur = reading, attention, blur
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
-        if self.training:
-            pooled, tokens = self._blur(pooled), self._blur(tokens)
-            mask = mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
+        pooled, tokens, mask = self.blur(pooled, tokens, mask)
         parts = [] if self.reading is None else [self.reading(pooled, tokens, mask)]
         parts += [] if self.attention is None else [self.attention(pooled, hidden)]
         return torch.stack(parts).sum(0)
-
-    def _blur(self, vectors: Tensor) -> Tensor:
-        size = vectors.square().mean(-1, keepdim=True).sqrt()
-        return vectors + self.noise * size * torch.randn_like(vectors)
 
 
 class House(NetworkGenerator):
@@ -117,28 +112,33 @@ class House(NetworkGenerator):
             raise ConfigError(
                 "settings.decoder_blocks or decoder_width cannot be used", got=got, expected=f"0 to {_MOST_BLOCKS}, at least 1"
             )
+        if not 0 <= self.settings.colleagues.count <= _MOST_COLLEAGUES:
+            got = str(self.settings.colleagues.count)
+            raise ConfigError("settings.colleagues.count cannot be used", got=got, expected=f"0 to {_MOST_COLLEAGUES}")
 
     def build(self, embedding: int, code: int) -> nn.Module:
         """The untrained network."""
         s = self.settings
-        reading: TokenNetwork | SharedTokenNetwork | None = None
-        attention = None
+        reading = attention = None
         if s.source != "experts":
             sizes = {"width": s.width, "queries": s.queries, "layers": s.layers, "heads": s.heads, "hidden": s.hidden}
-            if self.kinds is None or self.depths is None:
-                reading = TokenNetwork(embedding, code, **sizes, dropout=s.dropout)
-            else:
-                part = code // len(self.kinds)
-                decoder = ModuleDecoder(s.hidden, self.kinds, self.depths, part, width=s.decoder_width, blocks=s.decoder_blocks)
-                reading = SharedTokenNetwork(embedding, decoder, **sizes, dropout=s.dropout)
+            reading = TokenNetwork(embedding, self._head(code), colleagues=self.colleagues, **sizes, dropout=s.dropout)
         if s.source != "description":
             keys, codes = torch.empty(self.experts, embedding), torch.empty(self.experts, code)
             attention = ExpertAttention(
                 keys, codes, torch.empty(code), self.modules, width=s.view, temperature=s.temperature, offset=s.offset
             )
-        return _Sum(reading, attention, s.word_dropout, s.noise)
+        return _Sum(reading, attention, Blur(s.word_dropout, s.noise))
+
+    def _head(self, code: int) -> nn.Module:
+        """The untrained last part, from features to codes (b, c)."""
+        s = self.settings
+        if self.kinds is None or self.depths is None:
+            return linear_head(s.hidden, code)
+        return ModuleDecoder(s.hidden, self.kinds, self.depths, code // len(self.kinds), width=s.decoder_width, blocks=s.decoder_blocks)
 
     experts: int = 0
+    colleagues: int = 0
     modules: list[int]
     kinds: Tensor | None = None  # of a shared decoder: number of each module's kind (m,)
     depths: Tensor | None = None  # and the numbers of its path (m, d)
@@ -149,7 +149,7 @@ class House(NetworkGenerator):
         return self.settings.functional.steps > 0
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
-        """Reconstruction, then functional training; each stage stops early on held-out training tasks.
+        """Reconstruction, functional training, then the colleagues' lessons; each stage stops early on held-out training tasks.
 
         While attention learns, a task sees no expert of its kin, and validation tasks are nobody's experts: they play the
         unseen. At use all experts count.
@@ -176,6 +176,8 @@ class House(NetworkGenerator):
             return network(*(part.to(device) for part in collate(embeddings)), hidden=hidden.to(device))
 
         train_functionally(self.name, network, predict, data, loop, self.settings.functional)
+        if isinstance(network, _Sum) and network.reading is not None and network.attention is None:
+            teach_colleagues(self.name, network.reading, network.blur, data, loop, self.settings.colleagues)
 
     def _shares_decoder(self, data: FitData) -> bool:
         """Whether the code is made by one decoder for all modules.
@@ -210,6 +212,9 @@ class House(NetworkGenerator):
             self.modules, self.experts = tensors["modules"].tolist(), len(tensors.get("attention.codes", ()))
         # What is stored decides, and not the setting: generators from before there was a shared decoder have none.
         self.kinds, self.depths = tensors.get("kinds"), tensors.get("depths")
+        self.colleagues = len({name.split(".")[2] for name in tensors if name.startswith(_COLLEAGUES)})
+        if self.colleagues > _MOST_COLLEAGUES:
+            raise GeneratorError("too many readers", got=self.colleagues, expected=f"at most {_MOST_COLLEAGUES} beside the first")
         if self.kinds is not None or self.depths is not None:
             _check_places(self.kinds, self.depths)
         super().restore({name: value for name, value in tensors.items() if name not in ("modules", "kinds", "depths")})

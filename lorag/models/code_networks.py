@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-__all__ = ["PooledNetwork", "TokenNetwork", "TokenReader"]
+__all__ = ["Blur", "PooledNetwork", "Reading", "TokenNetwork", "TokenReader", "linear_head"]
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
@@ -60,17 +62,73 @@ class TokenReader(nn.Module):
         return rearrange(self.norm(read[:, :count]), "b q w -> b (q w)")
 
 
-class TokenNetwork(nn.Module):
-    """A linear head adds up what each query read to a code (b, c): parts learned apart can be put together."""
+class Blur(nn.Module):
+    """Hides some of a description's tokens and adds noise to its vectors, in training alone: no wording to be learned by heart.
 
-    def __init__(
-        self, embedding: int, code: int, *, width: int, queries: int, layers: int, heads: int, hidden: int, dropout: float
-    ) -> None:
+    Args:
+        word_dropout: Share of the tokens that are hidden.
+        noise: Standard deviation of the noise, as a share of a vector's own root mean square.
+    """
+
+    def __init__(self, word_dropout: float, noise: float) -> None:
+        super().__init__()
+        self.word_dropout, self.noise = word_dropout, noise
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Blurs pooled (b, e) and tokens (b, t, e), and takes tokens out of their mask (b, t)."""
+        if not self.training:
+            return pooled, tokens, mask
+        return self._shake(pooled), self._shake(tokens), mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
+
+    def _shake(self, vectors: Tensor) -> Tensor:
+        size = vectors.square().mean(-1, keepdim=True).sqrt()
+        return vectors + self.noise * size * torch.randn_like(vectors)
+
+
+class Reading(nn.Module):
+    """What one reader understood, as features (b, f) of a fixed length."""
+
+    def __init__(self, embedding: int, *, width: int, queries: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.reader = TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout)
         self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.reader.size, hidden))
-        self.head = _zero(nn.Linear(hidden, code))
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Reads tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e)."""
+        return self.hidden(self.reader(pooled, tokens, mask))
+
+
+class TokenNetwork(Reading):
+    """What readers understood, averaged, and a head that makes a code (b, c) of it: parts learned apart can be put together.
+
+    Args:
+        embedding: Length e of the vectors.
+        head: From features (b, f) to codes.
+        colleagues: Readers beside the first one. They misread different wordings, so that their mean is right more often than
+            each of them.
+        sizes: Of each reader, as `Reading` takes them.
+    """
+
+    def __init__(self, embedding: int, head: nn.Module, *, colleagues: int = 0, **sizes: Any) -> None:  # noqa: ANN401 - numbers
+        super().__init__(embedding, **sizes)
+        self.head = head
+        self._sizes = {"embedding": embedding, **sizes}
+        self.colleagues = nn.ModuleList(self.another_reader() for _ in range(colleagues))
+
+    def another_reader(self) -> Reading:
+        """An untrained reader of the same sizes."""
+        return Reading(**self._sizes)
+
+    def features(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features (b, f), the mean over all readers."""
+        own = super().forward(pooled, tokens, mask)
+        return torch.stack([own, *(colleague(pooled, tokens, mask) for colleague in self.colleagues)]).mean(0) if self.colleagues else own
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e), to codes (b, c)."""
-        return self.head(self.hidden(self.reader(pooled, tokens, mask)))
+        return self.head(self.features(pooled, tokens, mask))
+
+
+def linear_head(features: int, code: int) -> nn.Linear:
+    """A linear map from features (b, f) to codes (b, c), zero at the start."""
+    return _zero(nn.Linear(features, code))

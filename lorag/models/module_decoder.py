@@ -10,9 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lorag.models.code_networks import TokenReader
-
-__all__ = ["ModuleDecoder", "SharedTokenNetwork"]
+__all__ = ["ModuleDecoder"]
 
 _WAVES = 8  # wavelengths of 2π·2⁰ to 2π·2⁷ layers for each number of a module's path
 
@@ -77,28 +75,3 @@ class ModuleDecoder(nn.Module):
             own = self.kinds == kind
             parts[:, own] = torch.addmm(self.offsets[kind], tokens[:, own].flatten(0, 1), self.heads[kind]).unflatten(0, (len(z), -1))
         return rearrange(parts, "b m v -> b (m v)")
-
-
-class SharedTokenNetwork(nn.Module):
-    """`TokenNetwork` whose last layer is a decoder that all modules share."""
-
-    def __init__(
-        self,
-        embedding: int,
-        decoder: ModuleDecoder,
-        *,
-        width: int,
-        queries: int,
-        layers: int,
-        heads: int,
-        hidden: int,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.reader = TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout)
-        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.reader.size, hidden))
-        self.decoder = decoder
-
-    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Maps tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e), to codes (b, c)."""
-        return self.decoder(self.hidden(self.reader(pooled, tokens, mask)))

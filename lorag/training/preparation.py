@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorag.banks.bank import AdapterBank
 from lorag.banks.streaming import ExpertStream
 from lorag.conditions.conditioning import Conditioner
 from lorag.conditions.embedding import TextEmbedder
+from lorag.conditions.misspelling import misspell_some
 from lorag.errors import ConfigError
 from lorag.files.artifacts import embedded, read_json
 from lorag.generators import FitData
@@ -67,6 +69,7 @@ def prepare(
     space_name: str = "shared_subspace",
     k: int = 32,
     wordings: int = 0,
+    typos: float = 0.0,
     validation: float = 0.1,
     kin: str = "task",
     seed: int = 0,
@@ -85,6 +88,7 @@ def prepare(
         space_name: "shared_subspace" or "flat_factors".
         k: Dimensions of a shared subspace.
         wordings: Descriptions used of each expert; 0 uses all.
+        typos: Share of the descriptions, other than each expert's first, that get a typing error.
         validation: Share of the experts held out for early stopping.
         kin: What is hidden, or held out, together with a task's own expert: see `TrainConfig`.
         seed: Chooses which.
@@ -112,7 +116,7 @@ def prepare(
         deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
     more = list(without_expert or ())
     described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]
-    texts = [own[: wordings or None] for own in described]
+    texts = [misspell_some(own[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, own in enumerate(described)]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
     embeddings = [[next(flat) for _ in own] for own in texts]
     kin_of = _kin([*bank.names, *(task.key for task in more)], suite, kin)

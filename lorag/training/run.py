@@ -50,6 +50,7 @@ class TrainConfig:
         k: Dimensions of a shared subspace on each side.
         rank: Rank of generated adapters.
         wordings: Descriptions used of each expert; 0 uses all.
+        typos: Share of the descriptions, other than each expert's first, that are read with a typing error.
         validation: Share of the experts held out for early stopping.
         kin: What else is hidden, or held out, where a training task plays an unseen one: "task" nothing but its own expert,
             "texts" experts of tasks that share training texts with it, "source" all of its source. As unseen tasks will be.
@@ -74,6 +75,7 @@ class TrainConfig:
     k: int = 32
     rank: int = 16
     wordings: int = 0
+    typos: float = 0.15
     validation: float = 0.1
     kin: str = "task"
     strength: float | None = None
@@ -171,6 +173,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if (out / "generator.json").exists():
         logger.warning("%s is trained already; delete it to train it anew", out)
         return LoraGenerator.from_pretrained(out, device=config.device)
+    if not 0 <= config.typos <= 1:
+        raise ConfigError("typos must be a share", got=str(config.typos), expected="0 to 1")
     if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
         raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
     method = generator_type(config.method).with_settings(config.settings)
@@ -186,6 +190,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         space_name=config.space,
         k=config.k,
         wordings=config.wordings,
+        typos=config.typos,
         validation=config.validation,
         kin=config.kin,
         seed=config.seed,

@@ -1,0 +1,105 @@
+"""More readers for a network that has learned: each, from a start of its own, learns to understand what the first one understands.
+
+Weights are seldom what is wrong with a generated adapter; a wording that was misread is. Readers that start apart misread different
+wordings, and teaching one costs no pass through the base model: the first reader's mean features over a task's descriptions are
+what every single description of it should give. (Ensembles of networks that differ by their start alone: Lakshminarayanan et al.,
+arXiv 1612.01474; learning from a trained network's outputs: Hinton et al., arXiv 1503.02531.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorag.conditions.embedding import Embedding
+from lorag.generators.base import FitData, collate, draw
+from lorag.models.code_networks import Blur, Reading, TokenNetwork
+from lorag.optimisation.data_parallel import Batch
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+
+__all__ = ["ColleagueSettings", "teach_colleagues"]
+
+_DESCRIPTIONS = 16  # of a task, over which the first reader's features are averaged
+
+
+@dataclass
+class ColleagueSettings:
+    """Readers beside the first one.
+
+    Attributes:
+        count: How many; 0 leaves them out.
+        steps: Of training, each.
+        learning_rate: Peak rate.
+        batch: Descriptions in a step.
+    """
+
+    count: int = 2
+    steps: int = 1200
+    learning_rate: float = 1e-3
+    batch: int = 64
+
+
+def teach_colleagues(name: str, network: TokenNetwork, blur: Blur, data: FitData, loop: TrainingLoop, settings: ColleagueSettings) -> None:
+    """Gives a trained network colleagues, trained one after the other; its first reader and its head stay as they are.
+
+    They learn on the tasks that the first one learned on, and stop at the state that is best on held-out training tasks.
+
+    Args:
+        name: Names the stages.
+        network: The trained network, still without colleagues.
+        blur: Of descriptions in training.
+        data: The bank.
+        loop: Runs the stages.
+        settings: Of each stage.
+    """
+    device = loop.accelerator.device
+    network.to(device).requires_grad_(False).eval()
+    known = torch.tensor([*data.training, *data.without_expert])
+    right = {i: _understood(network, data.embeddings[i][:_DESCRIPTIONS]) for i in [*known.tolist(), *data.validation]}
+    taught = []
+    for number in range(1, settings.count + 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+            pupil = _Pupil(blur, network.another_reader()).to(device)
+
+        def distance(pupil: nn.Module, rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
+            guessed = network.head(pupil(*(part.to(device) for part in collate(embeddings))))
+            return F.mse_loss(guessed, network.head(torch.stack([right[i] for i in rows])))
+
+        def loss(pupil: nn.Module, step: int) -> Batch:
+            rows = known[torch.randint(len(known), (settings.batch,), generator=loop.rng)].tolist()
+            drawn = draw(data, rows, loop)
+            return Batch(len(rows), lambda part: distance(pupil, rows[part], drawn[part]))
+
+        def validate(pupil: nn.Module) -> float:
+            with torch.no_grad():
+                each = [distance(pupil, [i] * len(data.embeddings[i][:8]), data.embeddings[i][:8]) for i in data.validation]
+            return torch.stack(each).mean().item()
+
+        length = LoopSettings(settings.steps, settings.learning_rate, validate_every=max(1, settings.steps // 10))
+        loop.run(f"{name} colleague {number}", pupil, loss, validate if data.validation else None, length)
+        taught.append(pupil.reading)
+    network.colleagues.extend(taught)
+    network.requires_grad_(False).eval()
+
+
+class _Pupil(nn.Module):
+    """A reader that sees descriptions blurred in training."""
+
+    def __init__(self, blur: Blur, reading: Reading) -> None:
+        super().__init__()
+        self.blur, self.reading = blur, reading
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.reading(*self.blur(pooled, tokens, mask))
+
+
+def _understood(network: TokenNetwork, embeddings: Sequence[Embedding]) -> Tensor:
+    """Mean features (f,) over descriptions of one task."""
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        return network.features(*(part.to(device) for part in collate(embeddings))).mean(0)

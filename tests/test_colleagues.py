@@ -1,0 +1,121 @@
+"""Readers beside the first one: what they learn from, what they leave alone, and how they are stored."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+
+from lorag.errors import ConfigError, GeneratorError
+from lorag.generator import LoraGenerator
+from lorag.generators import colleagues, generator_type
+from lorag.generators.base import collate
+from lorag.models.code_networks import Blur, Reading
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.training.preparation import prepare
+from lorag.training.run import fit_generator
+
+SMALL = {"functional": {"steps": 0}, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
+TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_models, tokenizer):
+    base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+    bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
+    return prepare(bank, WordEmbedder(), k=8, validation=0.15, device="cpu", quiet=True, suite=make_suite(TRAINING))
+
+
+def _fit(prepared, count, **settings):
+    method = generator_type("house").with_settings({**SMALL, "colleagues": {**TAUGHT, "count": count}, **settings})
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
+
+
+@pytest.fixture(scope="module")
+def alone(prepared):
+    return _fit(prepared, 0)
+
+
+@pytest.fixture(scope="module")
+def three(prepared):
+    return _fit(prepared, 2)
+
+
+def _inputs(prepared, rows):
+    return collate([prepared.data.embeddings[i][0] for i in rows])
+
+
+def test_the_first_reader_and_the_head_stay_as_they_are(alone, three):
+    """Teaching colleagues changes no value that was learned before it."""
+    before, after = alone.method.tensors(), three.method.tensors()
+    assert len(after) > len(before) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_colleagues_understand_what_the_first_reader_does_on_tasks_that_no_one_learned_from(prepared, three):
+    """On held-out tasks each colleague's codes lie nearer to the first reader's than the codes of other tasks do."""
+    network = three.method.network.reading
+    inputs = _inputs(prepared, prepared.data.validation)
+    with torch.no_grad():
+        first = network.head(Reading.forward(network, *inputs))
+        far = torch.cdist(first, first).sum() / (len(first) * (len(first) - 1))
+        for colleague in network.colleagues:
+            made = network.head(colleague(*inputs))
+            assert (made - first).norm(dim=1).mean() < 0.6 * far
+
+
+def test_readers_start_apart_and_their_mean_makes_the_code(prepared, three):
+    """No two readers are the same, and the code is the head's of the mean of what all understood."""
+    network = three.method.network.reading
+    inputs = _inputs(prepared, range(4))
+    with torch.no_grad():
+        each = [Reading.forward(network, *inputs), *(colleague(*inputs) for colleague in network.colleagues)]
+        assert len(each) == 3 and all((a - b).norm() > 1e-3 for a, b in zip(each, each[1:], strict=False))
+        assert torch.allclose(network(*inputs), network.head(torch.stack(each).mean(0)), atol=1e-6)
+
+
+def test_colleagues_learn_from_no_held_out_task(prepared, monkeypatch):
+    """Descriptions of validation tasks are read for early stopping alone."""
+    seen = set()
+    draw = colleagues.draw
+
+    def watched(data, rows, loop):
+        seen.update(rows)
+        return draw(data, rows, loop)
+
+    monkeypatch.setattr(colleagues, "draw", watched)
+    _fit(prepared, 1, steps=2, colleagues={"count": 1, "steps": 10})
+    assert seen and not seen & set(prepared.data.validation)
+
+
+def test_all_readers_are_stored_and_what_is_stored_decides(prepared, three, alone, tmp_path):
+    """Opened again the codes are the same, and a file with another number of readers than its settings say keeps its own."""
+    three.save_pretrained(tmp_path)
+    opened = LoraGenerator.from_pretrained(tmp_path, embedder=WordEmbedder())
+    embeddings = [prepared.data.embeddings[0][0]]
+    with torch.no_grad():
+        assert torch.equal(opened.method.predict(embeddings), three.method.predict(embeddings))
+    other = generator_type("house").with_settings(three.method.values())
+    other.restore(alone.method.tensors())
+    assert not other.network.reading.colleagues
+    tensors = three.method.tensors()
+    crowd = {f"reading.colleagues.{i}.hidden.1.bias": tensors["reading.colleagues.0.hidden.1.bias"] for i in range(40)}
+    with pytest.raises(GeneratorError, match="readers"):
+        generator_type("house").with_settings({}).restore({**tensors, **crowd})
+
+
+def test_numbers_of_colleagues_that_cannot_be_used():
+    """A negative or very large number is refused before anything is trained."""
+    for count in (-1, 1000):
+        with pytest.raises(ConfigError, match="colleagues"):
+            generator_type("house").with_settings({"colleagues": {"count": count}})
+
+
+def test_descriptions_are_blurred_in_training_alone():
+    """In training tokens are hidden and vectors moved by about the given share of their size; at use nothing changes."""
+    blur = Blur(0.25, 0.2)
+    pooled, tokens, mask = torch.randn(64, 8), torch.randn(64, 16, 8), torch.ones(64, 16, dtype=torch.bool)
+    torch.manual_seed(0)
+    _, moved, kept = blur.train()(pooled, tokens, mask)
+    assert 0.7 < kept.float().mean() < 0.8
+    assert 0.18 < ((moved - tokens).norm() / tokens.norm()).item() < 0.22
+    assert all(torch.equal(a, b) for a, b in zip(blur.eval()(pooled, tokens, mask), (pooled, tokens, mask), strict=True))
