@@ -1,6 +1,6 @@
 """Fusion on the sandbox: one adapter for 2, 4 or 8 tasks, by every method, against the single experts and a joint adapter.
 
-`python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8] [--seeds 3] [--draws 4] [--limit 16] [--json FILE]`
+`python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8,long-tailed] [--seeds 3] [--draws 4] [--limit 16] [--json FILE]`
 
 The tasks of a set lie in different domains, so that their inputs tell them apart, and differ in skill, and in style as far
 as there are styles. With `--json` every finished set is written at once, and the same command goes on from there.
@@ -80,6 +80,13 @@ def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     return train_group(*world.generator.runtime(), [mixed], world.generator.rank, config)[0][-1]
 
 
+def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
+    """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
+    support = [few_examples(task, EXAMPLES, seed) for task in tasks]
+    pairs = [(example.input, example.output) for task in support for example in task.examples]
+    return refine(*world.generator.runtime(), adapter, pairs, world.steps, seed)
+
+
 def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
     """Every way to one adapter, in rising cost."""
     rows, objective = world.generator.runtime()
@@ -88,12 +95,6 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
     def learned(per_module: bool) -> LoraAdapter:
         weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
-
-    def refined(adapter: LoraAdapter) -> LoraAdapter:
-        """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
-        support = [few_examples(task, EXAMPLES, seed) for task in tasks]
-        pairs = [(example.input, example.output) for task in support for example in task.examples]
-        return refine(rows, objective, adapter, pairs, world.steps, seed)
 
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
         return fuse_experts(generator, world.bank, names, seed=seed, steps=world.steps, **more)
@@ -107,8 +108,8 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "lego": lambda: world.bank.fuse(names, "lego", rank=world.generator.rank),
         "learned_weights": lambda: learned(False),
         "cat": lambda: learned(True),
-        "mean_refined": lambda: refined(world.bank.fuse(names, "mean")),
-        "cat_refined": lambda: refined(learned(True)),
+        "mean_refined": lambda: refined(world, world.bank.fuse(names, "mean"), tasks, seed),
+        "cat_refined": lambda: refined(world, learned(True), tasks, seed),
         "icm_uniform": lambda: fused(world.generator),
         "icm_conflict": lambda: fused(world.generator, rule="conflict"),
         "icm_learned": lambda: fused(world.generator, rule="learned", suite=world.suite),
@@ -152,6 +153,8 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
         "icm_learned": lambda: fused(rule="learned"),
         "icm_learned_counts": lambda: fused(rule="learned", counts=counts),
         "icm_worst_counts": lambda: fused(rule="learned", worth="worst", counts=counts),
+        "mean_refined": lambda: refined(world, merge([expert, *others]), [few, *tasks[1:]], seed),
+        "icm_refined": lambda: fused(rule="learned", refine_steps=world.steps),
     }
     found = {"base": world.scores(None, tasks), "single": world.scores([expert, *others], tasks)}
     return found | {name: world.scores([make()], tasks) for name, make in made.items()}
@@ -190,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="icm_fusion generator")
     parser.add_argument("--plain", help="icm_fusion generator trained with settings.meta_steps=0")
-    parser.add_argument("--sets", default="2,4,8", help="sizes of sets")
+    parser.add_argument("--sets", default="2,4,8,long-tailed", help="sizes of sets, and long-tailed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=4, help="sets of each size and seed")
     parser.add_argument("--limit", type=int, default=16, help="test examples of a task")
@@ -212,7 +215,7 @@ def main() -> None:
         if before["settings"] != settings:
             raise SystemExit(f"{given.json} holds other settings; choose another file, or delete it")
         rows = before["rows"]
-    jobs = [(str(size), size) for size in map(int, given.sets.split(","))] + [("long-tailed", LONG_TAILED)]
+    jobs = [(kind, LONG_TAILED if kind == "long-tailed" else int(kind)) for kind in given.sets.split(",")]
     todo = [(kind, size, seed, draw) for kind, size in jobs for seed in range(given.seeds) for draw in range(given.draws)]
     done = {(row["kind"], row["seed"], row["draw"]) for row in rows}
     for kind, size, seed, draw in tqdm(todo, desc="sets"):

@@ -28,7 +28,7 @@ QUICK = {
     "hypernet": {"steps": 20, "width": 32, "depth": 1, "module_width": 16, "batch": 16},
     "icm_fusion": {"steps": 60, "meta_steps": 2, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
     "icm_lora": {"steps": 60, "width": 32, "queries": 4, "layers": 1, "hidden": 64, "latent": 8, "learning_rate": 3e-3, "dropout": 0.0},
-    "sg_lora": {"steps": 60, "width": 64, "latent": 8},
+    "sg_lora": {"steps": 60, "width": 64, "latent": 8, "reading": 32, "queries": 4, "features": 64},
     "house": {
         "functional": {"steps": 0},
         "colleagues": {"count": 0},

@@ -171,6 +171,11 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypa
     seen.clear()
     generator.generate("paint the red dog")
     assert [hidden for _, hidden in seen] == [None]
+    seen.clear()
+    data = prepared.data
+    left_out = data.conditioner(data.embeddings[held[0]][0], exclude=data.kin[held[0]])
+    generator.method.generate(left_out, torch.Generator())
+    assert [hidden.nonzero()[:, 1].tolist() for _, hidden in seen] == [list(data.kin[held[0]])]
 
 
 def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):

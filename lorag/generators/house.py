@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.base_models.layout import ModulePlace
+from lorag.conditions.conditioning import Condition
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
@@ -161,9 +162,7 @@ class House(NetworkGenerator):
             self.kinds, self.depths = number_places(data.places)
         network = start_network(self, data, loop)
         if isinstance(network, _Sum) and network.attention is not None:
-            device = loop.accelerator.device
-            network.attention.keys, network.attention.codes = data.conditioner.centroids.to(device), data.codes.to(device)
-            network.attention.zero = data.zero.to(device)
+            network.attention.hold(data.conditioner.centroids, data.codes, data.zero)
         if self.settings.source == "description":
             reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
 
@@ -176,8 +175,19 @@ class House(NetworkGenerator):
             return network(*(part.to(device) for part in collate(embeddings)), hidden=hidden.to(device))
 
         train_functionally(self.name, network, predict, data, loop, self.settings.functional)
+        network.eval()  # without functional steps nobody else ends the training mode, which blurs descriptions
         if isinstance(network, _Sum) and network.reading is not None and network.attention is None:
             teach_colleagues(self.name, network.reading, network.blur, data, loop, self.settings.colleagues)
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """One code, repeated. Attention passes over experts that the condition leaves out, as where a known task plays an unseen one."""
+        left_out = condition.similarities <= -1.0
+        if self.network is None or self.settings.source == "description" or not left_out.any():
+            return super().generate(condition, rng, count)
+        device = next(self.network.parameters()).device
+        with torch.inference_mode():
+            code = self.network(*(part.to(device) for part in collate([condition.embedding])), hidden=left_out[None].to(device))
+        return code.cpu().expand(count, -1).clone()
 
     def _shares_decoder(self, data: FitData) -> bool:
         """Whether the code is made by one decoder for all modules.

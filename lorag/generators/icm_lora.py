@@ -46,6 +46,8 @@ class IcmLoraSettings(Settings):
         heads: Of its attention.
         hidden: Features of the condition, and width of encoder and decoder.
         dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
     """
 
     stack: str = "codes"
@@ -59,10 +61,12 @@ class IcmLoraSettings(Settings):
     components: int = 0
     width: int = 192
     queries: int = 8
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
     hidden: int = 384
     dropout: float = 0.1
+    word_dropout: float = 0.1
+    noise: float = 0.2
 
 
 class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
@@ -70,10 +74,10 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
 
     Kept: prior N(0, I), loss = squared error averaged over elements + 0.005 · KL, one latent for a whole adapter, and for
     `stack="conv"` the published network. Repaired: reconstruction and target must have one shape; each task has its own
-    condition; the task vector comes from the base model without an adapter; the normaliser comes from the training experts
-    and never from a checkpoint of the task that is generated. Chosen, because not published: the samples of a task are its
-    final code plus noise with the deviations of its late checkpoints, of which `FitData` keeps no more; the
-    network over codes; and early stopping by the squared error of z = 0 on held-out training tasks.
+    condition; the task vector comes from the base model without an adapter; the normaliser comes from the training experts and never from
+    a checkpoint of the task that is generated. Chosen, because not published: the samples of a task are its final code plus noise with
+    the deviations of its late checkpoints, of which `FitData` keeps no more; the network over codes, whose reader sees descriptions
+    blurred in training; and early stopping by the squared error of z = 0 on held-out training tasks.
     """
 
     name = "icm_lora"
@@ -129,6 +133,8 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             heads=s.heads,
             hidden=s.hidden,
             dropout=s.dropout,
+            word_dropout=s.word_dropout,
+            noise=s.noise,
         )
         return ConditionalVae(condition, elements, latent=self.latent, hidden=s.hidden, width=s.hidden)
 

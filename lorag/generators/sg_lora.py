@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorag.conditions.conditioning import Condition
+from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError
-from lorag.generators.base import FitData
+from lorag.generators.base import FitData, collate
 from lorag.generators.baselines import MixtureSettings
 from lorag.generators.expert_mixture import ExpertMixture
 from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
-from lorag.models.cvae import LearnedPriorVae
+from lorag.models.cvae import ConditionReader, LearnedPriorVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["SgLora"]
 
+_WORDINGS = 8  # of each held-out task, that validation reads
+
 
 @dataclass
 class SgLoraSettings(MixtureSettings):
-    """Size and training, after K and τ of the mixture.
+    """Condition, size and training, after K and τ of the mixture.
 
     Attributes:
+        condition: "both", the description, read token by token as `icm_lora` does, beside μ* and σ*² of the nearest experts; or
+            "merge", as published: these alone.
         components: Principal coordinates in which codes are seen; 0 takes all.
         latent: Number of latents.
         width: Of the hidden layers.
@@ -36,8 +41,17 @@ class SgLoraSettings(MixtureSettings):
         steps: Of training.
         learning_rate: Peak rate.
         batch: Experts in a step.
+        reading: Width of the transformer that reads the description; this and what follows is for "both".
+        queries: Learned queries of the transformer.
+        layers: Of the transformer.
+        heads: Of its attention.
+        features: Number of features that it makes of a description.
+        dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
     """
 
+    condition: str = "both"
     components: int = 0
     latent: int = 128
     width: int = 512
@@ -46,6 +60,14 @@ class SgLoraSettings(MixtureSettings):
     steps: int = 1500
     learning_rate: float = 1e-3
     batch: int = 64
+    reading: int = 192
+    queries: int = 8
+    layers: int = 1
+    heads: int = 4
+    features: int = 384
+    dropout: float = 0.1
+    word_dropout: float = 0.1
+    noise: float = 0.2
 
 
 class SgLora(LatentGenerator[LearnedPriorVae]):
@@ -57,7 +79,10 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
     the samples of an expert, its final code plus noise with the deviations of its late checkpoints; and early stopping by
     the squared error of the prior's mean on held-out training tasks.
 
-    A task's own expert, and what else is its kin, is never part of its condition in training. Experts held out for
+    Ours is `condition="both"`: a softmax over neighbours' descriptions loses what the description itself says, so its tokens are
+    read beside the merge, blurred in training, and the decoder adds a linear map of both.
+
+    A task's own expert, and what else is its kin, is never part of its merge in training. Experts held out for
     validation are neighbours of none while it trains, so that their codes enter no gradient; once the best state is
     chosen, all experts are neighbours.
     """
@@ -69,53 +94,91 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
 
     def __init__(self, settings: SgLoraSettings | None = None) -> None:
         super().__init__(settings)
-        if self.settings.decode not in ("sample", "prior_mean", "zero"):
-            raise ConfigError("settings.decode is unknown", got=repr(self.settings.decode), expected="sample, prior_mean or zero")
+        s = self.settings
+        known = {"condition": ("merge", "both"), "decode": ("sample", "prior_mean", "zero")}
+        for key, values in known.items():
+            if getattr(s, key) not in values:
+                raise ConfigError(f"settings.{key} is unknown", got=repr(getattr(s, key)), expected=", ".join(values))
+
+    @property
+    def reads(self) -> bool:
+        """Whether the description itself is part of the condition."""
+        return self.settings.condition == "both"
 
     def build(self, *sizes: int) -> LearnedPriorVae:
-        """The untrained network for lengths of condition and coordinates."""
-        condition, elements = sizes
-        return LearnedPriorVae(condition, elements, latent=self.settings.latent, width=self.settings.width)
+        """The untrained network for lengths of merge, of embedding where descriptions are read, and of coordinates."""
+        s = self.settings
+        merge, *embedding, elements = sizes
+        if not embedding:
+            return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width)
+        reader = ConditionReader(
+            embedding[0],
+            0,
+            width=s.reading,
+            queries=s.queries,
+            layers=s.layers,
+            heads=s.heads,
+            hidden=s.features,
+            dropout=s.dropout,
+            word_dropout=s.word_dropout,
+            noise=s.noise,
+        )
+        return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width, reader=reader, features=s.features)
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Trains the VAE on the training experts, each conditioned on the others."""
         s, training, held = self.settings, list(data.training), list(data.validation)
         self.coordinates = PrincipalCodes.fit(data.codes[training], s.components)
         known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
-        conditions = known.leave_one_out(data, training)
-        self.sizes = (2 * self.coordinates.size, self.coordinates.size)
+        merges = known.leave_one_out(data, training)
+        coordinates = self.coordinates.size
+        embedding = (data.embeddings[0][0].pooled.shape[-1],) if self.reads else ()
+        self.sizes = (2 * coordinates, *embedding, coordinates)
         network, device = self.start(loop), loop.accelerator.device
+
+        def inputs(merge: Tensor, embeddings: Sequence[Embedding]) -> tuple[Tensor, ...]:
+            return tuple(part.to(device) for part in (merge, *collate(embeddings)))
 
         def loss(module: nn.Module, step: int) -> Batch:
             places = torch.randint(len(training), (s.batch,), generator=loop.rng).tolist()
             picks = torch.randint(2**31, (s.batch,), generator=loop.rng).tolist()
-            h = torch.stack([conditions[i][pick % len(conditions[i])] for i, pick in zip(places, picks, strict=True)])
-            x = known.means[places] + known.deviations[places] * torch.randn(h.shape[0], self.sizes[-1], generator=loop.rng)
-            noise = torch.randn(s.batch, s.latent, generator=loop.rng)
-            x, noise, h = x.to(device), noise.to(device), h.to(device)
-            return Batch(s.batch, lambda part: negative_elbo(module(x[part], noise[part], h[part]), x[part], s.beta, each=False))
+            chosen = [(i, pick % len(merges[i])) for i, pick in zip(places, picks, strict=True)]
+            merge = torch.stack([merges[i][text] for i, text in chosen])
+            texts = [data.embeddings[training[i]][text] for i, text in chosen]
+            x = known.means[places] + known.deviations[places] * torch.randn(s.batch, coordinates, generator=loop.rng)
+            x, noise = x.to(device), torch.randn(s.batch, s.latent, generator=loop.rng).to(device)
+
+            def losses(part: slice) -> Tensor:
+                return negative_elbo(module(x[part], noise[part], *inputs(merge[part], texts[part])), x[part], s.beta, each=False)
+
+            return Batch(s.batch, losses)
 
         unseen = known.leave_one_out(data, held)
         right = self.coordinates.to_coordinates(data.codes[held])
 
         def validate(_: nn.Module) -> float:
-            h = torch.cat(unseen).to(device)
-            wanted = right.repeat_interleave(torch.tensor([len(own) for own in unseen]), 0).to(device)
+            own = [merge[:_WORDINGS] for merge in unseen]
+            texts = [one for i in held for one in data.embeddings[i][:_WORDINGS]]
+            wanted = right.repeat_interleave(torch.tensor([len(each) for each in own]), 0).to(device)
             with torch.no_grad():
+                h = network.read(*inputs(torch.cat(own), texts))
                 return squared_error(network.decode(network.prior(h).mean, h), wanted).mean().item()
 
         steps = LoopSettings(s.steps, s.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", network, loss, validate if held else None, steps)
         network.eval()
-        first = torch.stack([own[0] for own in conditions]).to(device)
-        self.diagnostics = self.diagnose(known.means.to(device), first, data.zero)
+        with torch.no_grad():
+            h = network.read(*inputs(torch.stack([own[0] for own in merges]), [data.embeddings[i][0] for i in training]))
+        self.diagnostics = self.diagnose(known.means.to(device), h, data.zero)
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Codes of `count` samples of the learned prior, or of its mean or of z = 0, repeated."""
         network = self.fitted()
         with torch.inference_mode():
-            h = self.experts(condition.similarities)[None].to(next(network.parameters()).device)
+            device = next(network.parameters()).device
+            known = (self.experts(condition.similarities)[None], *collate([condition.embedding]))
+            h = network.read(*(part.to(device) for part in known))
             if self.settings.decode == "zero":
                 code = self.coordinates.to_codes(network.decode(h.new_zeros(1, self.settings.latent), h).cpu())
                 return code.expand(count, -1).clone()

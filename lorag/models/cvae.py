@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorag.models.code_networks import TokenReader
+from lorag.models.code_networks import Blur, TokenReader
 
 __all__ = ["ConditionReader", "ConditionalVae", "Gaussian", "LearnedPriorVae", "Reconstruction"]
 
@@ -64,12 +64,26 @@ class ConditionReader(nn.Module):
         heads: Of its attention.
         hidden: Number of features.
         dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
     """
 
     def __init__(
-        self, embedding: int, vector: int, *, width: int, queries: int, layers: int, heads: int, hidden: int, dropout: float
+        self,
+        embedding: int,
+        vector: int,
+        *,
+        width: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        word_dropout: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
+        self.blur = Blur(word_dropout, noise)
         self.reader = (
             TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout) if embedding else None
         )
@@ -81,7 +95,7 @@ class ConditionReader(nn.Module):
         """Features of pooled (b, e), tokens (b, t, e) with their mask (b, t), and task vectors (b, v)."""
         parts = []
         if self.reader is not None:
-            parts.append(self.reader(pooled, tokens, mask))
+            parts.append(self.reader(*self.blur(pooled, tokens, mask)))
         if self.vector is not None:
             parts.append(self.vector(vector))
         return self.hidden(torch.cat(parts, -1))
@@ -133,16 +147,34 @@ class LearnedPriorVae(nn.Module):
     """SG-LoRA's VAE (arXiv 2509.10535): a prior p(z|h) learned beside the encoder q(z|x, h), and a decoder p(x|z, h).
 
     Encoder and prior are two-layer perceptrons and the decoder has three layers, all with ReLU; widths are not published.
+
+    Args:
+        merge: Length of what merged experts say.
+        elements: Length p of what is generated.
+        latent: Number of latents.
+        width: Of the hidden layers.
+        reader: Reads the description, and h is its features beside the merge; the decoder then adds W h, as in
+            `ConditionalVae`. None is the published network, and h the merge alone.
+        features: Number of the reader's features; 0 without one.
     """
 
-    def __init__(self, condition: int, elements: int, *, latent: int, width: int) -> None:
+    def __init__(
+        self, merge: int, elements: int, *, latent: int, width: int, reader: ConditionReader | None = None, features: int = 0
+    ) -> None:
         super().__init__()
         self.latent = latent
-        self.encoder = nn.Sequential(nn.Linear(elements + condition, width), nn.ReLU(), nn.Linear(width, 2 * latent))
-        self.beliefs = nn.Sequential(nn.Linear(condition, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        known = merge + features
+        self.encoder = nn.Sequential(nn.Linear(elements + known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.beliefs = nn.Sequential(nn.Linear(known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
         self.decoder = nn.Sequential(
-            nn.Linear(latent + condition, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), _zero(nn.Linear(width, elements))
+            nn.Linear(latent + known, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), _zero(nn.Linear(width, elements))
         )
+        self.reader = reader
+        self.head = None if reader is None else _zero(nn.Linear(known, elements))
+
+    def read(self, merge: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What is known of the task (b, h), of the merge (b, 2 p) and, with a reader, the description's vectors."""
+        return merge if self.reader is None else torch.cat([merge, self.reader(pooled, tokens, mask, None)], -1)
 
     def encode(self, x: Tensor, h: Tensor) -> Gaussian:
         """q(z|x, h) of x (b, p) and conditions h (b, h)."""
@@ -154,9 +186,11 @@ class LearnedPriorVae(nn.Module):
 
     def decode(self, z: Tensor, h: Tensor) -> Tensor:
         """Mean (b, p) of p(x|z, h)."""
-        return self.decoder(torch.cat([z, h], -1))
+        made = self.decoder(torch.cat([z, h], -1))
+        return made if self.head is None else made + self.head(h)
 
-    def forward(self, x: Tensor, noise: Tensor, h: Tensor) -> Reconstruction:
+    def forward(self, x: Tensor, noise: Tensor, merge: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
         """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z)."""
+        h = self.read(merge, pooled, tokens, mask)
         posterior = self.encode(x, h)
         return Reconstruction(self.decode(posterior.sample(noise), h), posterior, self.prior(h))

@@ -37,11 +37,29 @@ class ExpertAttention(nn.Module):
             self.register_buffer(name, value)
         self.modules_of_code = modules
         self.view = nn.Linear(keys.shape[1], width, bias=False)
-        # A random projection keeps cosines, roughly: training starts from plain similarity.
-        nn.init.normal_(self.view.weight, std=width**-0.5)
+        nn.init.normal_(self.view.weight, std=width**-0.5)  # until `hold` turns it
         self.sharpness = nn.Parameter(torch.tensor(1.0 / temperature).log())
         self.strength = nn.Parameter(torch.zeros(len(modules)))
         self.offset = nn.Parameter(torch.zeros(codes.shape[1])) if offset else None
+
+    def hold(self, keys: Tensor, codes: Tensor, zero: Tensor) -> None:
+        """Takes over a bank's experts, and turns the untrained view to the directions in which their descriptions lie.
+
+        Training then starts from plain similarity. A random view of few dimensions does not keep cosines: its error, the root of one
+        in `width`, is as large as what tells one expert from another.
+
+        Args:
+            keys: Pooled descriptions of the experts (n, e).
+            codes: Their codes (n, c).
+            zero: Code of the adapter that changes nothing (c,).
+        """
+        device = self.view.weight.device
+        self.keys, self.codes, self.zero = keys.to(device), codes.to(device), zero.to(device)
+        # The products of all values (e, e) have the right singular vectors, whatever the number of experts.
+        directions = torch.linalg.eigh(keys.double().T @ keys.double()).eigenvectors.flip(1).T[: len(self.view.weight)]
+        with torch.no_grad():
+            self.view.weight.zero_()
+            self.view.weight[: len(directions)] = directions.to(self.view.weight)
 
     def weights(self, pooled: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Weights (b, n) of the experts for pooled descriptions (b, e); experts where `hidden` (b, n) is true get none."""
