@@ -10,7 +10,8 @@ from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, mak
 from lorag.adapters.adapter import WEIGHTS
 from lorag.banks.bank import AdapterBank
 from lorag.conditions.conditioning import Conditioner, mixture
-from lorag.errors import ConfigError, GeneratorError
+from lorag.errors import ConfigError, FormatVersionError, GeneratorError
+from lorag.files.artifacts import read_json, write_json
 from lorag.generation import generate_loras
 from lorag.generator import LoraGenerator
 from lorag.generators import GENERATORS, FitData, generator_type
@@ -182,6 +183,15 @@ def test_another_embedder_is_refused(fitted, tmp_path):
     other.name = "other words"
     with pytest.raises(GeneratorError, match="other words"):
         LoraGenerator.from_pretrained(tmp_path, embedder=other)
+
+
+def test_generators_that_read_tokens_otherwise_are_refused(fitted, tmp_path):
+    """Format 1 was fitted on the embedder's last layer alone: opened with today's vectors it would be worse, and silently so."""
+    fitted("house").save_pretrained(tmp_path)
+    manifest = read_json(tmp_path / "generator.json")
+    write_json(tmp_path / "generator.json", {**manifest, "format": 1})
+    with pytest.raises(FormatVersionError, match="format 1.*format 2.*rebuild"):
+        LoraGenerator.from_pretrained(tmp_path, embedder=EMBEDDER)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ for folder, names in (("checkpoints", ("sandbox-lm", "house", "multitask")), ("d
     for name in names:
         assert embedded(f"{folder}/{name}").resolve().is_relative_to(home), name
 check_manifest(embedded("data/sandbox/bank"), "bank.json", "bank", 1)
-check_manifest(embedded("checkpoints/house"), "generator.json", "generator", 1)
+check_manifest(embedded("checkpoints/house"), "generator.json", "generator", 2)
 assert preset_names() and all(domain(name) for name in DOMAINS) and read("skills")
 assert (Path(lorag.__file__).parent / "py.typed").exists()
 adapter = lorag.generate_lora("summarise legal text")
