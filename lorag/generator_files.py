@@ -13,7 +13,7 @@ from lorag.banks.bank import BankBase
 from lorag.conditions.conditioning import Conditioner
 from lorag.conditions.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 from lorag.errors import GeneratorError, LoragError
-from lorag.files.artifacts import check_manifest, sha256, write_manifest
+from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, sha256, write_manifest
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.gate.gate import Gate
 from lorag.generators import generator_type
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["read_parts", "write_generator"]
 
 _MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
-_FORMAT = 2  # in 1, tokens' vectors came from the embedder's last layer alone
 
 
 def write_generator(generator: LoraGenerator, folder: Path) -> str:
@@ -45,7 +44,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         tensors[f"method.{name}"] = (value.half() if half else value).contiguous()
     fields = {
         "kind": _KIND,
-        "format": _FORMAT,
+        "format": GENERATOR_FORMAT,
         "lorag": __version__,
         "base": generator.base.to_dict(),
         "space": space_values,
@@ -79,7 +78,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         ArtifactError: If it is not a complete generator of a known format.
         GeneratorError: If its parts do not fit together, or the embedder is another one.
     """
-    manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT)
+    manifest = check_manifest(folder, _MANIFEST, _KIND, GENERATOR_FORMAT)
     read_header(folder / _WEIGHTS)
     tensors = load_tensors(folder / _WEIGHTS)
 

@@ -13,7 +13,7 @@ CHECK = """
 import sys
 from pathlib import Path
 import lorag
-from lorag.files.artifacts import check_manifest, embedded
+from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded
 from lorag.config import preset_names
 from lorag.sandbox.world import DOMAINS, domain
 from lorag.sandbox.wordings import read
@@ -23,7 +23,7 @@ for folder, names in (("checkpoints", ("sandbox-lm", "house", "multitask")), ("d
     for name in names:
         assert embedded(f"{folder}/{name}").resolve().is_relative_to(home), name
 check_manifest(embedded("data/sandbox/bank"), "bank.json", "bank", 1)
-check_manifest(embedded("checkpoints/house"), "generator.json", "generator", 2)
+check_manifest(embedded("checkpoints/house"), "generator.json", "generator", GENERATOR_FORMAT)
 assert preset_names() and all(domain(name) for name in DOMAINS) and read("skills")
 assert (Path(lorag.__file__).parent / "py.typed").exists()
 adapter = lorag.generate_lora("summarise legal text")

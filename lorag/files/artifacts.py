@@ -19,6 +19,7 @@ from lorag.files.atomic import finish_replacing, replace_together, write_atomica
 from lorag.files.plain import check_part, is_foreign_link, looks_like, read_bounded
 
 __all__ = [
+    "GENERATOR_FORMAT",
     "check_manifest",
     "embedded",
     "finish_replacing",
@@ -35,6 +36,7 @@ __all__ = [
     "writing",
 ]
 
+GENERATOR_FORMAT = 2  # of generators; in 1, tokens' vectors came from the embedder's last layer alone
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MAX_JSON = 64 * 2**20
 _MAX_VALUES = 4_000_000  # of one file; each takes up to 64 bytes, however short its text

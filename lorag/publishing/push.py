@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorag import __version__
 from lorag.errors import BaseModelError, GeneratorError
-from lorag.files.artifacts import check_manifest
+from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest
 from lorag.files.hub import push
 from lorag.publishing.licences import UNKNOWN
 from lorag.publishing.model_card import CARD, PLACE, generator_card, own_card
@@ -65,7 +65,7 @@ def push_generator_folder(folder: Path, repository: str, *, private: bool = True
         GeneratorError: If its manifest cannot be read.
         StorageError: If the upload fails.
     """
-    manifest = check_manifest(folder, "generator.json", "generator", 1)
+    manifest = check_manifest(folder, "generator.json", "generator", GENERATOR_FORMAT)
     try:
         base, embedder, licences = str(manifest["base"]["model"]["name"]), str(manifest["embedder"]), manifest.get("licenses", {})
         card = generator_card(
