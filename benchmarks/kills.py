@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,6 +57,7 @@ TEXTS = tuple(f"paint the {colour} {animal}" for colour, animal in TRAINING[:6])
 GROUPS = 4
 ENDLESS = 300.0  # seconds after which a process is taken to hang
 tqdm.tqdm.monitor_interval = 0  # a thread that watches bars would hold locks over a fork
+tqdm.tqdm.set_lock(threading.RLock())  # its own lock is shared over forks: a process killed while it holds it would stop all later ones
 Report = Callable[[str], None]
 
 
