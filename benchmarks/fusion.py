@@ -9,6 +9,7 @@ as there are styles. With `--json` every finished set is written at once, and th
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,6 +93,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
     rows, objective = world.generator.runtime()
     experts = list(world.bank.adapters(names))
 
+    @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
         weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)

@@ -73,6 +73,22 @@ def test_readers_start_apart_and_their_mean_makes_the_code(prepared, three):
         assert torch.allclose(network(*inputs), network.head(torch.stack(each).mean(0)), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "head", [torch.nn.Linear(5, 40), torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 40))]
+)
+def test_what_is_compared_are_codes(head):
+    """The distance of features is that of the codes which the head makes of them, whether or not it has to make them."""
+    one, other = torch.randn(2, 6, 5).unbind()
+    expected = (head(one) - head(other)).square().mean()
+    assert torch.allclose(colleagues._distance_of_codes(head)(one, other), expected, rtol=1e-4)
+
+
+def test_no_colleagues_cost_nothing(prepared, monkeypatch):
+    """With none asked for, no description is read for them."""
+    monkeypatch.setattr(colleagues, "_understood", lambda *_: pytest.fail("read"))
+    _fit(prepared, 0)
+
+
 def test_colleagues_learn_from_no_held_out_task(prepared, monkeypatch):
     """Descriptions of validation tasks are read for early stopping alone."""
     seen = set()

@@ -160,12 +160,13 @@ class Generator(abc.ABC):
         return sum(tensor.numel() for tensor in self.tensors().values())
 
 
-def collate(embeddings: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacks embeddings: pooled (b, e), tokens (b, t, e), and a mask (b, t) that is true at real tokens."""
+def collate(embeddings: Sequence[Embedding], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacks embeddings on a device: pooled (b, e), tokens (b, t, e), and a mask (b, t) that is true at real tokens."""
     pooled = torch.stack([one.pooled for one in embeddings])
     tokens = nn.utils.rnn.pad_sequence([one.tokens for one in embeddings], batch_first=True)
     lengths = torch.tensor([len(one.tokens) for one in embeddings])
-    return pooled, tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    return pooled.to(device), tokens.to(device), mask.to(device)
 
 
 def draw(data: FitData, rows: Sequence[int], loop: TrainingLoop) -> list[Embedding]:
@@ -187,8 +188,7 @@ class NetworkGenerator(Generator):
         """Codes (b, c), with gradients if the network is training."""
         if self.network is None:
             raise GeneratorError(f"{self.name} is not fitted")
-        device = next(self.network.parameters()).device
-        return self.network(*(part.to(device) for part in collate(embeddings)))
+        return self.network(*collate(embeddings, next(self.network.parameters()).device))
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """One code, repeated."""

@@ -8,7 +8,7 @@ arXiv 1612.01474; learning from a trained network's outputs: Hinton et al., arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +56,19 @@ def teach_colleagues(name: str, network: TokenNetwork, blur: Blur, data: FitData
         loop: Runs the stages.
         settings: Of each stage.
     """
+    if not settings.count:
+        return
     device = loop.accelerator.device
     network.to(device).requires_grad_(False).eval()
     known = torch.tensor([*data.training, *data.without_expert])
     right = {i: _understood(network, data.embeddings[i][:_DESCRIPTIONS]) for i in [*known.tolist(), *data.validation]}
-    taught = []
+    apart, taught = _distance_of_codes(network.head), []
     for number in range(1, settings.count + 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+        with loop.seeded():
             pupil = _Pupil(blur, network.another_reader()).to(device)
 
         def distance(pupil: nn.Module, rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
-            guessed = network.head(pupil(*(part.to(device) for part in collate(embeddings))))
-            return F.mse_loss(guessed, network.head(torch.stack([right[i] for i in rows])))
+            return apart(pupil(*collate(embeddings, device)), torch.stack([right[i] for i in rows]))
 
         def loss(pupil: nn.Module, step: int) -> Batch:
             rows = known[torch.randint(len(known), (settings.batch,), generator=loop.rng)].tolist()
@@ -98,8 +98,21 @@ class _Pupil(nn.Module):
         return self.reading(*self.blur(pooled, tokens, mask))
 
 
+def _distance_of_codes(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean squared distance between the codes that a head makes of two (b, f) features, without making them if it is linear."""
+    if not isinstance(head, nn.Linear):
+        return lambda one, other: F.mse_loss(head(one), head(other))
+    gram = head.weight.T @ head.weight / head.out_features
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        difference = one - other
+        return ((difference @ gram) * difference).sum(1).mean()
+
+    return distance
+
+
 def _understood(network: TokenNetwork, embeddings: Sequence[Embedding]) -> Tensor:
     """Mean features (f,) over descriptions of one task."""
     device = next(network.parameters()).device
     with torch.no_grad():
-        return network.features(*(part.to(device) for part in collate(embeddings))).mean(0)
+        return network.features(*collate(embeddings, device)).mean(0)

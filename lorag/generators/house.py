@@ -171,22 +171,25 @@ class House(NetworkGenerator):
             hidden[:, list(data.validation)] = True
             for place, row in enumerate(rows):
                 hidden[place, list(data.kin[row])] = True
-            device = next(network.parameters()).device
-            return network(*(part.to(device) for part in collate(embeddings)), hidden=hidden.to(device))
+            return self.predict(embeddings, hidden)
 
         train_functionally(self.name, network, predict, data, loop, self.settings.functional)
         network.eval()  # without functional steps nobody else ends the training mode, which blurs descriptions
         if isinstance(network, _Sum) and network.reading is not None and network.attention is None:
             teach_colleagues(self.name, network.reading, network.blur, data, loop, self.settings.colleagues)
 
+    def predict(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
+        """Codes (b, c), with gradients if the network is training; attention sees no expert that is hidden (b, n)."""
+        if self.network is None:
+            raise GeneratorError(f"{self.name} is not fitted")
+        device = next(self.network.parameters()).device
+        return self.network(*collate(embeddings, device), hidden=None if hidden is None else hidden.to(device))
+
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """One code, repeated. Attention passes over experts that the condition leaves out, as where a known task plays an unseen one."""
         left_out = condition.similarities <= -1.0
-        if self.network is None or self.settings.source == "description" or not left_out.any():
-            return super().generate(condition, rng, count)
-        device = next(self.network.parameters()).device
         with torch.inference_mode():
-            code = self.network(*(part.to(device) for part in collate([condition.embedding])), hidden=left_out[None].to(device))
+            code = self.predict([condition.embedding], left_out[None] if left_out.any() else None)
         return code.cpu().expand(count, -1).clone()
 
     def _shares_decoder(self, data: FitData) -> bool:

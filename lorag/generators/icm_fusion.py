@@ -187,8 +187,7 @@ class IcmFusion(Generator):
 
     def _start(self, elements: int, vector: int, loop: TrainingLoop) -> FusionVae:
         self.sizes = (elements, vector)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+        with loop.seeded():
             return FusionVae(elements, vector, latent=self.settings.latent, width=self.settings.width)
 
     def adapt(self, start: Tensor, indices: Sequence[int], functional: TaskLoss, seed: str) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lorag.conditions.conditioning import Condition
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generators.base import FitData, Settings, collate, draw
-from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
+from lorag.generators.base import FitData, collate, draw
+from lorag.generators.latent import LatentGenerator, ReaderSettings, negative_elbo, squared_error
 from lorag.models.conv_cvae import ConvVae
-from lorag.models.cvae import ConditionalVae, ConditionReader
+from lorag.models.cvae import ConditionalVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
@@ -26,8 +26,8 @@ _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # pooled, tokens, mask, 
 
 
 @dataclass
-class IcmLoraSettings(Settings):
-    """Form, size and training.
+class IcmLoraSettings(ReaderSettings):
+    """Form, size and training, beside those of the reader, which are for codes.
 
     Attributes:
         stack: "codes", a VAE over principal coordinates of the codes, or "conv", the published network over codes as they
@@ -40,14 +40,8 @@ class IcmLoraSettings(Settings):
         learning_rate: Peak rate; null is 1e-3 for codes, and 2e-4, as published, for conv.
         batch: Experts in a step; null is 64 for codes, and 2, as published, for conv, whose batch normalisation needs two.
         components: Principal coordinates for codes; 0 takes all.
-        width: Of the transformer that reads the description; this and what follows is for codes.
-        queries: Learned queries of the transformer.
-        layers: Of the transformer.
-        heads: Of its attention.
-        hidden: Features of the condition, and width of encoder and decoder.
-        dropout: In the transformer and before the features.
-        word_dropout: Share of a description's tokens hidden in training.
-        noise: Gaussian noise on its vectors in training, as a share of their own size.
+        width: Of the transformer that reads the description, for codes.
+        hidden: Features of the condition, and width of encoder and decoder, for codes.
     """
 
     stack: str = "codes"
@@ -60,13 +54,7 @@ class IcmLoraSettings(Settings):
     batch: int | None = None
     components: int = 0
     width: int = 192
-    queries: int = 8
-    layers: int = 1
-    heads: int = 4
     hidden: int = 384
-    dropout: float = 0.1
-    word_dropout: float = 0.1
-    noise: float = 0.2
 
 
 class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
@@ -124,18 +112,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         s = self.settings
         if s.stack == "conv":
             return ConvVae(elements, embedding + vector, self.latent)
-        condition = ConditionReader(
-            embedding,
-            vector,
-            width=s.width,
-            queries=s.queries,
-            layers=s.layers,
-            heads=s.heads,
-            hidden=s.hidden,
-            dropout=s.dropout,
-            word_dropout=s.word_dropout,
-            noise=s.noise,
-        )
+        condition = s.reader(embedding, vector, width=s.width, features=s.hidden)
         return ConditionalVae(condition, elements, latent=self.latent, hidden=s.hidden, width=s.hidden)
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
@@ -210,10 +187,8 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
 
     def _inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:
         """What the network reads: pooled, tokens, mask and normalised task vectors, empty where they are not asked for."""
-        pooled, tokens, mask = collate(embeddings)
-        if not self.reads:
-            pooled = pooled[:, :0]
-        return pooled.to(device), tokens.to(device), mask.to(device), None if vectors is None else vectors.to(device)
+        pooled, tokens, mask = collate(embeddings, device)
+        return pooled if self.reads else pooled[:, :0], tokens, mask, None if vectors is None else vectors.to(device)
 
     def _fit_vectors(self, data: FitData) -> Tensor | None:
         """Normalised task vectors (n, v) of all experts, by mean and deviation of the training experts' alone."""

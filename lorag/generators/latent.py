@@ -11,18 +11,54 @@ import torch
 from torch import Tensor
 
 from lorag.errors import GeneratorError
-from lorag.generators.base import Generator
+from lorag.generators.base import Generator, Settings
 from lorag.models.conv_cvae import ConvVae
-from lorag.models.cvae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
+from lorag.models.cvae import ConditionalVae, ConditionReader, Gaussian, LearnedPriorVae, Reconstruction
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
-__all__ = ["Diagnostics", "LatentGenerator", "gaussian_kl", "negative_elbo", "squared_error"]
+__all__ = ["Diagnostics", "LatentGenerator", "ReaderSettings", "gaussian_kl", "negative_elbo", "squared_error"]
 
 Vae = TypeVar("Vae", bound=ConditionalVae | ConvVae | LearnedPriorVae)
 
 _ACTIVE = 0.01  # variance of a posterior mean above which a latent counts as used
 _SAMPLES, _CONDITIONS = 8, 16
+
+
+@dataclass
+class ReaderSettings(Settings):
+    """How a VAE reads descriptions.
+
+    Attributes:
+        queries: Learned queries of the transformer that reads the description.
+        layers: Of the transformer.
+        heads: Of its attention.
+        dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
+    """
+
+    queries: int = 8
+    layers: int = 1
+    heads: int = 4
+    dropout: float = 0.1
+    word_dropout: float = 0.1
+    noise: float = 0.2
+
+    def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
+        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none."""
+        return ConditionReader(
+            embedding,
+            vector,
+            width=width,
+            queries=self.queries,
+            layers=self.layers,
+            heads=self.heads,
+            hidden=features,
+            dropout=self.dropout,
+            word_dropout=self.word_dropout,
+            noise=self.noise,
+        )
 
 
 def squared_error(guessed: Tensor, right: Tensor) -> Tensor:
@@ -134,8 +170,7 @@ class LatentGenerator(Generator, Generic[Vae]):
 
     def start(self, loop: TrainingLoop) -> Vae:
         """Builds the network from the loop's seed, on its device."""
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+        with loop.seeded():
             self.network = self.build(*self.sizes)
         self.network.to(loop.accelerator.device)
         return self.network

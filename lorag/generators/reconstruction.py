@@ -17,8 +17,7 @@ def start_network(generator: NetworkGenerator, data: FitData, loop: TrainingLoop
     """Builds the network of a generator from the loop's seed, if it has none yet."""
     if generator.network is None:
         generator.sizes = (data.embeddings[0][0].pooled.shape[-1], data.codes.shape[1])
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
+        with loop.seeded():
             generator.network = generator.build(*generator.sizes)
         generator.network.to(loop.accelerator.device)
     return generator.network

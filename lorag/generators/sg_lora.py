@@ -14,8 +14,8 @@ from lorag.errors import ConfigError
 from lorag.generators.base import FitData, collate
 from lorag.generators.baselines import MixtureSettings
 from lorag.generators.expert_mixture import ExpertMixture
-from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
-from lorag.models.cvae import ConditionReader, LearnedPriorVae
+from lorag.generators.latent import LatentGenerator, ReaderSettings, negative_elbo, squared_error
+from lorag.models.cvae import LearnedPriorVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes
@@ -26,8 +26,8 @@ _WORDINGS = 8  # of each held-out task, that validation reads
 
 
 @dataclass
-class SgLoraSettings(MixtureSettings):
-    """Condition, size and training, after K and τ of the mixture.
+class SgLoraSettings(ReaderSettings, MixtureSettings):
+    """Condition, size and training, beside K and τ of the mixture, and the settings of the reader, which are for "both".
 
     Attributes:
         condition: "both", the description, read token by token as `icm_lora` does, beside μ* and σ*² of the nearest experts; or
@@ -41,14 +41,8 @@ class SgLoraSettings(MixtureSettings):
         steps: Of training.
         learning_rate: Peak rate.
         batch: Experts in a step.
-        reading: Width of the transformer that reads the description; this and what follows is for "both".
-        queries: Learned queries of the transformer.
-        layers: Of the transformer.
-        heads: Of its attention.
-        features: Number of features that it makes of a description.
-        dropout: In the transformer and before the features.
-        word_dropout: Share of a description's tokens hidden in training.
-        noise: Gaussian noise on its vectors in training, as a share of their own size.
+        reading: Width of the transformer that reads the description, for "both".
+        features: Number of features that it makes of a description, for "both".
     """
 
     condition: str = "both"
@@ -61,13 +55,7 @@ class SgLoraSettings(MixtureSettings):
     learning_rate: float = 1e-3
     batch: int = 64
     reading: int = 192
-    queries: int = 8
-    layers: int = 1
-    heads: int = 4
     features: int = 384
-    dropout: float = 0.1
-    word_dropout: float = 0.1
-    noise: float = 0.2
 
 
 class SgLora(LatentGenerator[LearnedPriorVae]):
@@ -111,18 +99,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         merge, *embedding, elements = sizes
         if not embedding:
             return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width)
-        reader = ConditionReader(
-            embedding[0],
-            0,
-            width=s.reading,
-            queries=s.queries,
-            layers=s.layers,
-            heads=s.heads,
-            hidden=s.features,
-            dropout=s.dropout,
-            word_dropout=s.word_dropout,
-            noise=s.noise,
-        )
+        reader = s.reader(embedding[0], 0, width=s.reading, features=s.features)
         return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width, reader=reader, features=s.features)
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
@@ -137,7 +114,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         network, device = self.start(loop), loop.accelerator.device
 
         def inputs(merge: Tensor, embeddings: Sequence[Embedding]) -> tuple[Tensor, ...]:
-            return tuple(part.to(device) for part in (merge, *collate(embeddings)))
+            return merge.to(device), *collate(embeddings, device)
 
         def loss(module: nn.Module, step: int) -> Batch:
             places = torch.randint(len(training), (s.batch,), generator=loop.rng).tolist()
@@ -177,8 +154,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         network = self.fitted()
         with torch.inference_mode():
             device = next(network.parameters()).device
-            known = (self.experts(condition.similarities)[None], *collate([condition.embedding]))
-            h = network.read(*(part.to(device) for part in known))
+            h = network.read(self.experts(condition.similarities)[None].to(device), *collate([condition.embedding], device))
             if self.settings.decode == "zero":
                 code = self.coordinates.to_codes(network.decode(h.new_zeros(1, self.settings.latent), h).cpu())
                 return code.expand(count, -1).clone()

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 __all__ = ["Blur", "PooledNetwork", "Reading", "TokenNetwork", "TokenReader", "linear_head"]
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def linear_head(features: int, code: int) -> nn.Linear:
+    """A linear map from features (b, f) to codes (b, c), zero at the start."""
+    layer = nn.Linear(features, code)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -25,7 +27,7 @@ class PooledNetwork(nn.Module):
         self.body = nn.Sequential(
             nn.Linear(embedding, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout)
         )
-        self.head = _zero(nn.Linear(width, code))
+        self.head = linear_head(width, code)
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) to codes (b, c); tokens and mask are not looked at."""
@@ -58,8 +60,23 @@ class TokenReader(nn.Module):
         seen = torch.cat([mask.new_ones(len(mask), count + 1), mask], 1)[:, : count + length]
         apart = torch.zeros(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device)
         apart[:, :count] = ~torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)[:, :count]
-        read = self.body(torch.cat([asked, words], 1), mask=apart, src_key_padding_mask=~seen)
-        return rearrange(self.norm(read[:, :count]), "b q w -> b (q w)")
+        x = torch.cat([asked, words], 1)
+        for layer in self.body.layers[:-1]:
+            x = layer(x, src_mask=apart, src_key_padding_mask=~seen)
+        for layer in self.body.layers[-1:]:
+            x = _first_of_layer(layer, x, count, apart, ~seen)
+        return rearrange(self.norm(x[:, :count]), "b q w -> b (q w)")
+
+
+def _first_of_layer(layer: nn.TransformerEncoderLayer, x: Tensor, count: int, apart: Tensor, padding: Tensor) -> Tensor:
+    """What a layer that normalises first makes of the first positions (b, count, w) of x; the others are only looked at.
+
+    Of the last layer no more is read, which in a reader of one layer is less than half of the work.
+    """
+    seen = layer.norm1(x)
+    found, _ = layer.self_attn(seen[:, :count], seen, seen, key_padding_mask=padding, attn_mask=apart[:count], need_weights=False)
+    x = x[:, :count] + layer.dropout1(found)
+    return x + layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))))
 
 
 class Blur(nn.Module):
@@ -127,8 +144,3 @@ class TokenNetwork(Reading):
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e), to codes (b, c)."""
         return self.head(self.features(pooled, tokens, mask))
-
-
-def linear_head(features: int, code: int) -> nn.Linear:
-    """A linear map from features (b, f) to codes (b, c), zero at the start."""
-    return _zero(nn.Linear(features, code))

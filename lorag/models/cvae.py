@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorag.models.code_networks import Blur, TokenReader
+from lorag.models.code_networks import Blur, TokenReader, linear_head
 
 __all__ = ["ConditionReader", "ConditionalVae", "Gaussian", "LearnedPriorVae", "Reconstruction"]
 
@@ -44,12 +44,6 @@ def standard_normal(h: Tensor, latent: int) -> Gaussian:
     """N(0, I) for each row of h."""
     zeros = h.new_zeros(len(h), latent)
     return Gaussian(zeros, zeros)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ConditionReader(nn.Module):
@@ -115,9 +109,9 @@ class ConditionalVae(nn.Module):
         self.encoder = nn.Sequential(
             nn.Linear(elements + hidden, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * latent)
         )
-        self.head = _zero(nn.Linear(hidden, elements))
+        self.head = linear_head(hidden, elements)
         self.branch = nn.Sequential(
-            nn.Linear(latent + hidden, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), _zero(nn.Linear(width, elements))
+            nn.Linear(latent + hidden, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), linear_head(width, elements)
         )
 
     def read(self, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Tensor:
@@ -167,10 +161,10 @@ class LearnedPriorVae(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(elements + known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
         self.beliefs = nn.Sequential(nn.Linear(known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
         self.decoder = nn.Sequential(
-            nn.Linear(latent + known, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), _zero(nn.Linear(width, elements))
+            nn.Linear(latent + known, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), linear_head(width, elements)
         )
         self.reader = reader
-        self.head = None if reader is None else _zero(nn.Linear(known, elements))
+        self.head = None if reader is None else linear_head(known, elements)
 
     def read(self, merge: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What is known of the task (b, h), of the merge (b, 2 p) and, with a reader, the description's vectors."""

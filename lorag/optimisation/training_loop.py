@@ -6,7 +6,8 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,13 @@ class TrainingLoop:
     shares: int | None = None
     mixed_precision: str | None = None
     metrics: Metrics | None = None
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """What is made inside starts from a seed of the run's own; randomness outside goes on as if nothing had been made."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.rng)))
+            yield
 
     def run(
         self,
