@@ -86,6 +86,7 @@ def make_generator(layout: LoraLayout, rank: int) -> LoraGenerator:
     )
     method = House(HouseSettings(decoder="shared"))
     method.kinds, method.depths = number_places(layout.places)
+    method.colleagues = method.settings.colleagues.count
     method.sizes = (EMBEDDING, space.size)
     torch.manual_seed(0)
     method.network = method.build(*method.sizes).requires_grad_(False).eval()

@@ -1,6 +1,7 @@
 """Generators: every registered method, from a bank to the bytes of an adapter, on a world whose right answers are known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,6 +298,27 @@ def test_strength_is_found_on_held_out_experts(prepared):
     changed = dataclasses.replace(data, functional=Distance(rows, objective, space, suite.tasks))
     assert tune_strength(method, changed, torch.Generator()) == 3.0
     assert tune_strength(method, dataclasses.replace(data, functional=None), torch.Generator()) == 1.0
+
+
+@pytest.mark.parametrize("held, draws", [(1, 64), (5, 12), (40, 1), (100, 1)])
+def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
+    """A strength chosen on few tasks is chosen on other examples of them each time."""
+
+    class Counting:
+        def __init__(self):
+            self.space, self.rows, self.seeds = prepared.space, SimpleNamespace(model=SimpleNamespace(device="cpu")), []
+
+        def loss(self, codes, indices, count, seed):
+            self.seeds.append(seed)
+            return float((codes - prepared.data.zero).norm())
+
+    functional = Counting()
+    rows = [i % len(prepared.data.codes) for i in range(held)]
+    data = dataclasses.replace(prepared.data, functional=functional, validation=rows)
+    method = generator_type("top_k")()
+    method.fit(prepared.data, _loop())
+    assert tune_strength(method, data, torch.Generator()) == 0.5
+    assert len(functional.seeds) == 8 * draws and len(set(functional.seeds)) == draws
 
 
 # --- splits and conditions --------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ __all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
 
 logger = logging.getLogger(__name__)
 
+_ASKED = 64  # tasks, counted as often as they are asked, on which the strength is chosen
 _STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 
 
@@ -120,7 +121,8 @@ def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
 def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: int = 48) -> float:
     """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
 
-    The same rule for every method, so that none gains from its scale alone. 1 without examples or held-out tasks.
+    The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is
+    asked. 1 without examples or held-out tasks.
     """
     if data.functional is None or not data.validation:
         return 1.0
@@ -136,7 +138,8 @@ def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: 
     found: dict[float, float] = {}
     for strength in _STRENGTHS:
         scaled = _scale(space, codes, strength).to(device)
-        found[strength] = data.functional.loss(scaled, chosen, 4, "strength")
+        asked = [data.functional.loss(scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
+        found[strength] = sum(asked) / len(asked)
     return min(found, key=lambda strength: found[strength])
 
 
