@@ -25,11 +25,22 @@ from lorag.row_adapters import RowAdapters
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator, tune_strength
 
+KERNEL = {"steps": 30, "width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "dropout": 0.0}
 QUICK = {
+    "kernel": {**KERNEL, "steps": 60},
     "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
     "hypernet": {"steps": 20, "width": 32, "depth": 1, "module_width": 16, "batch": 16},
     "icm_fusion": {"steps": 60, "meta_steps": 2, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
-    "icm_lora": {"steps": 60, "width": 32, "queries": 4, "layers": 1, "hidden": 64, "latent": 8, "learning_rate": 3e-3, "dropout": 0.0},
+    "icm_lora": {
+        "steps": 60,
+        "width": 32,
+        "queries": 4,
+        "hidden": 64,
+        "latent": 8,
+        "learning_rate": 3e-3,
+        "dropout": 0.0,
+        "kernel": KERNEL,
+    },
     "sg_lora": {"steps": 60, "width": 64, "latent": 8, "reading": 32, "queries": 4, "features": 64},
     "house": {
         "functional": {"steps": 0},
@@ -46,7 +57,7 @@ QUICK = {
     },
     "multitask": {"steps": 10, "tasks": 8, "batch": 2},
 }
-LEARNED = ("ridge", "mlp", "house")
+LEARNED = ("ridge", "mlp", "kernel", "house")
 VAES = ("icm_lora", "sg_lora")
 GAUGE_FREE = ("mean", "nearest", "top_k", "sg_rescaled", "sg_ridge", *LEARNED, *VAES)
 EMBEDDER = WordEmbedder()

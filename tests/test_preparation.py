@@ -97,8 +97,7 @@ def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkey
     monkeypatch.setattr(TaskLoss, "losses", losses)
     _fit(prepared, width=16, queries=2, layers=1, heads=2, hidden=16, steps=3)
     assert {8, 9, 10} <= set(drawn) <= set(range(11))
-    for method in ("ridge", "icm_lora"):
-        settings = {} if method == "ridge" else {"steps": 3}
+    for method, settings in (("ridge", {}), ("kernel", {"steps": 3}), ("icm_lora", {"steps": 3, "kernel": {"steps": 3}})):
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
         generator_type(method).with_settings(settings).fit(data, loop)
 

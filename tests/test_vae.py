@@ -26,6 +26,7 @@ EMBEDDER = WordEmbedder()
 LENGTH, MODULES = 90, (60, 30)
 CLEAR = {"dropout": 0.0, "word_dropout": 0.0, "noise": 0.0}  # descriptions as they are
 ICM = {"width": 32, "queries": 4, "layers": 1, "hidden": 64, "latent": 8, "learning_rate": 3e-3, "steps": 200}
+ICM |= {"kernel": {"steps": 0}}  # the VAE alone; with a regression under it: test_expert_regression.py
 ICM |= CLEAR
 SG = {"condition": "merge", "width": 64, "latent": 8, "steps": 200, "learning_rate": 3e-3}
 BOTH = {"condition": "both", "reading": 32, "queries": 4, "features": 64, **CLEAR}

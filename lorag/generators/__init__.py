@@ -9,6 +9,7 @@ from lorag.generators.house import House
 from lorag.generators.hypernet import Hypernet
 from lorag.generators.icm_fusion import IcmFusion
 from lorag.generators.icm_lora import IcmLora
+from lorag.generators.kernel import Kernel
 from lorag.generators.regression import Mlp, Ridge
 from lorag.generators.sg_controls import SgRescaled, SgRidge
 from lorag.generators.sg_lora import SgLora
@@ -19,7 +20,7 @@ GENERATORS: dict[str, type[Generator]] = {
     method.name: method
     for method in (
         *(RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, SgRescaled, Ridge, SgRidge),
-        *(Mlp, IcmLora, SgLora, Hypernet, IcmFusion, House),
+        *(Mlp, Kernel, IcmLora, SgLora, Hypernet, IcmFusion, House),
     )
 }
 

@@ -15,10 +15,11 @@ from lorag.conditions.conditioning import Condition, Conditioner
 from lorag.conditions.embedding import Embedding
 from lorag.config import from_plain
 from lorag.errors import ConfigError, GeneratorError, LoragError
+from lorag.models.cvae import ConditionReader
 from lorag.optimisation.functional import TaskLoss
 from lorag.optimisation.training_loop import TrainingLoop
 
-__all__ = ["FitData", "Generator", "NetworkGenerator", "Settings", "collate", "draw"]
+__all__ = ["FitData", "Generator", "NetworkGenerator", "ReaderSettings", "Settings", "collate", "draw"]
 
 
 _MOST_LAYERS = 256
@@ -27,6 +28,42 @@ _MOST_LAYERS = 256
 @dataclass
 class Settings:
     """Settings of a generator; subclasses add fields."""
+
+
+@dataclass
+class ReaderSettings(Settings):
+    """How a method reads descriptions.
+
+    Attributes:
+        queries: Learned queries of the transformer that reads the description.
+        layers: Of the transformer.
+        heads: Of its attention.
+        dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
+    """
+
+    queries: int = 8
+    layers: int = 1
+    heads: int = 4
+    dropout: float = 0.1
+    word_dropout: float = 0.1
+    noise: float = 0.2
+
+    def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
+        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none."""
+        return ConditionReader(
+            embedding,
+            vector,
+            width=width,
+            queries=self.queries,
+            layers=self.layers,
+            heads=self.heads,
+            hidden=features,
+            dropout=self.dropout,
+            word_dropout=self.word_dropout,
+            noise=self.noise,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lorag.conditions.conditioning import Condition
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generators.base import FitData, collate, draw
-from lorag.generators.latent import LatentGenerator, ReaderSettings, negative_elbo, squared_error
+from lorag.generators.base import FitData, ReaderSettings, collate, draw
+from lorag.generators.expert_regression import ExpertRegression, KernelSettings
+from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.conv_cvae import ConvVae
 from lorag.models.cvae import ConditionalVae
 from lorag.optimisation.data_parallel import Batch
@@ -42,6 +43,8 @@ class IcmLoraSettings(ReaderSettings):
         components: Principal coordinates for codes; 0 takes all.
         width: Of the transformer that reads the description, for codes.
         hidden: Features of the condition, and width of encoder and decoder, for codes.
+        kernel: Of the regression over experts to which the VAE adds, for codes from descriptions; with `steps: 0` there is none,
+            and the VAE's own linear map of the condition is all that it adds to.
     """
 
     stack: str = "codes"
@@ -55,6 +58,7 @@ class IcmLoraSettings(ReaderSettings):
     components: int = 0
     width: int = 192
     hidden: int = 384
+    kernel: KernelSettings = field(default_factory=KernelSettings)
 
 
 class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
@@ -73,6 +77,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
     settings: IcmLoraSettings
     vector_mean: Tensor
     vector_scale: Tensor
+    regression: ExpertRegression | None = None
 
     def __init__(self, settings: IcmLoraSettings | None = None) -> None:
         super().__init__(settings)
@@ -95,6 +100,11 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
     def reads(self) -> bool:
         """Whether descriptions are part of the condition."""
         return self.settings.condition != "examples"
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the VAE adds to a regression over experts."""
+        return self.reads and self.settings.stack == "codes" and self.settings.kernel.steps > 0
 
     @property
     def needs_task_vectors(self) -> bool:
@@ -127,6 +137,8 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         vectors = self._fit_vectors(data)
         embedding = data.embeddings[0][0].pooled.shape[-1] if self.reads else 0
         self.sizes = (embedding, 0 if vectors is None else vectors.shape[1], self.coordinates.size)
+        coordinates = self.coordinates.to_coordinates(data.codes)
+        learned = ExpertRegression.learn(self.name, s.kernel, coordinates, data, loop) if self.regresses else None
         network, device = self.start(loop), loop.accelerator.device
         latent, batch = self.latent, self.batch
         rows_of = torch.tensor(training)
@@ -134,12 +146,17 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         def inputs(rows: Sequence[int], embeddings: Sequence[Embedding]) -> _Inputs:
             return self._inputs(embeddings, None if vectors is None else vectors[list(rows)], device)
 
+        def starts(rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor | None:
+            return None if learned is None else learned.left_out(embeddings, [data.kin[i] for i in rows])
+
         def loss(module: nn.Module, step: int) -> Batch:
             rows = rows_of[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
             noise = torch.randn(batch, data.codes.shape[1], generator=loop.rng)
             x = self.coordinates.to_coordinates(data.codes[rows] + data.deviations[rows] * noise).to(device)
             z = torch.randn(batch, latent, generator=loop.rng).to(device)
             drawn = draw(data, rows, loop)
+            start = starts(rows, drawn)
+            x = x if start is None else x - start
 
             def losses(part: slice) -> Tensor:
                 return negative_elbo(module(x[part], z[part], *inputs(rows[part], drawn[part])), x[part], s.beta, each=True)
@@ -149,17 +166,22 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         def validate(_: nn.Module) -> float:
             pairs = [(i, one) for i in held for one in data.embeddings[i][: 8 if self.reads else 1]]
             with torch.no_grad():
-                h = network.read(*inputs([i for i, _ in pairs], [one for _, one in pairs]))
+                rows, texts = [i for i, _ in pairs], [one for _, one in pairs]
+                h, start = network.read(*inputs(rows, texts)), starts(rows, texts)
                 guessed = network.decode(h.new_zeros(len(h), latent), h)
-                right = self.coordinates.to_coordinates(data.codes[[i for i, _ in pairs]]).to(device)
+                guessed, right = guessed if start is None else guessed + start, coordinates[rows].to(device)
                 return squared_error(guessed, right).mean().item() / right.shape[1]
 
         steps = LoopSettings(s.steps, self.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", network, loss, validate if held else None, steps)
         network.eval()
         with torch.no_grad():
-            h = network.read(*inputs(training, [data.embeddings[i][0] for i in training]))
-            self.diagnostics = self.diagnose(self.coordinates.to_coordinates(known).to(device), h, data.zero)
+            texts = [data.embeddings[i][0] for i in training]
+            h, start, x = network.read(*inputs(training, texts)), starts(training, texts), coordinates[training].to(device)
+            self.diagnostics = self.diagnose(x if start is None else x - start, h, data.zero, start)
+        if learned is not None:
+            rows = sorted([*learned.indices.tolist(), *held])
+            self.regression = ExpertRegression.of(learned.kernel, coordinates.to(device), data, rows)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Codes of `count` samples of z; with temperature 0 the code of z = 0, repeated.
@@ -183,7 +205,10 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         device = next(network.parameters()).device
         with torch.inference_mode():
             h = network.read(*self._inputs([condition.embedding], vector, device))
-            return self.sample(h, rng, count, self.settings.temperature).clone()
+            start = None
+            if self.regression is not None:
+                start = self.regression([condition.embedding], condition.similarities <= -1.0).to(device)
+            return self.sample(h, rng, count, self.settings.temperature, start).clone()
 
     def _inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:
         """What the network reads: pooled, tokens, mask and normalised task vectors, empty where they are not asked for."""
@@ -213,10 +238,24 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         return (vectors - self.vector_mean) / self.vector_scale
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """The task vectors' normaliser."""
-        return {"vector.mean": self.vector_mean, "vector.scale": self.vector_scale} if self.sees else {}
+        """The task vectors' normaliser, and the regression."""
+        found = {"vector.mean": self.vector_mean, "vector.scale": self.vector_scale} if self.sees else {}
+        if self.regression is not None:
+            found |= {f"regression.{name}": value.cpu() for name, value in self.regression.tensors().items()}
+        return found
 
     def restore_more(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts the normaliser back."""
+        """Puts normaliser and regression back. What is stored decides whether there is one, and not the setting."""
         if self.sees:
             self.vector_mean, self.vector_scale = tensors["vector.mean"].float(), tensors["vector.scale"].float()
+        own = {name.removeprefix("regression."): value for name, value in tensors.items() if name.startswith("regression.")}
+        self.regression = ExpertRegression.from_tensors(self.settings.kernel, self.sizes[0], own) if own else None
+        if self.regression is not None and self.regression.values.shape[1] != self.coordinates.size:
+            raise GeneratorError(
+                "stored experts do not fit", got=f"{self.regression.values.shape[1]} for {self.coordinates.size} coordinates"
+            )
+
+    def size(self) -> int:
+        """Number of parameters of network and kernel; experts and their coordinates are a base, as a weight space is."""
+        own = 0 if self.regression is None else sum(parameter.numel() for parameter in self.regression.kernel.parameters())
+        return super().size() + own

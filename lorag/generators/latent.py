@@ -11,54 +11,18 @@ import torch
 from torch import Tensor
 
 from lorag.errors import GeneratorError
-from lorag.generators.base import Generator, Settings
+from lorag.generators.base import Generator
 from lorag.models.conv_cvae import ConvVae
-from lorag.models.cvae import ConditionalVae, ConditionReader, Gaussian, LearnedPriorVae, Reconstruction
+from lorag.models.cvae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
 
-__all__ = ["Diagnostics", "LatentGenerator", "ReaderSettings", "gaussian_kl", "negative_elbo", "squared_error"]
+__all__ = ["Diagnostics", "LatentGenerator", "gaussian_kl", "negative_elbo", "squared_error"]
 
 Vae = TypeVar("Vae", bound=ConditionalVae | ConvVae | LearnedPriorVae)
 
 _ACTIVE = 0.01  # variance of a posterior mean above which a latent counts as used
 _SAMPLES, _CONDITIONS = 8, 16
-
-
-@dataclass
-class ReaderSettings(Settings):
-    """How a VAE reads descriptions.
-
-    Attributes:
-        queries: Learned queries of the transformer that reads the description.
-        layers: Of the transformer.
-        heads: Of its attention.
-        dropout: In the transformer and before the features.
-        word_dropout: Share of a description's tokens hidden in training.
-        noise: Gaussian noise on its vectors in training, as a share of their own size.
-    """
-
-    queries: int = 8
-    layers: int = 1
-    heads: int = 4
-    dropout: float = 0.1
-    word_dropout: float = 0.1
-    noise: float = 0.2
-
-    def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
-        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none."""
-        return ConditionReader(
-            embedding,
-            vector,
-            width=width,
-            queries=self.queries,
-            layers=self.layers,
-            heads=self.heads,
-            hidden=features,
-            dropout=self.dropout,
-            word_dropout=self.word_dropout,
-            noise=self.noise,
-        )
 
 
 def squared_error(guessed: Tensor, right: Tensor) -> Tensor:
@@ -185,31 +149,35 @@ class LatentGenerator(Generator, Generic[Vae]):
             raise GeneratorError(f"{self.name} is not fitted")
         return self.network
 
-    def sample(self, h: Tensor, rng: torch.Generator, count: int, spread: float) -> Tensor:
+    def sample(self, h: Tensor, rng: torch.Generator, count: int, spread: float, start: Tensor | None = None) -> Tensor:
         """Codes (count, c) for one condition (1, h): z = prior mean + spread · prior deviation · noise.
 
-        Without spread one code is repeated, so that it does not depend on the count.
+        Without spread one code is repeated, so that it does not depend on the count. `start` (1, p) are coordinates to which what
+        is decoded is added.
         """
         network = self.fitted()
         prior = network.prior(h)
         if spread == 0.0:
-            return self.coordinates.to_codes(network.decode(prior.mean, h).cpu()).expand(count, -1).clone()
-        noise = torch.randn(count, network.latent, generator=rng).to(h.device)
-        z = prior.mean + spread * (0.5 * prior.log_variance).exp() * noise
-        return self.coordinates.to_codes(network.decode(z, h.expand(count, -1)).cpu())
+            made = network.decode(prior.mean, h)
+        else:
+            noise = torch.randn(count, network.latent, generator=rng).to(h.device)
+            z = prior.mean + spread * (0.5 * prior.log_variance).exp() * noise
+            made = network.decode(z, h.expand(count, -1))
+        return self.coordinates.to_codes((made if start is None else made + start).cpu()).expand(count, -1).clone()
 
-    def diagnose(self, x: Tensor, h: Tensor, zero: Tensor) -> Diagnostics:
+    def diagnose(self, x: Tensor, h: Tensor, zero: Tensor, start: Tensor | None = None) -> Diagnostics:
         """Measures the fitted VAE on the training experts' coordinates (n, p) and conditions (n, h).
 
-        `zero` (c,) is the code from which norms count.
+        `zero` (c,) is the code from which norms count, and `start` (n, p) are coordinates to which what is decoded is added.
         """
         network, rng = self.fitted(), torch.Generator().manual_seed(0)
         with torch.no_grad():
             posterior, prior = network.encode(x, h), network.prior(h)
             moved = posterior.mean - prior.mean
             spreads = []
-            for row in h[:_CONDITIONS]:
-                codes = self.sample(row[None], rng, _SAMPLES, 1.0) - zero
+            for place, row in enumerate(h[:_CONDITIONS]):
+                own = None if start is None else start[place : place + 1]
+                codes = self.sample(row[None], rng, _SAMPLES, 1.0, own) - zero
                 norm = codes.mean(0).norm()
                 spreads.append(torch.pdist(codes).mean() / norm if norm > 0 else norm)
         kl = gaussian_kl(posterior, prior).mean(0).cpu()

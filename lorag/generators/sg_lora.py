@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lorag.conditions.conditioning import Condition
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError
-from lorag.generators.base import FitData, collate
+from lorag.generators.base import FitData, ReaderSettings, collate
 from lorag.generators.baselines import MixtureSettings
 from lorag.generators.expert_mixture import ExpertMixture
-from lorag.generators.latent import LatentGenerator, ReaderSettings, negative_elbo, squared_error
+from lorag.generators.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.models.cvae import LearnedPriorVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop

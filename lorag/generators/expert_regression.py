@@ -1,0 +1,209 @@
+"""Regression over experts with a learned kernel: what a new description's code is, given the experts' and how alike they are.
+
+The kernel is learned by playing the unseen: in each step some experts are taken out, their codes are predicted from the others',
+and the error teaches the reader which words ask for the same weights. The regression itself is solved anew each time and learns
+nothing by heart. (Learning through a solved regression: Bertinetto et al., arXiv 1805.08136.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorag.conditions.embedding import Embedding
+from lorag.errors import ConfigError, GeneratorError
+from lorag.generators.base import FitData, ReaderSettings, collate, draw
+from lorag.models.expert_kernel import ExpertKernel
+from lorag.optimisation.data_parallel import Batch
+from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+
+__all__ = ["ExpertRegression", "KernelSettings"]
+
+_DESCRIPTIONS = 16  # of an expert, over which its features are averaged
+_WORDINGS = 8  # of each held-out task, that validation reads
+_AT_ONCE = 256
+
+
+@dataclass
+class KernelSettings(ReaderSettings):
+    """Size and training of the kernel.
+
+    Attributes:
+        width: Of the transformer that reads the description.
+        features: Number of features that it makes of a description.
+        groups: Into which they fall; a divisor of their number.
+        experts: Most experts that take part, in a step and at use; of a larger bank so many are drawn.
+        asked: Share of a step's experts that are taken out and predicted.
+        steps: Of training.
+        learning_rate: Peak rate.
+    """
+
+    width: int = 192
+    features: int = 192
+    groups: int = 6
+    experts: int = 4096
+    asked: float = 0.25
+    steps: int = 1000
+    learning_rate: float = 1e-3
+
+    def kernel(self, embedding: int) -> ExpertKernel:
+        """The untrained kernel for vectors of length e.
+
+        Raises:
+            ConfigError: If a setting cannot be used.
+        """
+        if self.groups < 1 or self.features < 1 or self.features % self.groups:
+            raise ConfigError("groups must divide features", got=f"{self.features} features in {self.groups} groups")
+        if not 0 < self.asked < 1 or self.experts < 2:
+            raise ConfigError("asked must be a share, experts at least 2", got=f"{self.asked}, {self.experts}")
+        return ExpertKernel(self.reader(embedding, 0, width=self.width, features=self.features), embedding, self.groups)
+
+
+class ExpertRegression:
+    """Experts, and the kernel with which they are regressed upon.
+
+    Args:
+        kernel: The learned kernel.
+        indices: The experts' places in the bank (l,), int64.
+        features: Of the experts' descriptions (l, f).
+        values: Of the experts (l, p), zero where nothing is known.
+    """
+
+    def __init__(self, kernel: ExpertKernel, indices: Tensor, features: Tensor, values: Tensor) -> None:
+        self.kernel, self.indices, self.features, self.values = kernel, indices, features, values
+        self._inverse: Tensor | None = None
+
+    @property
+    def embedding(self) -> int:
+        """Length e of the vectors that the kernel reads."""
+        return self.kernel.embedding
+
+    @classmethod
+    def learn(cls, name: str, settings: KernelSettings, values: Tensor, data: FitData, loop: TrainingLoop) -> ExpertRegression:
+        """Learns a kernel on the training experts, and stops at the state that is best on the held-out ones.
+
+        Args:
+            name: Names the stage.
+            settings: Of the kernel.
+            values: What is to be predicted, of each expert of the bank (n, p); their mean square should be near 1.
+            data: The bank.
+            loop: Runs the stage.
+
+        Returns:
+            The regression on the training experts alone; `with_experts` adds others.
+
+        Raises:
+            GeneratorError: If experts are so much alike that none is left to learn from.
+        """
+        device, values = loop.accelerator.device, values.to(loop.accelerator.device)
+        with loop.seeded():
+            kernel = settings.kernel(data.embeddings[0][0].pooled.shape[-1]).to(device)
+        training, held = torch.tensor(list(data.training)), list(data.validation)
+
+        def loss(_: nn.Module, step: int) -> Batch:
+            drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist()
+            asked = drawn[: max(1, round(len(drawn) * settings.asked))]
+            hidden = {i for row in asked for i in data.kin[row]}
+            known = [i for i in drawn if i not in hidden]
+            if not known:
+                raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+            texts = draw(data, [*known, *asked], loop)
+
+            def losses(part: slice) -> Tensor:
+                told, question = (kernel(*collate(some, device)) for some in (texts[: len(known)], texts[len(known) :][part]))
+                return F.mse_loss(kernel.weights(question, told) @ values[known], values[asked[part]])
+
+            return Batch(len(asked), losses)
+
+        def validate(_: nn.Module) -> float:
+            found = cls.of(kernel, values, data, training.tolist(), 4)
+            each = [F.mse_loss(*torch.broadcast_tensors(found(data.embeddings[i][:_WORDINGS]), values[i])) for i in held]
+            return torch.stack(each).mean().item()
+
+        length = LoopSettings(settings.steps, settings.learning_rate, validate_every=50)
+        loop.run(f"{name} kernel", kernel, loss, validate if held else None, length)
+        return cls.of(kernel.requires_grad_(False).eval(), values, data, _some(training, settings.experts, loop))
+
+    @classmethod
+    def of(
+        cls, kernel: ExpertKernel, values: Tensor, data: FitData, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
+    ) -> ExpertRegression:
+        """The regression on the experts at some rows of a bank, whose values (n, p) are given."""
+        texts = [data.embeddings[i][:descriptions] for i in rows]
+        flat = [one for own in texts for one in own]
+        with torch.no_grad():
+            parts = [_read(kernel, flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE)]
+        features = torch.stack([own.mean(0) for own in torch.cat(parts).split([len(own) for own in texts])])
+        return cls(kernel, torch.tensor(list(rows)), features, values[list(rows)].to(features))
+
+    def __call__(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
+        """Values (b, p) for descriptions, without experts that are hidden (n,)."""
+        seen = torch.ones(len(self.indices), dtype=torch.bool) if hidden is None else ~hidden[self.indices]
+        with torch.no_grad():
+            asked = _read(self.kernel, embeddings)
+            if seen.all():
+                return self.kernel.similarity(asked, self.features) @ self._solved() @ self.values
+            if not seen.any():
+                return self.values.new_zeros(len(asked), self.values.shape[1])
+            seen = seen.to(self.features.device)
+            return self.kernel.weights(asked, self.features[seen]) @ self.values[seen]
+
+    def left_out(self, embeddings: Sequence[Embedding], kin: Sequence[Sequence[int]]) -> Tensor:
+        """Values (b, p) for descriptions, each without the experts that are its kin.
+
+        In closed form: with A the inverse of the system and u = A k, experts E leave it by u − A[:, E] A[E, E]⁻¹ u[E].
+        """
+        inverse = self._solved()
+        with torch.no_grad():
+            weights = self.kernel.similarity(_read(self.kernel, embeddings), self.features) @ inverse
+            for row, own in zip(weights, kin, strict=True):
+                out = torch.isin(self.indices, torch.tensor(list(own))).nonzero()[:, 0].to(row.device)
+                row -= inverse[:, out] @ torch.linalg.solve(inverse[out][:, out], row[out])
+            return weights @ self.values
+
+    def _solved(self) -> Tensor:
+        """Inverse of the system of all experts (l, l), worked out once."""
+        if self._inverse is None:
+            with torch.no_grad():
+                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.kernel.system(self.features)))
+        return self._inverse
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `from_tensors` needs beside the settings."""
+        network = {f"network.{name}": value for name, value in self.kernel.state_dict().items()}
+        return {**network, "indices": self.indices, "features": self.features, "values": self.values}
+
+    @classmethod
+    def from_tensors(cls, settings: KernelSettings, embedding: int, tensors: Mapping[str, Tensor]) -> ExpertRegression:
+        """Puts back what `tensors` gave, for vectors of length e.
+
+        Raises:
+            GeneratorError: If tensors do not fit together.
+            KeyError: If one is missing.
+            RuntimeError: If they do not fit the settings.
+        """
+        with torch.device("meta"):
+            kernel = settings.kernel(embedding)
+        state = {name.removeprefix("network."): value.float() for name, value in tensors.items() if name.startswith("network.")}
+        kernel.load_state_dict(state, assign=True)
+        indices, features, values = tensors["indices"].long(), tensors["features"].float(), tensors["values"].float()
+        if indices.dim() != 1 or features.shape != (len(indices), settings.features) or values.dim() != 2 or len(values) != len(indices):
+            raise GeneratorError("stored experts do not fit", got=f"{tuple(indices.shape)}, {tuple(features.shape)}, {tuple(values.shape)}")
+        if not len(indices) or (indices < 0).any():
+            raise GeneratorError("stored experts do not fit", got=f"places of {len(indices)} experts")
+        return cls(kernel.requires_grad_(False).eval(), indices, features, values)
+
+
+def _read(kernel: ExpertKernel, embeddings: Sequence[Embedding]) -> Tensor:
+    return kernel(*collate(embeddings, kernel.noise.device))
+
+
+def _some(rows: Tensor, most: int, loop: TrainingLoop) -> list[int]:
+    """All rows, or as many as take part."""
+    if len(rows) <= most:
+        return rows.tolist()
+    return sorted(rows[torch.randperm(len(rows), generator=loop.rng)[:most]].tolist())

@@ -1,0 +1,54 @@
+"""A learned kernel: how much two descriptions ask for the same weights, and the regression over experts that follows from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorag.models.cvae import ConditionReader
+
+__all__ = ["ExpertKernel"]
+
+_LEAST = 1e-3  # of the noise, so that a system of experts with equal descriptions can be solved
+
+
+class ExpertKernel(nn.Module):
+    """Features of descriptions in groups, a Gaussian kernel κ on each group, and the groups' products in pairs.
+
+    k(a, b) = Σ_g w_g κ_g(a, b) + Σ_{g<h} w_gh κ_g(a, b) κ_h(a, b) with positive w: a group may come to stand for one part of what
+    is asked, and pairs for how two parts go together. Additive kernels: Duvenaud et al., arXiv 1112.4394; kernels on features
+    that are learned: Wilson et al., arXiv 1511.02222.
+
+    Args:
+        reader: From a description's vectors to features (b, f).
+        embedding: Length e of these vectors.
+        groups: Number g of groups, a divisor of f.
+    """
+
+    def __init__(self, reader: ConditionReader, embedding: int, groups: int) -> None:
+        super().__init__()
+        self.reader, self.embedding, self.groups = reader, embedding, groups
+        self.alone = nn.Parameter(torch.zeros(groups))
+        self.together = nn.Parameter(torch.full((groups, groups), -2.0))
+        self.noise = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features (b, f) of pooled (b, e) and tokens (b, t, e) with their mask (b, t)."""
+        return self.reader(pooled, tokens, mask, None)
+
+    def similarity(self, one: Tensor, other: Tensor) -> Tensor:
+        """Kernel (m, n) of features (m, f) and (n, f)."""
+        a, b = (each.view(len(each), self.groups, -1).transpose(0, 1) for each in (one, other))
+        apart = a.square().sum(-1)[:, :, None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)
+        near = (-apart / a.shape[-1]).exp()
+        pairs = torch.einsum("gmn,gh,hmn->mn", near, self.together.exp().triu(1), near)
+        return torch.einsum("g,gmn->mn", self.alone.exp(), near) + pairs
+
+    def system(self, known: Tensor) -> Tensor:
+        """Kernel matrix of known features (n, f) with its noise on the diagonal (n, n)."""
+        return self.similarity(known, known) + (self.noise.exp() + _LEAST) * torch.eye(len(known), device=known.device)
+
+    def weights(self, asked: Tensor, known: Tensor) -> Tensor:
+        """How much each known expert counts (m, n) for features (m, f): the mean of a Gaussian process is `weights @ values`."""
+        factor = torch.linalg.cholesky(self.system(known))
+        return torch.cholesky_solve(self.similarity(known, asked), factor).T

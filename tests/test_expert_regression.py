@@ -1,0 +1,226 @@
+"""Regression over experts with a learned kernel: its algebra, what it must not see, what it learns, and the VAE on top of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_vae import CLEAR, EMBEDDER, ICM, _condition, _data
+from toy_world import HELD_OUT, TRAINING, describe
+
+from lorag.errors import ConfigError, GeneratorError
+from lorag.generators import expert_regression, generator_type
+from lorag.generators.expert_regression import ExpertRegression, KernelSettings
+from lorag.models.expert_kernel import ExpertKernel
+from lorag.optimisation.training_loop import TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes
+
+SMALL = {"width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "steps": 150, **CLEAR}
+
+
+def _loop(folder=None, seed=0):
+    return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
+
+
+def _fit(data, **settings):
+    method = generator_type("kernel").with_settings({**SMALL, **settings})
+    method.fit(data, _loop())
+    return method
+
+
+def _made(method, condition):
+    return method.generate(condition, torch.Generator().manual_seed(0))[0]
+
+
+def _kernel(features=12, groups=3):
+    torch.manual_seed(0)
+    kernel = KernelSettings(width=16, queries=2, heads=2, features=features, groups=groups).kernel(24).eval()
+    for parameter in (kernel.alone, kernel.together, kernel.noise):
+        torch.nn.init.normal_(parameter)
+    return kernel.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return _data(TRAINING, held=2)
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    return _fit(world)
+
+
+def test_the_kernel_is_the_sum_of_its_groups_and_of_their_pairs():
+    """Value by value against its definition, symmetric and positive definite."""
+    kernel = _kernel()
+    a, b = torch.randn(4, 12), torch.randn(5, 12)
+    near = torch.stack([(-(x[:, None] - y[None]).square().mean(-1)).exp() for x, y in zip(a.split(4, 1), b.split(4, 1), strict=True)])
+    right = sum(kernel.alone[g].exp() * near[g] for g in range(3))
+    right = right + sum(kernel.together[g, h].exp() * near[g] * near[h] for g in range(3) for h in range(g + 1, 3))
+    assert torch.allclose(kernel.similarity(a, b), right, atol=1e-5)
+    system = kernel.system(a)
+    assert torch.allclose(system, system.T, atol=1e-6) and torch.linalg.eigvalsh(system).min() > 0
+
+
+def test_an_expert_asked_for_alone_is_shrunk_by_the_noise():
+    """One expert known: the weight is k / (k + noise)."""
+    kernel, known = _kernel(), torch.randn(1, 12)
+    own = kernel.similarity(known, known)
+    assert torch.allclose(kernel.weights(known, known), own / kernel.system(known), atol=1e-6)
+
+
+@pytest.mark.parametrize("kin", [[0], [2, 5], [0, 1, 2, 3, 4, 5, 6], [40]])
+def test_leaving_experts_out_in_closed_form_is_solving_without_them(kin):
+    """Against a regression that never had them; places are the bank's, which need not be the regression's."""
+    kernel = _kernel()
+    indices = torch.tensor([0, 1, 2, 3, 4, 5, 6, 9])
+    regression = ExpertRegression(kernel, indices, torch.randn(8, 12), torch.randn(8, 3))
+    asked = EMBEDDER.embed(["paint the green cat"])
+    asked = [dataclasses.replace(one, pooled=torch.randn(24), tokens=torch.randn(4, 24)) for one in asked]
+    keep = ~torch.isin(indices, torch.tensor(kin))
+    without = ExpertRegression(kernel, indices[keep], regression.features[keep], regression.values[keep])
+    assert torch.allclose(regression.left_out(asked, [kin]), without(asked), atol=1e-4)
+    hidden = torch.zeros(50, dtype=torch.bool)
+    hidden[kin] = True
+    assert torch.allclose(regression(asked, hidden), without(asked), atol=1e-4)
+
+
+def test_with_all_experts_hidden_nothing_is_known():
+    """Zero, which is the experts' mean."""
+    regression = ExpertRegression(_kernel(), torch.arange(3), torch.randn(3, 12), torch.randn(3, 5))
+    one = dataclasses.replace(EMBEDDER.embed(["x"])[0], pooled=torch.randn(24), tokens=torch.randn(4, 24))
+    assert torch.equal(regression([one], torch.ones(3, dtype=torch.bool)), torch.zeros(1, 5))
+
+
+def test_unseen_combinations_are_predicted(world, learned):
+    """Held-out combinations of known words: far nearer than the mean, and another task's description does not give them."""
+    right = _data(HELD_OUT).codes
+    guessed = torch.stack([_made(learned, _condition(world, cell)) for cell in HELD_OUT])
+    shuffled = guessed.roll(1, 0)
+    scale = (right - world.codes.mean(0)).square().mean()
+    assert (guessed - right).square().mean() < 0.35 * scale
+    assert (shuffled - right).square().mean() > (guessed - right).square().mean() * 2
+
+
+def test_an_expert_that_is_left_out_does_not_count(world, learned):
+    """A condition that excludes a task's own expert gives the code of a regression without it."""
+    text = EMBEDDER.embed([describe(*TRAINING[3])[0]])[0]
+    known, unseen = world.conditioner(text), world.conditioner(text, exclude=[3])
+    own = world.codes[3]
+    assert (_made(learned, known) - own).norm() < (_made(learned, unseen) - own).norm()
+    assert learned.regression.indices.tolist() == list(range(len(TRAINING)))  # tasks held out from learning are experts at use
+
+
+def test_no_step_sees_an_expert_and_its_kin_at_once(world, monkeypatch):
+    """What is asked for is never known, nor is any of its kin."""
+    kin = [[i, i ^ 1] for i in range(len(TRAINING))]
+    world = dataclasses.replace(world, kin=[[j for j in group if j < len(TRAINING)] for group in kin])
+    steps = []
+    real = ExpertKernel.weights
+
+    def spy(self, asked, known):
+        steps.append((len(asked), len(known)))
+        return real(self, asked, known)
+
+    drawn = []
+    draw = expert_regression.draw
+    monkeypatch.setattr(expert_regression, "draw", lambda data, rows, loop: drawn.append(list(rows)) or draw(data, rows, loop))
+    monkeypatch.setattr(ExpertKernel, "weights", spy)
+    _fit(world, steps=5)
+    assert len(drawn) == 5
+    for rows, (asked, known) in zip(drawn, steps, strict=True):
+        told, questions = rows[:known], rows[known:]
+        assert len(questions) == asked and not {j for i in questions for j in world.kin[i]} & set(told)
+        assert not set(rows) & set(world.validation)
+
+
+def test_experts_without_others_are_refused(world):
+    """If all are kin of each other, there is nobody to learn from."""
+    everyone = list(range(len(TRAINING)))
+    with pytest.raises(GeneratorError, match="no others"):
+        _fit(dataclasses.replace(world, kin=[everyone] * len(everyone)), steps=1)
+
+
+def test_of_a_large_bank_some_experts_take_part(world):
+    """`experts` bounds a step and what is stored; held-out experts come on top."""
+    method = _fit(world, steps=2, experts=5)
+    assert len(method.regression.indices) == 5 + len(world.validation)
+
+
+@pytest.mark.parametrize("settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}])
+def test_settings_that_cannot_be_used(world, settings):
+    """Named before time is spent."""
+    with pytest.raises(ConfigError, match=r"groups|asked"):
+        _fit(world, **settings)
+
+
+def test_it_comes_back_from_its_tensors(world, learned):
+    """Codes are the same but for fp16, and tensors that do not fit are refused."""
+    tensors = learned.tensors()
+    back = generator_type("kernel").with_settings(learned.values())
+    back.restore(tensors)
+    condition = _condition(world, HELD_OUT[0])
+    assert torch.allclose(_made(back, condition), _made(learned, condition), atol=0.02)
+    for broken in (
+        {name: value for name, value in tensors.items() if name != "features"},
+        {**tensors, "indices": tensors["indices"][:-1]},
+        {**tensors, "indices": -tensors["indices"] - 1},
+        {**tensors, "values": tensors["values"][0]},
+        {**tensors, "network.alone": torch.zeros(7)},
+        {**tensors, "mean": tensors["mean"][:-1]},
+    ):
+        with pytest.raises((GeneratorError, RuntimeError)):
+            back.restore(broken)
+            _made(back, condition)
+
+
+# --- the VAE on top -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(world):
+    method = generator_type("icm_lora").with_settings({**ICM, "kernel": SMALL, "temperature": 0.0})
+    method.fit(world, _loop())
+    return method
+
+
+def test_the_vae_adds_to_the_regression(world, both):
+    """What is made is the regression's code plus what the VAE decodes at z = 0, and both are learned from training experts alone."""
+    condition = _condition(world, HELD_OUT[0])
+    start = both.regression([condition.embedding])
+    h = both.network.read(*both._inputs([condition.embedding], None, torch.device("cpu")))
+    decoded = both.network.decode(h.new_zeros(1, both.latent), h)
+    assert torch.allclose(_made(both, condition), both.coordinates.to_codes(start + decoded)[0], atol=1e-4)
+    assert isinstance(both.coordinates, PrincipalCodes)
+
+
+def test_the_vae_on_a_regression_predicts_unseen_combinations(world, both):
+    """Not worse than the VAE alone."""
+    alone = generator_type("icm_lora").with_settings({**ICM, "temperature": 0.0})
+    alone.fit(world, _loop())
+    right = _data(HELD_OUT).codes
+
+    def error(method):
+        return (torch.stack([_made(method, _condition(world, cell)) for cell in HELD_OUT]) - right).square().mean()
+
+    assert error(both) < 1.1 * error(alone)
+
+
+def test_a_stored_vae_keeps_its_regression(world, both):
+    """With or without it: what is stored decides, and a regression that does not fit is refused."""
+    tensors = both.tensors()
+    back = generator_type("icm_lora").with_settings(both.values())
+    back.restore(tensors)
+    condition = _condition(world, HELD_OUT[1])
+    assert torch.allclose(_made(back, condition), _made(both, condition), atol=1e-5)
+    back.restore({name: value for name, value in tensors.items() if not name.startswith("regression.")})
+    assert back.regression is None
+    with pytest.raises(GeneratorError):
+        back.restore({**tensors, "regression.values": tensors["regression.values"][:, :3]})
+
+
+def test_examples_alone_have_no_regression(world):
+    """Only a description can be compared with the experts'."""
+    made = {"stack": "conv", "latent": 8, "steps": 1, "batch": 3}
+    for settings in ({"condition": "examples"}, made):
+        assert not generator_type("icm_lora").with_settings({**settings, "kernel": SMALL}).regresses
