@@ -147,10 +147,10 @@ def test_of_a_large_bank_some_experts_take_part(world):
     assert len(method.regression.indices) == 5 + len(world.validation)
 
 
-@pytest.mark.parametrize("settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}])
+@pytest.mark.parametrize("settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}, {"layers": 10**9}])
 def test_settings_that_cannot_be_used(world, settings):
     """Named before time is spent."""
-    with pytest.raises(ConfigError, match=r"groups|asked"):
+    with pytest.raises(ConfigError, match=r"groups|asked|layers"):
         _fit(world, **settings)
 
 
@@ -217,6 +217,9 @@ def test_a_stored_vae_keeps_its_regression(world, both):
     assert back.regression is None
     with pytest.raises(GeneratorError):
         back.restore({**tensors, "regression.values": tensors["regression.values"][:, :3]})
+    hostile = generator_type("icm_lora").with_settings({**both.values(), "kernel": {**SMALL, "layers": 10**9}})
+    with pytest.raises(ConfigError, match="layers"):
+        hostile.restore(tensors)
 
 
 def test_examples_alone_have_no_regression(world):

@@ -25,6 +25,11 @@ __all__ = ["FitData", "Generator", "NetworkGenerator", "ReaderSettings", "Settin
 _MOST_LAYERS = 256
 
 
+def _check_layers(name: str, count: int) -> None:
+    if not 0 <= count <= _MOST_LAYERS:
+        raise ConfigError(f"method.{name} cannot be used", got=count, expected=f"0 to {_MOST_LAYERS}")
+
+
 @dataclass
 class Settings:
     """Settings of a generator; subclasses add fields."""
@@ -51,7 +56,12 @@ class ReaderSettings(Settings):
     noise: float = 0.2
 
     def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
-        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none."""
+        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none.
+
+        Raises:
+            ConfigError: If there are more layers than can be meant; these settings may stand inside others.
+        """
+        _check_layers("layers", self.layers)
         return ConditionReader(
             embedding,
             vector,
@@ -128,8 +138,7 @@ class Generator(abc.ABC):
             raise ConfigError(f"method.{min(unknown)} is no setting of {cls.name}", expected=", ".join(sorted(known)) or "no setting")
         settings = from_plain(cls.settings_type, values)
         for name in ("layers", "depth"):  # what is built takes time for each, even of a file that is refused then
-            if not 0 <= getattr(settings, name, 0) <= _MOST_LAYERS:
-                raise ConfigError(f"method.{name} cannot be used", got=getattr(settings, name), expected=f"0 to {_MOST_LAYERS}")
+            _check_layers(name, getattr(settings, name, 0))
         return cls(settings)
 
     @abc.abstractmethod
