@@ -66,7 +66,24 @@ def test_an_expert_asked_for_alone_is_shrunk_by_the_noise():
     """One expert known: the weight is k / (k + noise)."""
     kernel, known = _kernel(), torch.randn(1, 12)
     own = kernel.similarity(known, known)
-    assert torch.allclose(kernel.weights(known, known), own / kernel.system(known), atol=1e-6)
+    assert torch.allclose(kernel.weights(known, known), own / kernel.system(known).float(), atol=1e-6)
+
+
+def test_the_system_is_solved_in_full_precision_under_autocast():
+    """Losses in bf16 must not reach a matrix that is to be decomposed."""
+    kernel, asked, known = _kernel(), torch.randn(3, 12), torch.randn(40, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = kernel.weights(asked, known)
+    assert torch.equal(weights, kernel.weights(asked, known))
+
+
+def test_equal_descriptions_can_be_solved():
+    """Experts that nothing tells apart share the weight."""
+    kernel, known = _kernel(), torch.randn(1, 12).expand(300, 12)
+    kernel.noise.fill_(-20.0)
+    kernel.alone.fill_(5.0)
+    weights = kernel.weights(known[:1], known)
+    assert torch.allclose(weights, torch.full((1, 300), 1 / 300), atol=1e-4)
 
 
 @pytest.mark.parametrize("kin", [[0], [2, 5], [0, 1, 2, 3, 4, 5, 6], [40]])
@@ -142,12 +159,14 @@ def test_experts_without_others_are_refused(world):
 
 
 def test_of_a_large_bank_some_experts_take_part(world):
-    """`experts` bounds a step and what is stored; held-out experts come on top."""
-    method = _fit(world, steps=2, experts=5)
+    """`experts` bounds what is stored, where held-out experts come on top, and `batch` a step."""
+    method = _fit(world, steps=2, experts=5, batch=4)
     assert len(method.regression.indices) == 5 + len(world.validation)
 
 
-@pytest.mark.parametrize("settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}, {"layers": 10**9}])
+@pytest.mark.parametrize(
+    "settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}, {"layers": 10**9}, {"batch": 1}]
+)
 def test_settings_that_cannot_be_used(world, settings):
     """Named before time is spent."""
     with pytest.raises(ConfigError, match=r"groups|asked|layers"):

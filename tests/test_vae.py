@@ -30,6 +30,7 @@ ICM |= {"kernel": {"steps": 0}}  # the VAE alone; with a regression under it: te
 ICM |= CLEAR
 SG = {"condition": "merge", "width": 64, "latent": 8, "steps": 200, "learning_rate": 3e-3}
 BOTH = {"condition": "both", "reading": 32, "queries": 4, "features": 64, **CLEAR}
+KERNEL = {"width": 16, "queries": 2, "heads": 2, "features": 12, "groups": 3}
 CONV = {"stack": "conv", "latent": 8, "steps": 4, "batch": 3}
 
 
@@ -574,7 +575,16 @@ def test_settings_are_checked_before_training():
     assert generator_type("icm_lora").with_settings({"stack": "conv", "latent": 5}).latent == 5
 
 
-@pytest.mark.parametrize(("name", "settings"), [("icm_lora", {"dropout": 0.1, "noise": 0.1}), ("sg_lora", {}), ("sg_lora", BOTH)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("icm_lora", {"dropout": 0.1, "noise": 0.1}),
+        ("icm_lora", {"kernel": {**KERNEL, "steps": 110}}),  # interrupted while the kernel is learned
+        ("icm_lora", {"kernel": {**KERNEL, "steps": 60}}),  # and after that
+        ("sg_lora", {}),
+        ("sg_lora", BOTH),
+    ],
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tmp_path, monkeypatch):
     """The same tensors to the bit, diagnostics included."""
     method = generator_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings, "steps": 110})

@@ -36,8 +36,9 @@ class KernelSettings(ReaderSettings):
         width: Of the transformer that reads the description.
         features: Number of features that it makes of a description.
         groups: Into which they fall; a divisor of their number.
-        experts: Most experts that take part, in a step and at use; of a larger bank so many are drawn.
-        asked: Share of a step's experts that are taken out and predicted.
+        experts: Most experts that count at use; of a larger bank so many are drawn.
+        batch: Most experts in a step of training.
+        asked: Share of these that are taken out and predicted.
         steps: Of training.
         learning_rate: Peak rate.
     """
@@ -46,6 +47,7 @@ class KernelSettings(ReaderSettings):
     features: int = 192
     groups: int = 6
     experts: int = 4096
+    batch: int = 512
     asked: float = 0.25
     steps: int = 1000
     learning_rate: float = 1e-3
@@ -58,8 +60,9 @@ class KernelSettings(ReaderSettings):
         """
         if self.groups < 1 or self.features < 1 or self.features % self.groups:
             raise ConfigError("groups must divide features", got=f"{self.features} features in {self.groups} groups")
-        if not 0 < self.asked < 1 or self.experts < 2:
-            raise ConfigError("asked must be a share, experts at least 2", got=f"{self.asked}, {self.experts}")
+        if not 0 < self.asked < 1 or self.experts < 2 or self.batch < 2:
+            got = f"{self.asked}, {self.experts} and {self.batch}"
+            raise ConfigError("asked must be a share, experts and batch at least 2", got=got)
         return ExpertKernel(self.reader(embedding, 0, width=self.width, features=self.features), embedding, self.groups)
 
 
@@ -94,7 +97,7 @@ class ExpertRegression:
             loop: Runs the stage.
 
         Returns:
-            The regression on the training experts alone; `with_experts` adds others.
+            The regression on the training experts alone; `of` makes one with others too.
 
         Raises:
             GeneratorError: If experts are so much alike that none is left to learn from.
@@ -103,9 +106,10 @@ class ExpertRegression:
         with loop.seeded():
             kernel = settings.kernel(data.embeddings[0][0].pooled.shape[-1]).to(device)
         training, held = torch.tensor(list(data.training)), list(data.validation)
+        counting = sorted(training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist())
 
         def loss(_: nn.Module, step: int) -> Batch:
-            drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist()
+            drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.batch]].tolist()
             asked = drawn[: max(1, round(len(drawn) * settings.asked))]
             hidden = {i for row in asked for i in data.kin[row]}
             known = [i for i in drawn if i not in hidden]
@@ -120,13 +124,13 @@ class ExpertRegression:
             return Batch(len(asked), losses)
 
         def validate(_: nn.Module) -> float:
-            found = cls.of(kernel, values, data, training.tolist(), 4)
+            found = cls.of(kernel, values, data, counting, 4)
             each = [F.mse_loss(*torch.broadcast_tensors(found(data.embeddings[i][:_WORDINGS]), values[i])) for i in held]
             return torch.stack(each).mean().item()
 
         length = LoopSettings(settings.steps, settings.learning_rate, validate_every=50)
         loop.run(f"{name} kernel", kernel, loss, validate if held else None, length)
-        return cls.of(kernel.requires_grad_(False).eval(), values, data, _some(training, settings.experts, loop))
+        return cls.of(kernel.requires_grad_(False).eval(), values, data, counting)
 
     @classmethod
     def of(
@@ -169,7 +173,7 @@ class ExpertRegression:
         """Inverse of the system of all experts (l, l), worked out once."""
         if self._inverse is None:
             with torch.no_grad():
-                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.kernel.system(self.features)))
+                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.kernel.system(self.features))).float()
         return self._inverse
 
     def tensors(self) -> dict[str, Tensor]:
@@ -200,10 +204,3 @@ class ExpertRegression:
 
 def _read(kernel: ExpertKernel, embeddings: Sequence[Embedding]) -> Tensor:
     return kernel(*collate(embeddings, kernel.noise.device))
-
-
-def _some(rows: Tensor, most: int, loop: TrainingLoop) -> list[int]:
-    """All rows, or as many as take part."""
-    if len(rows) <= most:
-        return rows.tolist()
-    return sorted(rows[torch.randperm(len(rows), generator=loop.rng)[:most]].tolist())

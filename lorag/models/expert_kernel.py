@@ -37,18 +37,20 @@ class ExpertKernel(nn.Module):
         return self.reader(pooled, tokens, mask, None)
 
     def similarity(self, one: Tensor, other: Tensor) -> Tensor:
-        """Kernel (m, n) of features (m, f) and (n, f)."""
-        a, b = (each.view(len(each), self.groups, -1).transpose(0, 1) for each in (one, other))
-        apart = a.square().sum(-1)[:, :, None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)
-        near = (-apart / a.shape[-1]).exp()
-        pairs = torch.einsum("gmn,gh,hmn->mn", near, self.together.exp().triu(1), near)
-        return torch.einsum("g,gmn->mn", self.alone.exp(), near) + pairs
+        """Kernel (m, n) of features (m, f) and (n, f), in fp32 whatever they are in: a system must be solved with it."""
+        with torch.autocast(one.device.type, enabled=False):
+            a, b = (each.float().view(len(each), self.groups, -1).transpose(0, 1) for each in (one, other))
+            apart = a.square().sum(-1)[:, :, None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)
+            near = (-apart / a.shape[-1]).exp()
+            pairs = torch.einsum("gmn,gh,hmn->mn", near, self.together.exp().triu(1), near)
+            return torch.einsum("g,gmn->mn", self.alone.exp(), near) + pairs
 
     def system(self, known: Tensor) -> Tensor:
-        """Kernel matrix of known features (n, f) with its noise on the diagonal (n, n)."""
-        return self.similarity(known, known) + (self.noise.exp() + _LEAST) * torch.eye(len(known), device=known.device)
+        """Kernel matrix of known features (n, f) with its noise on the diagonal (n, n), in fp64."""
+        noise = (self.noise.exp() + _LEAST).double()
+        return self.similarity(known, known).double() + noise * torch.eye(len(known), device=known.device, dtype=torch.float64)
 
     def weights(self, asked: Tensor, known: Tensor) -> Tensor:
         """How much each known expert counts (m, n) for features (m, f): the mean of a Gaussian process is `weights @ values`."""
         factor = torch.linalg.cholesky(self.system(known))
-        return torch.cholesky_solve(self.similarity(known, asked), factor).T
+        return torch.cholesky_solve(self.similarity(known, asked).double(), factor).T.float()
