@@ -35,7 +35,7 @@ def _made(method, condition):
 def _kernel(features=12, groups=3):
     torch.manual_seed(0)
     kernel = KernelSettings(width=16, queries=2, heads=2, features=features, groups=groups).kernel(24).eval()
-    for parameter in (kernel.alone, kernel.together, kernel.noise):
+    for parameter in (kernel.similarity.alone, kernel.similarity.together, kernel.noise):
         torch.nn.init.normal_(parameter)
     return kernel.requires_grad_(False)
 
@@ -55,8 +55,8 @@ def test_the_kernel_is_the_sum_of_its_groups_and_of_their_pairs():
     kernel = _kernel()
     a, b = torch.randn(4, 12), torch.randn(5, 12)
     near = torch.stack([(-(x[:, None] - y[None]).square().mean(-1)).exp() for x, y in zip(a.split(4, 1), b.split(4, 1), strict=True)])
-    right = sum(kernel.alone[g].exp() * near[g] for g in range(3))
-    right = right + sum(kernel.together[g, h].exp() * near[g] * near[h] for g in range(3) for h in range(g + 1, 3))
+    right = sum(kernel.similarity.alone[g].exp() * near[g] for g in range(3))
+    right = right + sum(kernel.similarity.together[g, h].exp() * near[g] * near[h] for g in range(3) for h in range(g + 1, 3))
     assert torch.allclose(kernel.similarity(a, b), right, atol=1e-5)
     system = kernel.system(a)
     assert torch.allclose(system, system.T, atol=1e-6) and torch.linalg.eigvalsh(system).min() > 0
@@ -81,7 +81,7 @@ def test_equal_descriptions_can_be_solved():
     """Experts that nothing tells apart share the weight."""
     kernel, known = _kernel(), torch.randn(1, 12).expand(300, 12)
     kernel.noise.fill_(-20.0)
-    kernel.alone.fill_(5.0)
+    kernel.similarity.alone.fill_(5.0)
     weights = kernel.weights(known[:1], known)
     assert torch.allclose(weights, torch.full((1, 300), 1 / 300), atol=1e-4)
 
@@ -185,7 +185,7 @@ def test_it_comes_back_from_its_tensors(world, learned):
         {**tensors, "indices": tensors["indices"][:-1]},
         {**tensors, "indices": -tensors["indices"] - 1},
         {**tensors, "values": tensors["values"][0]},
-        {**tensors, "network.alone": torch.zeros(7)},
+        {**tensors, "network.similarity.alone": torch.zeros(7)},
         {**tensors, "mean": tensors["mean"][:-1]},
     ):
         with pytest.raises((GeneratorError, RuntimeError)):
@@ -246,3 +246,48 @@ def test_examples_alone_have_no_regression(world):
     made = {"stack": "conv", "latent": 8, "steps": 1, "batch": 3}
     for settings in ({"condition": "examples"}, made):
         assert not generator_type("icm_lora").with_settings({**settings, "kernel": SMALL}).regresses
+
+
+# --- house on top -------------------------------------------------------------------------------------------------------
+
+HOUSE = {"kernel_steps": 150, "groups": 3, "hidden": 24, "width": 32, "queries": 4, "learning_rate": 3e-3, **CLEAR}
+HOUSE |= {"functional": {"steps": 0}, "colleagues": {"count": 0}}
+
+
+def _house(data, **settings):
+    method = generator_type("house").with_settings({**HOUSE, **settings})
+    method.fit(data, _loop())
+    return method
+
+
+@pytest.fixture(scope="module")
+def house(world):
+    return _house(world, colleagues={"count": 1, "steps": 40})
+
+
+def test_house_starts_from_what_the_regression_predicts(world):
+    """Without further steps its codes are those of the regression on the training experts, and no step of reconstruction is taken."""
+    alone = _house(world)
+    settings = KernelSettings(
+        **{name: HOUSE[name] for name in ("width", "queries", "groups", "learning_rate", *CLEAR)}, features=24, steps=150
+    )
+    regression, mean = expert_regression.regress_codes("house", settings, world, _loop(), held=False)
+    assert regression.indices.tolist() == list(world.training)
+    for cell in HELD_OUT:
+        condition = _condition(world, cell)
+        assert torch.allclose(_made(alone, condition), regression([condition.embedding])[0] + mean, atol=1e-3)
+
+
+def test_house_with_a_kernel_is_stored_whole(world, house):
+    """Readers, experts and shares come back; what is stored decides what is built."""
+    back = generator_type("house").with_settings(house.values())
+    back.restore(house.tensors())
+    condition = _condition(world, HELD_OUT[0])
+    assert torch.equal(_made(back, condition), _made(house, condition))
+    assert back.known == len(world.training) and len(back.network.reading.colleagues) == 1
+
+
+def test_a_house_kernel_whose_groups_do_not_fit(world):
+    """ConfigError before time is spent."""
+    with pytest.raises(ConfigError, match="groups"):
+        _house(world, groups=5)

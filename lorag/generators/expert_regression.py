@@ -20,8 +20,9 @@ from lorag.generators.base import FitData, ReaderSettings, collate, draw
 from lorag.models.expert_kernel import ExpertKernel
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.weights.principal_codes import PrincipalCodes
 
-__all__ = ["ExpertRegression", "KernelSettings"]
+__all__ = ["ExpertRegression", "KernelSettings", "regress_codes"]
 
 _DESCRIPTIONS = 16  # of an expert, over which its features are averaged
 _WORDINGS = 8  # of each held-out task, that validation reads
@@ -150,7 +151,7 @@ class ExpertRegression:
         with torch.no_grad():
             asked = _read(self.kernel, embeddings)
             if seen.all():
-                return self.kernel.similarity(asked, self.features) @ self._solved() @ self.values
+                return self.kernel.similarity(asked, self.features) @ self.shares()
             if not seen.any():
                 return self.values.new_zeros(len(asked), self.values.shape[1])
             seen = seen.to(self.features.device)
@@ -168,6 +169,10 @@ class ExpertRegression:
                 out = torch.isin(self.indices, torch.tensor(list(own))).nonzero()[:, 0].to(row.device)
                 row -= inverse[:, out] @ torch.linalg.solve(inverse[out][:, out], row[out])
             return weights @ self.values
+
+    def shares(self) -> Tensor:
+        """What each expert adds to a prediction (l, p) when it is asked for with similarity 1: values are `similarity @ shares`."""
+        return self._solved() @ self.values
 
     def _solved(self) -> Tensor:
         """Inverse of the system of all experts (l, l), worked out once."""
@@ -200,6 +205,15 @@ class ExpertRegression:
         if not len(indices) or (indices < 0).any():
             raise GeneratorError("stored experts do not fit", got=f"places of {len(indices)} experts")
         return cls(kernel.requires_grad_(False).eval(), indices, features, values)
+
+
+def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: TrainingLoop, *, held: bool) -> tuple[ExpertRegression, Tensor]:
+    """A regression on the training experts' codes, and where `held` on the held-out ones' too, with the mean (c,) that it adds to."""
+    coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
+    learned = ExpertRegression.learn(name, settings, coordinates.to_coordinates(data.codes), data, loop)
+    rows = sorted([*learned.indices.tolist(), *(data.validation if held else ())])
+    mean = data.codes[rows].mean(0)
+    return ExpertRegression.of(learned.kernel, data.codes - mean, data, rows), mean
 
 
 def _read(kernel: ExpertKernel, embeddings: Sequence[Embedding]) -> Tensor:

@@ -14,10 +14,12 @@ from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
 from lorag.generators.colleagues import ColleagueSettings, teach_colleagues
+from lorag.generators.expert_regression import ExpertRegression, KernelSettings, regress_codes
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import Blur, TokenNetwork, linear_head
 from lorag.models.expert_attention import ExpertAttention
+from lorag.models.expert_kernel import KernelHead
 from lorag.models.module_decoder import ModuleDecoder
 from lorag.optimisation.training_loop import TrainingLoop
 
@@ -52,6 +54,9 @@ class HouseSettings(Settings):
         view: Dimensions in which attention compares descriptions.
         temperature: Of the attention over experts, at the start.
         offset: Whether attention also learns an offset, the same for all descriptions.
+        kernel_steps: Steps of learning a kernel between descriptions, by which the network starts from a regression over the
+            experts instead of reconstruction; for codes made of the description alone, by a flat decoder. 0 leaves it out.
+        groups: Of the kernel's features, a divisor of `hidden`.
         steps: Steps of reconstruction.
         learning_rate: Peak rate of reconstruction.
         batch: Descriptions in a step of reconstruction.
@@ -74,6 +79,8 @@ class HouseSettings(Settings):
     view: int = 32
     temperature: float = 0.2
     offset: bool = True
+    kernel_steps: int = 0
+    groups: int = 8
     steps: int = 300
     learning_rate: float = 1e-3
     batch: int = 64
@@ -134,12 +141,15 @@ class House(NetworkGenerator):
     def _head(self, code: int) -> nn.Module:
         """The untrained last part, from features to codes (b, c)."""
         s = self.settings
+        if self.known:
+            return KernelHead(self.known, s.hidden, s.groups, code)
         if self.kinds is None or self.depths is None:
             return linear_head(s.hidden, code)
         return ModuleDecoder(s.hidden, self.kinds, self.depths, code // len(self.kinds), width=s.decoder_width, blocks=s.decoder_blocks)
 
     experts: int = 0
     colleagues: int = 0
+    known: int = 0  # experts of a regression that the network started from
     modules: list[int]
     kinds: Tensor | None = None  # of a shared decoder: number of each module's kind (m,)
     depths: Tensor | None = None  # and the numbers of its path (m, d)
@@ -160,10 +170,13 @@ class House(NetworkGenerator):
         self.experts, self.modules = len(data.codes), list(data.modules)
         if self.network is None and self._shares_decoder(data):
             self.kinds, self.depths = number_places(data.places)
+        learned = self._learn_kernel(data, loop)
         network = start_network(self, data, loop)
         if isinstance(network, _Sum) and network.attention is not None:
             network.attention.hold(data.conditioner.centroids, data.codes, data.zero)
-        if self.settings.source == "description":
+        if learned is not None and isinstance(network, _Sum) and network.reading is not None:
+            _take_over(network.reading, *learned)
+        elif self.settings.source == "description":
             reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
 
         def predict(rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
@@ -191,6 +204,17 @@ class House(NetworkGenerator):
         with torch.inference_mode():
             code = self.predict([condition.embedding], left_out[None] if left_out.any() else None)
         return code.cpu().expand(count, -1).clone()
+
+    def _learn_kernel(self, data: FitData, loop: TrainingLoop) -> tuple[ExpertRegression, Tensor] | None:
+        """The regression over the training experts from which the network starts, with their mean (c,); None if it does not."""
+        s = self.settings
+        if s.source != "description" or s.kernel_steps == 0 or self.kinds is not None or self.network is not None:
+            return None
+        reading = {name: getattr(s, name) for name in ("width", "queries", "layers", "heads", "dropout", "word_dropout", "noise")}
+        kernel = KernelSettings(**reading, features=s.hidden, groups=s.groups, steps=s.kernel_steps, learning_rate=s.learning_rate)
+        learned = regress_codes(self.name, kernel, data, loop, held=False)
+        self.known = len(learned[0].indices)
+        return learned
 
     def _shares_decoder(self, data: FitData) -> bool:
         """Whether the code is made by one decoder for all modules.
@@ -225,12 +249,27 @@ class House(NetworkGenerator):
             self.modules, self.experts = tensors["modules"].tolist(), len(tensors.get("attention.codes", ()))
         # What is stored decides, and not the setting: generators from before there was a shared decoder have none.
         self.kinds, self.depths = tensors.get("kinds"), tensors.get("depths")
+        self.known = len(tensors.get("reading.head.known", ()))
         self.colleagues = len({name.split(".")[2] for name in tensors if name.startswith(_COLLEAGUES)})
         if self.colleagues > _MOST_COLLEAGUES:
             raise GeneratorError("too many readers", got=self.colleagues, expected=f"at most {_MOST_COLLEAGUES} beside the first")
         if self.kinds is not None or self.depths is not None:
             _check_places(self.kinds, self.depths)
         super().restore({name: value for name, value in tensors.items() if name not in ("modules", "kinds", "depths")})
+
+
+def _take_over(reading: TokenNetwork, regression: ExpertRegression, mean: Tensor) -> None:
+    """Makes an untrained network with a kernel head predict what a regression does."""
+    kernel, head = regression.kernel, reading.head
+    if kernel.reader.reader is None or not isinstance(head, KernelHead):
+        raise GeneratorError("a network of another form cannot start from a regression", got=type(head).__name__)
+    reading.reader.load_state_dict(kernel.reader.reader.state_dict())
+    reading.hidden.load_state_dict(kernel.reader.hidden.state_dict())
+    head.similarity.load_state_dict(kernel.similarity.state_dict())
+    with torch.no_grad():
+        head.known.copy_(regression.features)
+        head.shares.copy_(regression.shares())
+        head.bias.copy_(mean)
 
 
 def number_places(places: Sequence[ModulePlace]) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ from torch import Tensor
 from lorag.conditions.conditioning import Condition
 from lorag.errors import GeneratorError
 from lorag.generators.base import FitData, Generator
-from lorag.generators.expert_regression import ExpertRegression, KernelSettings
+from lorag.generators.expert_regression import ExpertRegression, KernelSettings, regress_codes
 from lorag.optimisation.training_loop import TrainingLoop
-from lorag.weights.principal_codes import PrincipalCodes
 
 __all__ = ["Kernel"]
 
@@ -28,11 +27,7 @@ class Kernel(Generator):
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
         """Learns the kernel on the training experts; at use all experts count."""
-        coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
-        learned = ExpertRegression.learn(self.name, self.settings, coordinates.to_coordinates(data.codes), data, loop)
-        rows = sorted([*learned.indices.tolist(), *data.validation])
-        self.mean = data.codes[rows].mean(0)
-        self.regression = ExpertRegression.of(learned.kernel, data.codes - self.mean, data, rows)
+        self.regression, self.mean = regress_codes(self.name, self.settings, data, loop, held=True)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """One code, repeated. Experts that the condition leaves out do not count, as where a known task plays an unseen one."""
