@@ -47,6 +47,11 @@ class Condition:
     novelty: float
     task_vector: Tensor | None = None
 
+    @property
+    def left_out(self) -> Tensor:
+        """Which experts (n,) must not count, because they are excluded or were not compared."""
+        return self.similarities <= -1.0
+
 
 class Conditioner:
     """Compares descriptions with those of the bank's experts.

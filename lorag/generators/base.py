@@ -230,11 +230,12 @@ class NetworkGenerator(Generator):
     def build(self, embedding: int, code: int) -> nn.Module:
         """Makes the untrained network."""
 
-    def predict(self, embeddings: Sequence[Embedding]) -> Tensor:
-        """Codes (b, c), with gradients if the network is training."""
+    def predict(self, embeddings: Sequence[Embedding], *more: Tensor | None) -> Tensor:
+        """Codes (b, c), with gradients if the network is training; `more` is what a method's network takes besides descriptions."""
         if self.network is None:
             raise GeneratorError(f"{self.name} is not fitted")
-        return self.network(*collate(embeddings, next(self.network.parameters()).device))
+        device = next(self.network.parameters()).device
+        return self.network(*collate(embeddings, device), *(None if one is None else one.to(device) for one in more))
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """One code, repeated."""

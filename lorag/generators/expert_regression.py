@@ -98,7 +98,7 @@ class ExpertRegression:
             loop: Runs the stage.
 
         Returns:
-            The regression on the training experts alone; `of` makes one with others too.
+            The regression on the training experts alone; `with_others` adds more.
 
         Raises:
             GeneratorError: If experts are so much alike that none is left to learn from.
@@ -138,12 +138,16 @@ class ExpertRegression:
         cls, kernel: ExpertKernel, values: Tensor, data: FitData, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
     ) -> ExpertRegression:
         """The regression on the experts at some rows of a bank, whose values (n, p) are given."""
-        texts = [data.embeddings[i][:descriptions] for i in rows]
-        flat = [one for own in texts for one in own]
-        with torch.no_grad():
-            parts = [_read(kernel, flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE)]
-        features = torch.stack([own.mean(0) for own in torch.cat(parts).split([len(own) for own in texts])])
+        features = _features(kernel, data, rows, descriptions)
         return cls(kernel, torch.tensor(list(rows)), features, values[list(rows)].to(features))
+
+    def with_others(self, values: Tensor, data: FitData, rows: Sequence[int]) -> ExpertRegression:
+        """The regression of given values (n, p) on these experts and those at some more rows of the bank."""
+        features = self.features
+        if rows:
+            features = torch.cat([features, _features(self.kernel, data, rows, _DESCRIPTIONS)])
+        indices, order = torch.cat([self.indices, torch.tensor(list(rows), dtype=torch.int64)]).sort()
+        return ExpertRegression(self.kernel, indices, features[order.to(features.device)], values[indices.to(values.device)].to(features))
 
     def __call__(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
         """Values (b, p) for descriptions, without experts that are hidden (n,)."""
@@ -151,7 +155,7 @@ class ExpertRegression:
         with torch.no_grad():
             asked = _read(self.kernel, embeddings)
             if seen.all():
-                return self.kernel.similarity(asked, self.features) @ self.shares()
+                return self.kernel.similarity(asked, self.features) @ self._solved() @ self.values
             if not seen.any():
                 return self.values.new_zeros(len(asked), self.values.shape[1])
             seen = seen.to(self.features.device)
@@ -211,9 +215,18 @@ def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: Trai
     """A regression on the training experts' codes, and where `held` on the held-out ones' too, with the mean (c,) that it adds to."""
     coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
     learned = ExpertRegression.learn(name, settings, coordinates.to_coordinates(data.codes), data, loop)
-    rows = sorted([*learned.indices.tolist(), *(data.validation if held else ())])
-    mean = data.codes[rows].mean(0)
-    return ExpertRegression.of(learned.kernel, data.codes - mean, data, rows), mean
+    more = list(data.validation) if held else []
+    mean = data.codes[sorted([*learned.indices.tolist(), *more])].mean(0)
+    return learned.with_others(data.codes - mean, data, more), mean
+
+
+def _features(kernel: ExpertKernel, data: FitData, rows: Sequence[int], descriptions: int) -> Tensor:
+    """Features (l, f) of the experts at some rows of a bank, each the mean over its first descriptions."""
+    texts = [data.embeddings[i][:descriptions] for i in rows]
+    flat = [one for own in texts for one in own]
+    with torch.no_grad():
+        parts = [_read(kernel, flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE)]
+    return torch.stack([own.mean(0) for own in torch.cat(parts).split([len(own) for own in texts])])
 
 
 def _read(kernel: ExpertKernel, embeddings: Sequence[Embedding]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lorag.base_models.layout import ModulePlace
 from lorag.conditions.conditioning import Condition
 from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generators.base import FitData, NetworkGenerator, Settings, collate
+from lorag.generators.base import FitData, NetworkGenerator, ReaderSettings, Settings
 from lorag.generators.colleagues import ColleagueSettings, teach_colleagues
 from lorag.generators.expert_regression import ExpertRegression, KernelSettings, regress_codes
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
@@ -33,24 +33,18 @@ _COLLEAGUES = "reading.colleagues."  # where they stand among the tensors
 
 
 @dataclass
-class HouseSettings(Settings):
-    """Size and training.
+class HouseSettings(ReaderSettings):
+    """Size and training, beside those of the reader.
 
     Attributes:
         source: What codes are made of: "description" (a network that reads it), "experts" (attention over the bank's, for
             banks of some dozen), or "both" added up.
         width: Of the transformer that reads the description.
-        queries: Learned queries whose answers make the code.
-        layers: Of the transformer.
-        heads: Of its attention.
         hidden: Of the layer before the code.
         decoder: From that layer to the code: "flat" is one linear map, "shared" one network for all modules, told where each
             stands, whose size grows neither with depth nor with width; "auto" shares for codes of more than 65,536 elements.
         decoder_width: Of the shared network; below the length k² of a module's part it is a bottleneck.
         decoder_blocks: Residual blocks of the shared network.
-        dropout: In the transformer and before the code.
-        word_dropout: Share of a description's tokens hidden in training.
-        noise: Gaussian noise on its vectors in training, as a share of their own size.
         view: Dimensions in which attention compares descriptions.
         temperature: Of the attention over experts, at the start.
         offset: Whether attention also learns an offset, the same for all descriptions.
@@ -66,16 +60,10 @@ class HouseSettings(Settings):
 
     source: str = "description"
     width: int = 192
-    queries: int = 8
-    layers: int = 1
-    heads: int = 4
     hidden: int = 256
     decoder: str = "auto"
     decoder_width: int = 1024
     decoder_blocks: int = 1
-    dropout: float = 0.1
-    word_dropout: float = 0.1
-    noise: float = 0.2
     view: int = 32
     temperature: float = 0.2
     offset: bool = True
@@ -191,18 +179,10 @@ class House(NetworkGenerator):
         if isinstance(network, _Sum) and network.reading is not None and network.attention is None:
             teach_colleagues(self.name, network.reading, network.blur, data, loop, self.settings.colleagues)
 
-    def predict(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
-        """Codes (b, c), with gradients if the network is training; attention sees no expert that is hidden (b, n)."""
-        if self.network is None:
-            raise GeneratorError(f"{self.name} is not fitted")
-        device = next(self.network.parameters()).device
-        return self.network(*collate(embeddings, device), hidden=None if hidden is None else hidden.to(device))
-
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """One code, repeated. Attention passes over experts that the condition leaves out, as where a known task plays an unseen one."""
-        left_out = condition.similarities <= -1.0
         with torch.inference_mode():
-            code = self.predict([condition.embedding], left_out[None] if left_out.any() else None)
+            code = self.predict([condition.embedding], condition.left_out[None] if condition.left_out.any() else None)
         return code.cpu().expand(count, -1).clone()
 
     def _learn_kernel(self, data: FitData, loop: TrainingLoop) -> tuple[ExpertRegression, Tensor] | None:
@@ -210,8 +190,10 @@ class House(NetworkGenerator):
         s = self.settings
         if s.source != "description" or s.kernel_steps == 0 or self.kinds is not None or self.network is not None:
             return None
-        reading = {name: getattr(s, name) for name in ("width", "queries", "layers", "heads", "dropout", "word_dropout", "noise")}
-        kernel = KernelSettings(**reading, features=s.hidden, groups=s.groups, steps=s.kernel_steps, learning_rate=s.learning_rate)
+        reading = {field.name: getattr(s, field.name) for field in fields(ReaderSettings)}
+        kernel = KernelSettings(
+            **reading, width=s.width, features=s.hidden, groups=s.groups, steps=s.kernel_steps, learning_rate=s.learning_rate
+        )
         learned = regress_codes(self.name, kernel, data, loop, held=False)
         self.known = len(learned[0].indices)
         return learned

@@ -180,8 +180,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             h, start, x = network.read(*inputs(training, texts)), starts(training, texts), coordinates[training].to(device)
             self.diagnostics = self.diagnose(x if start is None else x - start, h, data.zero, start)
         if learned is not None:
-            rows = sorted([*learned.indices.tolist(), *held])
-            self.regression = ExpertRegression.of(learned.kernel, coordinates.to(device), data, rows)
+            self.regression = learned.with_others(coordinates, data, held)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Codes of `count` samples of z; with temperature 0 the code of z = 0, repeated.
@@ -207,7 +206,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             h = network.read(*self._inputs([condition.embedding], vector, device))
             start = None
             if self.regression is not None:
-                start = self.regression([condition.embedding], condition.similarities <= -1.0).to(device)
+                start = self.regression([condition.embedding], condition.left_out).to(device)
             return self.sample(h, rng, count, self.settings.temperature, start).clone()
 
     def _inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:

@@ -33,7 +33,7 @@ class Kernel(Generator):
         """One code, repeated. Experts that the condition leaves out do not count, as where a known task plays an unseen one."""
         if self.regression is None:
             raise GeneratorError(f"{self.name} is not fitted")
-        code = self.regression([condition.embedding], condition.similarities <= -1.0).cpu() + self.mean
+        code = self.regression([condition.embedding], condition.left_out).cpu() + self.mean
         return code.expand(count, -1).clone()
 
     def tensors(self) -> dict[str, Tensor]:
