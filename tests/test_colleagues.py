@@ -14,7 +14,7 @@ from lorag.optimisation.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator
 
-SMALL = {"functional": {"steps": 0}, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
+SMALL = {"functional": {"steps": 0}, "kernel_steps": 0, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
 TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}
 
 

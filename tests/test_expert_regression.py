@@ -250,7 +250,7 @@ def test_examples_alone_have_no_regression(world):
 
 # --- house on top -------------------------------------------------------------------------------------------------------
 
-HOUSE = {"kernel_steps": 150, "groups": 3, "hidden": 24, "width": 32, "queries": 4, "learning_rate": 3e-3, **CLEAR}
+HOUSE = {"kernel_steps": 150, "hidden": 96, "width": 32, "queries": 4, "learning_rate": 3e-3, **CLEAR}
 HOUSE |= {"functional": {"steps": 0}, "colleagues": {"count": 0}}
 
 
@@ -269,7 +269,7 @@ def test_house_starts_from_what_the_regression_predicts(world):
     """Without further steps its codes are those of the regression on the training experts, and no step of reconstruction is taken."""
     alone = _house(world)
     settings = KernelSettings(
-        **{name: HOUSE[name] for name in ("width", "queries", "groups", "learning_rate", *CLEAR)}, features=24, steps=150
+        **{name: HOUSE[name] for name in ("width", "queries", "learning_rate", *CLEAR)}, features=96, groups=3, steps=150
     )
     regression, mean = expert_regression.regress_codes("house", settings, world, _loop(), held=False)
     assert regression.indices.tolist() == list(world.training)
@@ -287,7 +287,30 @@ def test_house_with_a_kernel_is_stored_whole(world, house):
     assert back.known == len(world.training) and len(back.network.reading.colleagues) == 1
 
 
-def test_a_house_kernel_whose_groups_do_not_fit(world):
-    """ConfigError before time is spent."""
-    with pytest.raises(ConfigError, match="groups"):
-        _house(world, groups=5)
+@pytest.mark.parametrize(("hidden", "groups"), [(192, 6), (96, 3), (24, 3), (16, 1), (21, 21)])
+def test_any_number_of_features_falls_into_groups(world, hidden, groups):
+    """Of 32 features, or of as many as divide both."""
+    assert _house(world, hidden=hidden, kernel_steps=1).network.reading.head.similarity.groups == groups
+
+
+def test_house_keeps_no_more_experts_than_it_may(world, monkeypatch):
+    """Of a large bank some are drawn, since each costs a code's length of numbers."""
+    monkeypatch.setattr("lorag.generators.house._MOST_KNOWN", 5)
+    assert len(_house(world, kernel_steps=2).network.reading.head.known) == 5
+
+
+def test_house_starts_from_reconstruction_where_no_kernel_can_be_learned(world):
+    """If all experts are kin, or the same, or asked for without steps of a kernel."""
+    everybody = tuple(range(len(world.codes)))
+    kin = dataclasses.replace(world, kin=[everybody for _ in world.kin])
+    same = dataclasses.replace(world, codes=world.codes[:1].expand_as(world.codes).clone())
+    for data, steps in ((kin, 150), (same, 150), (world, 0)):
+        method = _house(data, kernel_steps=steps, steps=3)
+        assert isinstance(method.network.reading.head, torch.nn.Linear) and method.known == 0
+
+
+def test_experts_of_a_few_large_families(world):
+    """Where the first quarter has kin everywhere, one alone is asked for."""
+    halves = [tuple(i for i in range(len(world.codes)) if i % 2 == row % 2) for row in range(len(world.codes))]
+    method = _house(dataclasses.replace(world, kin=halves), kernel_steps=5)
+    assert method.known == len(world.training)

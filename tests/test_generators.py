@@ -45,11 +45,11 @@ QUICK = {
     "house": {
         "functional": {"steps": 0},
         "colleagues": {"count": 0},
-        "steps": 300,
+        "kernel_steps": 80,
         "width": 64,
         "queries": 4,
         "layers": 1,
-        "hidden": 128,
+        "hidden": 96,
         "learning_rate": 3e-3,
         "dropout": 0.0,
         "word_dropout": 0.0,
@@ -209,11 +209,14 @@ def test_generators_that_read_tokens_otherwise_are_refused(fitted, tmp_path):
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp", "house"])
-def test_four_experts_are_learned_by_heart(tmp_path, base, name):
-    """Overfitting: relative error of the codes below 0.1, so nothing between description and code is in the way."""
+@pytest.mark.parametrize(("name", "settings"), [("mlp", {}), ("house", {"kernel_steps": 0})])
+def test_four_experts_are_learned_by_heart(tmp_path, base, name, settings):
+    """Overfitting: relative error of the codes below 0.1, so nothing between description and code is in the way.
+
+    A regression over experts shrinks toward their mean by its noise, so it is not what is asked here.
+    """
     four = _prepare(make_bank(tmp_path / "bank", base, TRAINING[:4]), validation=0.0)
-    method = _fit(four, name, steps=200).method
+    method = _fit(four, name, steps=200, **settings).method
     for index in range(4):
         made = method.generate(four.data.conditioner(four.data.embeddings[index][0]), torch.Generator())
         assert (made[0] - four.data.codes[index]).norm() < 0.1 * four.data.codes[index].norm()
@@ -454,10 +457,13 @@ class _Stopped:
         monkeypatch.setattr(TrainingLoop, "run", changed)
 
 
-@pytest.mark.parametrize(("stage", "at"), [("house reconstruction", 150), ("house functional", 130), ("house colleague 2", 35)])
+@pytest.mark.parametrize(
+    ("stage", "at"), [("house kernel", 60), ("house reconstruction", 150), ("house functional", 130), ("house colleague 2", 35)]
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, tmp_path, monkeypatch, stage, at):
     """The same weights to the bit, dropout included, whichever of the stages was cut, and no state is left behind."""
     settings = {
+        "kernel_steps": 80 if stage == "house kernel" else 0,
         "steps": 220,
         "functional": {"steps": 160, "tasks": 4, "examples": 1},
         "colleagues": {"count": 2, "steps": 40},

@@ -15,7 +15,8 @@ from lorag.tasks.suite import Example, Task, TaskSuite, connected
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator
 
-SMALL = {"colleagues": {"count": 0}, "functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
+SMALL = {"kernel_steps": 0, "colleagues": {"count": 0}}
+SMALL |= {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
 
 
 @pytest.fixture(scope="module")

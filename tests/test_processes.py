@@ -31,6 +31,7 @@ from lorag.training.run import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = {
+    "kernel_steps": 0,
     "steps": 12,
     "batch": 9,  # not a multiple of two
     "width": 16,
@@ -82,7 +83,7 @@ def prepared_in(folder):
 
 
 RUNS = {"plain": {}, "noisy": {"settings": {}}, "four": {"settings": {}, "shares": 4}, "bf16": {"mixed_precision": "bf16"}}
-COMMAND = ["tasks=null", "validation=0.2", "k=6", "device=cpu", "settings.functional.steps=0", "settings.steps=6"]
+COMMAND = ["tasks=null", "validation=0.2", "k=6", "device=cpu", "settings.functional.steps=0", "settings.kernel_steps=6"]
 COMMAND += ["settings.dropout=0", "settings.word_dropout=0", "settings.noise=0", "settings.width=16", "settings.hidden=16"]
 
 
@@ -170,7 +171,7 @@ def test_train_generator_in_two_processes_writes_one_generator(world):
     made = LoraGenerator.from_pretrained(world.folder / "generator")
     assert not list((world.folder / "generator").glob("*.state.safetensors"))
     rows = [json.loads(line) for line in (world.folder / "generator" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["stage"] == "house reconstruction"] == [6]
+    assert [row["step"] for row in rows if row["stage"] == "house kernel"] == [6]
     config = load_config(TrainConfig, None, [f"bank={world.folder / 'bank'}", f"out={world.folder / 'alone'}", *COMMAND])
     alone = train(config, quiet=True)
     assert made.origin == alone.origin

@@ -45,7 +45,7 @@ RECIPES = {  # name -> architecture
 }
 PARTS = {"add": Start, "build": BankConfig, "train": TrainConfig}
 FEW = ["settings.steps=2", "k=8", "embedder=words", "device=cpu", "dtype=float32", "--quiet"]
-COLLEAGUES = "settings.colleagues={count: 1, steps: 2}"  # of house
+HOUSE = ["settings.kernel_steps=2", "settings.colleagues={count: 1, steps: 2}"]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_instructions_to_a_generator(name, bases, lorag, tmp_path):
     lorag("tasks", "import", _instructions(tmp_path / "sni", 6, 12), "--out", suite, "--held-out", 0.2)
     few = ["experts.steps=2", "experts.batch=2", "experts.test_limit=2", "device=cpu", "dtype=float32", "--quiet"]
     lorag("bank", "build", "--config", f"recipes/{name}", f"base={base}", f"tasks={suite}", f"out={bank}", *few)
-    few = [*FEW, COLLEAGUES, "settings.functional={steps: 2, tasks: 2, examples: 1, validate_every: 2}", "validation=0.4"]
+    few = [*FEW, *HOUSE, "settings.functional={steps: 2, tasks: 2, examples: 1, validate_every: 2}", "validation=0.4"]
     lorag("train", "--config", f"recipes/{name}", f"bank={bank}", f"tasks={suite}", f"out={made}", *few)
     table = lorag("evaluate", "--generator", made, "--bank", bank, "--tasks", suite, "--methods", "base,house", "--seeds", 1, "--quiet")
     assert re.search(r"^house +[01]\.\d+", table, re.M)
@@ -286,7 +286,7 @@ def test_hub_ids_to_a_generator(name, standin, bases, lorag, tmp_path, random_ad
     opened = AdapterBank.from_pretrained(bank)
     assert sorted(opened.names) == [f"task{number:03}_made_up" for number in range(4)]
     assert (opened.base.model.name, opened.base.settings["template"]) == (start.base, start.settings["template"])
-    lorag("train", "--config", f"recipes/{name}", f"bank={bank}", f"out={made}", "validation=0.25", *FEW, COLLEAGUES)
+    lorag("train", "--config", f"recipes/{name}", f"bank={bank}", f"out={made}", "validation=0.25", *FEW, *HOUSE)
     assert "model.safetensors" not in standin.fetched(start.base)  # its config says what adapters may change
     assert not any(path.endswith(".bin") for _, path in standin.log if "/resolve/" in path)
     _use(made, bank, lorag, tmp_path)

@@ -22,7 +22,7 @@ from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 from lorag.weights.principal_codes import PrincipalCodes
 
-__all__ = ["ExpertRegression", "KernelSettings", "regress_codes"]
+__all__ = ["ExpertRegression", "KernelSettings", "can_regress", "regress_codes"]
 
 _DESCRIPTIONS = 16  # of an expert, over which its features are averaged
 _WORDINGS = 8  # of each held-out task, that validation reads
@@ -112,8 +112,10 @@ class ExpertRegression:
         def loss(_: nn.Module, step: int) -> Batch:
             drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.batch]].tolist()
             asked = drawn[: max(1, round(len(drawn) * settings.asked))]
-            hidden = {i for row in asked for i in data.kin[row]}
-            known = [i for i in drawn if i not in hidden]
+            known = _others(data, drawn, asked)
+            if not known:  # few large families: of one alone the others may be left
+                asked = asked[:1]
+                known = _others(data, drawn, asked)
             if not known:
                 raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
             texts = draw(data, [*known, *asked], loop)
@@ -211,6 +213,13 @@ class ExpertRegression:
         return cls(kernel.requires_grad_(False).eval(), indices, features, values)
 
 
+def can_regress(data: FitData) -> bool:
+    """Whether the training experts differ and each has another that is no kin, from which it could be predicted."""
+    training = set(data.training)
+    codes = data.codes[list(data.training)]
+    return bool((codes != codes[:1]).any()) and not any(training <= set(data.kin[row]) for row in training)
+
+
 def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: TrainingLoop, *, held: bool) -> tuple[ExpertRegression, Tensor]:
     """A regression on the training experts' codes, and where `held` on the held-out ones' too, with the mean (c,) that it adds to."""
     coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
@@ -218,6 +227,12 @@ def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: Trai
     more = list(data.validation) if held else []
     mean = data.codes[sorted([*learned.indices.tolist(), *more])].mean(0)
     return learned.with_others(data.codes - mean, data, more), mean
+
+
+def _others(data: FitData, drawn: Sequence[int], asked: Sequence[int]) -> list[int]:
+    """Those drawn that are no kin of anybody who is asked for."""
+    hidden = {i for row in asked for i in data.kin[row]}
+    return [i for i in drawn if i not in hidden]
 
 
 def _features(kernel: ExpertKernel, data: FitData, rows: Sequence[int], descriptions: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The house method: read the description's tokens, reconstruct experts, then learn from the base model's own loss."""
+"""The house method: read the description, start from a regression over experts, then learn from the base model's own loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -14,7 +15,7 @@ from lorag.conditions.embedding import Embedding
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, NetworkGenerator, ReaderSettings, Settings
 from lorag.generators.colleagues import ColleagueSettings, teach_colleagues
-from lorag.generators.expert_regression import ExpertRegression, KernelSettings, regress_codes
+from lorag.generators.expert_regression import ExpertRegression, KernelSettings, can_regress, regress_codes
 from lorag.generators.functional_training import FunctionalSettings, require_tasks, train_functionally
 from lorag.generators.reconstruction import reconstruct, start_network
 from lorag.models.code_networks import Blur, TokenNetwork, linear_head
@@ -29,6 +30,8 @@ _SOURCES = ("description", "experts", "both")
 _DECODERS = ("auto", "flat", "shared")
 _LONG = 2**16  # elements of a code beyond which "auto" shares one decoder: 64 modules of k = 32
 _MOST_BLOCKS, _MOST_NUMBERS, _MOST_COLLEAGUES = 64, 8, 32
+_MOST_KNOWN = 1024  # experts that a kernel's head keeps: it has a code's length of numbers for each
+_GROUP = 32  # features that make a group of the kernel's, if so many divide `hidden`
 _COLLEAGUES = "reading.colleagues."  # where they stand among the tensors
 
 
@@ -48,10 +51,9 @@ class HouseSettings(ReaderSettings):
         view: Dimensions in which attention compares descriptions.
         temperature: Of the attention over experts, at the start.
         offset: Whether attention also learns an offset, the same for all descriptions.
-        kernel_steps: Steps of learning a kernel between descriptions, by which the network starts from a regression over the
-            experts instead of reconstruction; for codes made of the description alone, by a flat decoder. 0 leaves it out.
-        groups: Of the kernel's features, a divisor of `hidden`.
-        steps: Steps of reconstruction.
+        kernel_steps: Steps of learning a kernel between descriptions: the network starts from a regression over the experts.
+        steps: Steps of reconstruction, from which it starts where no kernel is learned: if `kernel_steps` is 0, codes come from
+            the description by a shared decoder, or experts are too few. Attention over experts needs neither.
         learning_rate: Peak rate of reconstruction.
         batch: Descriptions in a step of reconstruction.
         functional: Steps through the frozen base model.
@@ -60,19 +62,18 @@ class HouseSettings(ReaderSettings):
 
     source: str = "description"
     width: int = 192
-    hidden: int = 256
+    hidden: int = 192
     decoder: str = "auto"
     decoder_width: int = 1024
     decoder_blocks: int = 1
     view: int = 32
     temperature: float = 0.2
     offset: bool = True
-    kernel_steps: int = 0
-    groups: int = 8
+    kernel_steps: int = 800
     steps: int = 300
     learning_rate: float = 1e-3
     batch: int = 64
-    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=1150, tasks=64, examples=2))
+    functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=900, tasks=64, examples=2))
     colleagues: ColleagueSettings = field(default_factory=ColleagueSettings)
 
 
@@ -91,7 +92,7 @@ class _Sum(nn.Module):
 
 
 class House(NetworkGenerator):
-    """Ours. Its parts come from measurements in docs/results.md: shared-subspace codes, token conditions, functional loss."""
+    """Ours. Its parts come from measurements in docs/results.md: shared-subspace codes, token conditions, a kernel, functional loss."""
 
     name = "house"
     settings_type = HouseSettings
@@ -130,10 +131,15 @@ class House(NetworkGenerator):
         """The untrained last part, from features to codes (b, c)."""
         s = self.settings
         if self.known:
-            return KernelHead(self.known, s.hidden, s.groups, code)
+            return KernelHead(self.known, s.hidden, self._groups, code)
         if self.kinds is None or self.depths is None:
             return linear_head(s.hidden, code)
         return ModuleDecoder(s.hidden, self.kinds, self.depths, code // len(self.kinds), width=s.decoder_width, blocks=s.decoder_blocks)
+
+    @property
+    def _groups(self) -> int:
+        """Groups into which the kernel's features fall."""
+        return self.settings.hidden // math.gcd(self.settings.hidden, _GROUP)
 
     experts: int = 0
     colleagues: int = 0
@@ -148,7 +154,7 @@ class House(NetworkGenerator):
         return self.settings.functional.steps > 0
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
-        """Reconstruction, functional training, then the colleagues' lessons; each stage stops early on held-out training tasks.
+        """A regression or reconstruction, functional training, then the colleagues' lessons; each stops early on held-out training tasks.
 
         While attention learns, a task sees no expert of its kin, and validation tasks are nobody's experts: they play the
         unseen. At use all experts count.
@@ -190,9 +196,16 @@ class House(NetworkGenerator):
         s = self.settings
         if s.source != "description" or s.kernel_steps == 0 or self.kinds is not None or self.network is not None:
             return None
-        reading = {field.name: getattr(s, field.name) for field in fields(ReaderSettings)}
+        if not can_regress(data):
+            return None
         kernel = KernelSettings(
-            **reading, width=s.width, features=s.hidden, groups=s.groups, steps=s.kernel_steps, learning_rate=s.learning_rate
+            **{field.name: getattr(s, field.name) for field in fields(ReaderSettings)},
+            width=s.width,
+            features=s.hidden,
+            groups=self._groups,
+            experts=_MOST_KNOWN,
+            steps=s.kernel_steps,
+            learning_rate=s.learning_rate,
         )
         learned = regress_codes(self.name, kernel, data, loop, held=False)
         self.known = len(learned[0].indices)
