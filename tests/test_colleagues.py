@@ -10,6 +10,7 @@ from lorag.generator import LoraGenerator
 from lorag.generators import colleagues, generator_type
 from lorag.generators.base import collate
 from lorag.models.code_networks import Blur, Reading
+from lorag.models.expert_kernel import KernelHead
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator
@@ -73,12 +74,19 @@ def test_readers_start_apart_and_their_mean_makes_the_code(prepared, three):
         assert torch.allclose(network(*inputs), network.head(torch.stack(each).mean(0)), atol=1e-6)
 
 
+def _kernel_head():
+    head = KernelHead(7, 6, 2, 40)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    return head
+
+
 @pytest.mark.parametrize(
-    "head", [torch.nn.Linear(5, 40), torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 40))]
+    "head", [torch.nn.Linear(6, 40), _kernel_head(), torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 40))]
 )
 def test_what_is_compared_are_codes(head):
     """The distance of features is that of the codes which the head makes of them, whether or not it has to make them."""
-    one, other = torch.randn(2, 6, 5).unbind()
+    one, other = torch.randn(2, 5, 6).unbind()
     expected = (head(one) - head(other)).square().mean()
     assert torch.allclose(colleagues._distance_of_codes(head)(one, other), expected, rtol=1e-4)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lorag.conditions.embedding import Embedding
 from lorag.generators.base import FitData, collate, draw
 from lorag.models.code_networks import Blur, Reading, TokenNetwork
+from lorag.models.expert_kernel import KernelHead
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
 
@@ -99,13 +100,18 @@ class _Pupil(nn.Module):
 
 
 def _distance_of_codes(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean squared distance between the codes that a head makes of two (b, f) features, without making them if it is linear."""
-    if not isinstance(head, nn.Linear):
+    """Mean squared distance between the codes that a head makes of two (b, f) features, without making them where that is possible."""
+    before: Callable[[Tensor], Tensor]
+    if isinstance(head, nn.Linear):
+        before, last = nn.Identity(), head.weight.T
+    elif isinstance(head, KernelHead):
+        before, last = head.similarities, head.shares
+    else:
         return lambda one, other: F.mse_loss(head(one), head(other))
-    gram = head.weight.T @ head.weight / head.out_features
+    gram = last @ last.T / last.shape[1]
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
-        difference = one - other
+        difference = before(one) - before(other)
         return ((difference @ gram) * difference).sum(1).mean()
 
     return distance

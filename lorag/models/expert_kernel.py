@@ -85,6 +85,10 @@ class KernelHead(nn.Module):
         self.shares = nn.Parameter(torch.zeros(experts, code))
         self.bias = nn.Parameter(torch.zeros(code))
 
+    def similarities(self, features: Tensor) -> Tensor:
+        """Of features (b, f) to the known experts (b, l)."""
+        return self.similarity(features, self.known)
+
     def forward(self, features: Tensor) -> Tensor:
         """Codes (b, c) of features (b, f)."""
-        return self.similarity(features, self.known) @ self.shares + self.bias
+        return self.similarities(features) @ self.shares + self.bias
