@@ -19,6 +19,7 @@ from lorag.base_models.base_model import TASK_TYPES
 from lorag.errors import ArtifactError, ConfigError
 from lorag.generator import LoraGenerator
 from lorag.generators.icm_fusion import IcmFusion
+from lorag.models.fused_latents import resolve_conflicts
 from lorag.objectives import make_objective
 from lorag.optimisation.functional import TaskLoss
 from lorag.optimisation.refinement import refine
@@ -29,30 +30,12 @@ from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.preparation import find_bank, find_tasks
 from lorag.weights.merging import MERGES
 
-__all__ = ["RULES", "fuse", "fuse_experts", "mean_direction", "resolve_conflicts"]
+__all__ = ["RULES", "fuse", "fuse_experts"]
 
 RULES = ("uniform", "conflict", "learned")
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
-
-
-def mean_direction(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean (d,) of unit vectors of (n, d), given the vectors' weighted mean norm; zero where they cancel."""
-    norms = vectors.norm(dim=1)
-    direction = weights @ (vectors / norms.clamp_min(1e-12)[:, None])
-    length = direction.norm()
-    return direction * (weights @ norms) / length if length > 1e-6 else direction * 0
-
-
-def resolve_conflicts(vectors: Tensor) -> Tensor:
-    """Removes from each of (n, d) its part along every other one that it points against, all as they were given.
-
-    Methods that project one after another depend on the order; here each is projected against the originals.
-    """
-    gram = vectors @ vectors.T
-    along = (gram / gram.diagonal().clamp_min(1e-12)).clamp_max(0.0)
-    return vectors - along @ vectors
 
 
 def _start_weights(names: Sequence[str], weights: Mapping[str, float] | None, counts: Mapping[str, int] | None, tail: float) -> Tensor:
@@ -124,7 +107,8 @@ def fuse_experts(
     """Fuses experts of a bank into one adapter, decoded from one latent (ICM-Fusion, arXiv 2508.04153).
 
     The paper leaves weights and "orientation" open. The rules, in rising cost, for latents and task vectors alike:
-    `uniform` takes the weighted mean of unit vectors and restores their mean norm; `conflict` first removes from each
+    `uniform` takes the weighted mean of unit vectors and restores their mean norm (latents of a generator that was trained
+    on sets: the norm of their sum); `conflict` first removes from each
     vector its parts along vectors that it points against; `learned` starts from `uniform` and learns the weights (a
     softmax) and a linear map of the latents by the tasks' losses on a few examples.
 
@@ -173,8 +157,8 @@ def fuse_experts(
         return torch.softmax(logits + exponent * (log_counts - log_counts.mean()), 0)
 
     def code() -> Tensor:
-        z = mean_direction(latents, shares())
-        return method.decode((z + turn @ z)[None], mean_direction(vectors, shares())[None])
+        z, v = method.fuse(latents, vectors, shares())
+        return method.decode((z + turn @ z)[None], v[None])
 
     support: list[Task] = []
     found: tuple[float, float] | None = None

@@ -14,20 +14,22 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.banks.bank import AdapterBank
 from lorag.cli import main as cli
 from lorag.errors import AdapterError, BankError, ConfigError, GeneratorError
-from lorag.fusion import RULES, fuse, fuse_experts, mean_direction, resolve_conflicts
+from lorag.fusion import RULES, fuse, fuse_experts
 from lorag.generator import LoraGenerator
 from lorag.generators import generator_type
 from lorag.generators.latent import negative_elbo
+from lorag.generators.set_training import draw_set
+from lorag.models.fused_latents import added_directions, mean_direction, resolve_conflicts
 from lorag.models.fvae import FusionVae
 from lorag.objectives import make_objective
-from lorag.optimisation.support_examples import few_examples, learn_weights, shared_inputs, warn_of_shared_inputs
+from lorag.optimisation.support_examples import few_examples, learn_weights, shared_inputs, told_apart, warn_of_shared_inputs
 from lorag.optimisation.training_loop import TrainingLoop
 from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Example, TaskSuite
 from lorag.training.preparation import prepare
 from lorag.training.run import fit_generator
 
-PLAIN = {"steps": 300, "meta_steps": 0, "width": 48, "latent": 20, "batch": 16, "learning_rate": 3e-3}
+PLAIN = {"steps": 300, "meta_steps": 0, "sets": {"steps": 0}, "width": 48, "latent": 20, "batch": 16, "learning_rate": 3e-3}
 SHORT = {**PLAIN, "steps": 5, "meta_steps": 2, "tasks": 3, "examples": 1}
 SET = [name_of(*cell) for cell in (("blue", "cat"), ("green", "horse"), ("red", "bird"))]
 
@@ -194,6 +196,59 @@ def test_held_out_experts_are_not_learned_from(prepared):
     assert torch.allclose(runs[0].latents[list(data.training)], runs[1].latents[list(data.training)], atol=1e-5)
 
 
+# --- sets -------------------------------------------------------------------------------------------------------------
+
+SETS = {"steps": 300, "sets": {"steps": 40, "tasks": 12, "members": 2, "learning_rate": 3e-3, "validate_every": 20}}
+
+
+@pytest.fixture(scope="module")
+def taught(prepared):
+    """A plain F-VAE that was trained on sets."""
+    return _fit(prepared, **SETS)
+
+
+def test_sets_hold_tasks_that_are_told_apart(prepared, runtime):
+    """No two of a set share their inputs; where there are no more such tasks, the set is smaller."""
+    rows, objective = runtime
+    apart = told_apart(rows, objective, prepared.data.functional.tasks)
+    colours = [name.split("-")[0] for name in prepared.bank.names]
+    assert [[a != b for b in colours] for a in colours] == apart.tolist()
+    rng = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 99):
+        found = draw_set(prepared.data.training, apart, size, rng)
+        assert len({colours[row] for row in found}) == len(found) == min(size, len(set(colours)))
+
+
+def test_sets_teach_one_adapter_to_serve_all_tasks(fitted, taught, prepared, suite):
+    """Fused by `uniform`, without any example, the tasks' losses are lower than before, of trained sets and of others."""
+    for names in (SET[:2], SET):
+        before, after = (_loss(g, fuse_experts(g, prepared.bank, names), suite, names).mean() for g in (fitted, taught))
+        assert after < before - 0.1
+
+
+def test_a_generator_of_sets_is_stored_whole(taught, prepared, tmp_path):
+    """Directions and all; the fused adapter is the same, and one expert alone is what it decodes to."""
+    taught.save_pretrained(tmp_path)
+    back = LoraGenerator.from_pretrained(tmp_path, embedder=WordEmbedder())
+    assert back.method.network.directions is not None
+    assert _distance(fuse_experts(back, prepared.bank, SET), fuse_experts(taught, prepared.bank, SET)) < 0.01
+    assert _distance(fuse_experts(taught, prepared.bank, SET[:1]), _decoded(taught, SET[0])) < 1e-4
+
+
+def test_held_out_tasks_are_in_no_set(prepared, monkeypatch):
+    """Neither their codes nor their examples reach a gradient."""
+    held, seen = set(prepared.data.validation), []
+    losses = prepared.data.functional.losses
+
+    def watched(codes, indices, count, seed):
+        seen.extend([] if seed == "validation" else indices)
+        return losses(codes, indices, count, seed)
+
+    monkeypatch.setattr(prepared.data.functional, "losses", watched)
+    _fit(prepared, steps=2, sets={**SETS["sets"], "steps": 6})
+    assert held and seen and not held & set(seen)
+
+
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +258,13 @@ def test_the_mean_direction_keeps_the_mean_norm():
     assert torch.allclose(mean_direction(vectors, torch.tensor([0.5, 0.5])), torch.tensor([4.0, 4.0]) / 2**0.5)
     assert torch.allclose(mean_direction(vectors, torch.tensor([1.0, 0.0])), vectors[0])
     assert not mean_direction(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]), torch.tensor([0.5, 0.5])).any()
+
+
+def test_added_directions_are_as_long_as_their_sum():
+    """At right angles that of a sum; one alone, whatever weight the others have lost, stays what it is."""
+    vectors = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 3.0]])
+    assert torch.allclose(added_directions(vectors, torch.full((3,), 1 / 3)), torch.full((3,), 3.0))
+    assert torch.allclose(added_directions(vectors, torch.tensor([1.0, 0.0, 0.0])), vectors[0])
 
 
 def test_conflicts_are_resolved_symmetrically():

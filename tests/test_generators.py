@@ -30,7 +30,7 @@ QUICK = {
     "kernel": {**KERNEL, "steps": 60},
     "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
     "hypernet": {"steps": 20, "width": 32, "depth": 1, "module_width": 16, "batch": 16},
-    "icm_fusion": {"steps": 60, "meta_steps": 2, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
+    "icm_fusion": {"steps": 60, "meta_steps": 2, "sets": {"steps": 0}, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
     "icm_lora": {
         "steps": 60,
         "width": 32,

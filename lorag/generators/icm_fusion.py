@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lorag.conditions.conditioning import Condition, mixture
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generators.base import FitData, Generator, Settings, draw
+from lorag.generators.functional_training import require_tasks
 from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo
+from lorag.generators.set_training import SetSettings, train_on_sets
 from lorag.models.cvae import Gaussian, standard_normal
+from lorag.models.fused_latents import added_directions, mean_direction
 from lorag.models.fvae import FusionVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.functional import TaskLoss
@@ -49,6 +52,7 @@ class IcmFusionSettings(Settings):
         inner_rate: β, their rate, in coordinates of unit size. One step on decoded held-out experts of the sandbox lowered their
             loss most at about 30, and did harm at 100.
         second_order: Whether gradients flow through the inner gradients too.
+        sets: Training on sets of tasks that share one adapter: ours, beyond the paper. It needs examples.
         top: Nearest experts whose latents are mixed for a description.
         sharpness: τ of the softmax over their cosines.
         temperature: Factor on the deviation of sampled latents; 0 takes the mean.
@@ -69,6 +73,7 @@ class IcmFusionSettings(Settings):
     inner_steps: int = 2
     inner_rate: float = 20.0
     second_order: bool = False
+    sets: SetSettings = field(default_factory=SetSettings)
     top: int = 4
     sharpness: float = 0.05
     temperature: float = 0.0
@@ -106,12 +111,12 @@ class IcmFusion(Generator):
     # --- fit -----------------------------------------------------------------------------------------------------
 
     def fit(self, data: FitData, loop: TrainingLoop) -> None:
-        """Reconstruction, then meta-training through the base model; each stops early on held-out training tasks."""
+        """Reconstruction, meta-training and training on sets through the base model; each stops early on held-out training tasks."""
         settings, functional = self.settings, data.functional
-        if functional is None and (settings.meta_steps or settings.condition == "examples"):
+        if functional is None and (settings.meta_steps or settings.sets.steps or settings.condition == "examples"):
             raise GeneratorError(
                 f"{self.name} learns from the experts' tasks, and there are no examples of them",
-                remedy="Give their suite with tasks=PATH, or take settings.meta_steps=0 and settings.condition=description.",
+                remedy="Give their suite: tasks=PATH; or settings.meta_steps=0 settings.sets.steps=0 settings.condition=description.",
             )
         device = loop.accelerator.device
         rows = list(data.training)
@@ -147,7 +152,7 @@ class IcmFusion(Generator):
 
             def losses(part: slice) -> Tensor:
                 made = network(target[part], v[part], noise[part]).x
-                adapted = self.adapt(made, picks[part], _required(functional), f"{self.name}/{step}")
+                adapted = self.adapt(made, picks[part], require_tasks(self.name, data), f"{self.name}/{step}")
                 return negative_elbo(network(adapted, v[part], more[part]), target[part], settings.kl, each=True)
 
             return Batch(len(picks), losses)
@@ -163,13 +168,14 @@ class IcmFusion(Generator):
             return F.mse_loss(decoded(), x[list(data.validation)]).item()
 
         def task_loss(_: nn.Module) -> float:
-            return _required(functional).loss(self.to_codes(decoded()), data.validation, 8, "validation")
+            return require_tasks(self.name, data).loss(self.to_codes(decoded()), data.validation, 8, "validation")
 
         held = bool(data.validation)
         plain = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", network, reconstruction, error if held else None, plain)
         steps = LoopSettings(settings.meta_steps, settings.meta_learning_rate, validate_every=50)
         loop.run(f"{self.name} meta", network, meta, task_loss if held else None, steps)
+        train_on_sets(self.name, network, self.coordinates, self.vectors, data, loop, settings.sets)
         self.network = network.requires_grad_(False).eval().cpu()
         posterior = self.encode(data.codes, self.vectors)
         self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
@@ -223,7 +229,14 @@ class IcmFusion(Generator):
 
     def decode(self, latents: Tensor, vectors: Tensor) -> Tensor:
         """Codes (b, c) of latents (b, z) beside standardised vectors (b, v); gradients reach both."""
-        return self.to_codes(self._fitted().decode(latents, vectors))
+        network = self._fitted()
+        decoded = network.decode(latents, vectors)
+        return self.to_codes(decoded) if network.directions is None else network.directions(decoded)
+
+    def fuse(self, latents: Tensor, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """One latent (z,) and one vector (v,) for several experts' (n, z) and (n, v), as they were fused in training on sets."""
+        rule = mean_direction if self._fitted().directions is None else added_directions
+        return rule(latents, weights), mean_direction(vectors, weights)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Decodes the mixture of the nearest experts' latents beside the condition's own task vector.
@@ -277,7 +290,8 @@ class IcmFusion(Generator):
         try:
             self.sizes = tuple(tensors["sizes"].tolist())
             with torch.device("meta"):
-                network = FusionVae(*self.sizes, latent=self.settings.latent, width=self.settings.width)
+                code = len(tensors.get("network.directions.weight", ()))
+                network = FusionVae(*self.sizes, latent=self.settings.latent, width=self.settings.width, code=code)
             network.load_state_dict(part("network"), assign=True)
             self.coordinates = PrincipalCodes.from_tensors(part("coordinates"))
             self.diagnostics = Diagnostics.from_tensors(part("diagnostics"))
@@ -288,9 +302,3 @@ class IcmFusion(Generator):
         self.network = network.requires_grad_(False).eval()
 
     sizes: tuple[int, ...]
-
-
-def _required(functional: TaskLoss | None) -> TaskLoss:
-    if functional is None:
-        raise AssertionError("meta-training was let in without tasks")
-    return functional

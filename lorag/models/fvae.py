@@ -25,11 +25,15 @@ class FusionVae(nn.Module):
         vector: v, of a task vector.
         latent: z.
         width: Of the hidden layers.
+        code: Length c of whole codes, if directions from elements to them are learned too; 0 where they are not.
     """
 
-    def __init__(self, elements: int, vector: int, *, latent: int, width: int) -> None:
+    directions: nn.Linear | None
+
+    def __init__(self, elements: int, vector: int, *, latent: int, width: int, code: int = 0) -> None:
         super().__init__()
         self.latent = latent
+        self.directions = nn.Linear(elements, code) if code else None
         self.encoder = _perceptron(elements + vector, width, 2 * latent)
         self.inward = nn.Linear(elements, latent, bias=False)
         self.decoder = _perceptron(latent + vector, width, elements)

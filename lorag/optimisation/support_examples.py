@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -18,7 +19,7 @@ from lorag.objectives.base import task_rng, training_examples
 from lorag.row_adapters import RowAdapters
 from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["Worth", "descend", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "warn_of_shared_inputs"]
+__all__ = ["Worth", "descend", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "told_apart", "warn_of_shared_inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +49,34 @@ def few_examples(task: Task, most: int, seed: int) -> Task:
     return replace(task, examples=tuple(task_rng(task, f"support/{seed}").sample(found, min(most, len(found)))))
 
 
-def shared_inputs(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    """Pairs of tasks whose inputs do not tell them apart, by name.
+def told_apart(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> Tensor:
+    """Which pairs of tasks (n, n) their inputs tell apart; no task is told apart from itself.
 
-    They do not if training inputs are the same, or if the base model's hidden states of them look like two samples of
+    They are not if training inputs are the same, or if the base model's hidden states of them look like two samples of
     one distribution: the squared distance of two means of N states each is then about (s² + s'²) / N, with s² their
     spread. Pairs below three times that count as one (sandbox: at most 1.7 within a domain, at least 8 between domains, where
     cosines of task vectors are .96 to 1 and .25 to .74).
     """
-    inputs = [[example.input for example in training_examples(task)[:_PROBED]] for task in tasks]
-    every = [{example.input for example in training_examples(task)} for task in tasks]
-    states = [objective.hidden(rows.model, own).double().cpu() for own in inputs]
-    means = [own.mean(0) for own in states]
-    noise = [((own - mean).square().sum() / max(1, len(own) - 1) / len(own)).item() for own, mean in zip(states, means, strict=True)]
-    found = []
-    for one, other in itertools.combinations(range(len(tasks)), 2):
-        near = (means[one] - means[other]).square().sum().item() < _APART * (noise[one] + noise[other])
-        if near or every[one] & every[other]:
-            found.append((tasks[one].name, tasks[other].name))
-    return found
+    means, noise, owners = [], [], defaultdict(list)
+    for number, task in enumerate(tasks):
+        inputs = [example.input for example in training_examples(task)]
+        states = objective.hidden(rows.model, inputs[:_PROBED]).double().cpu()
+        means.append(states.mean(0))
+        noise.append((states - means[-1]).square().sum() / max(1, len(states) - 1) / len(states))
+        for text in set(inputs):
+            owners[text].append(number)
+    middle, spread = torch.stack(means), torch.stack(noise)
+    distances = torch.cdist(middle, middle, compute_mode="donot_use_mm_for_euclid_dist").square()
+    apart = distances >= _APART * (spread[:, None] + spread[None])
+    for sharing in owners.values():
+        apart[torch.tensor(sharing)[:, None], torch.tensor(sharing)] = False
+    return apart.fill_diagonal_(False)
+
+
+def shared_inputs(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    """Pairs of tasks whose inputs do not tell them apart, by name."""
+    apart = told_apart(rows, objective, tasks)
+    return [(one.name, other.name) for (i, one), (j, other) in itertools.combinations(enumerate(tasks), 2) if not apart[i, j]]
 
 
 def warn_of_shared_inputs(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> None:
