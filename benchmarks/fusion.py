@@ -1,9 +1,11 @@
 """Fusion on the sandbox: one adapter for 2, 4 or 8 tasks, by every method, against the single experts and a joint adapter.
 
-`python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8,long-tailed] [--seeds 3] [--draws 4] [--limit 16] [--json FILE]`
+`python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8,long-tailed] [--seeds 3] [--draws 4] [--limit 16]
+[--held-out] [--json FILE]`
 
 The tasks of a set lie in different domains, so that their inputs tell them apart, and differ in skill, and in style as far
-as there are styles. With `--json` every finished set is written at once, and the same command goes on from there.
+as there are styles. `--held-out` draws them from the tasks that the generator's training held out. With `--json` every
+finished set is written at once, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from lorag.row_adapters import stack_adapters
 from lorag.sandbox.build import SandboxConfig
 from lorag.sandbox.grid import Cell, splits
 from lorag.tasks.suite import Task, TaskSuite
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
 from lorag.weights.merging import merge
 
 EXAMPLES = 8  # of each task, that refinement sees
@@ -61,9 +63,9 @@ class World:
         return [round(score[objective.metric], 4) for score in objective.scores(rows, own, tasks, limit=self.limit)]
 
 
-def draw_set(size: int, rng: random.Random) -> list[str]:
+def draw_set(size: int, rng: random.Random, among: Container[str]) -> list[str]:
     """Names of bank tasks of different domains and skills, and of different styles while there are any left."""
-    pool: list[Cell] = list(splits()["train"])
+    pool: list[Cell] = [cell for cell in splits()["train"] if cell.name in among]
     rng.shuffle(pool)
     chosen: list[Cell] = []
     for fresh in (True, False):
@@ -72,6 +74,14 @@ def draw_set(size: int, rng: random.Random) -> list[str]:
             if len(chosen) < size and apart and (not fresh or all(cell.style != other.style for other in chosen)):
                 chosen.append(cell)
     return sorted(cell.name for cell in chosen)
+
+
+def held_out(world: World) -> list[str]:
+    """The bank's tasks that taught the generator nothing, for they chose when its training stopped."""
+    config = world.generator.origin["config"]
+    more = find_split("sandbox", WITHOUT_EXPERT)
+    rows = hold_out(world.bank, world.suite, more, kin=config["kin"], validation=config["validation"], seed=config["seed"])[1]
+    return [world.bank.names[row] for row in rows]
 
 
 def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
@@ -194,12 +204,13 @@ def main() -> None:
     """Draws sets, fuses and scores each, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="icm_fusion generator")
-    parser.add_argument("--plain", help="icm_fusion generator trained with settings.meta_steps=0")
+    parser.add_argument("--plain", help="another icm_fusion generator to compare with, such as one with settings.sets.steps=0")
     parser.add_argument("--sets", default="2,4,8,long-tailed", help="sizes of sets, and long-tailed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=4, help="sets of each size and seed")
     parser.add_argument("--limit", type=int, default=16, help="test examples of a task")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps of what learns")
+    parser.add_argument("--held-out", action="store_true", help="sets of tasks that the generator did not learn from")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     generator = LoraGenerator.from_pretrained(given.generator)
@@ -210,7 +221,8 @@ def main() -> None:
         "plain": None if plain is None else plain.revision,
         "limit": given.limit,
         "steps": given.steps,
-    }
+    } | ({"held_out": True} if given.held_out else {})
+    among = held_out(world) if given.held_out else world.bank.names
     rows: list[dict[str, Any]] = []
     if given.json and given.json.exists():
         before = read_json(given.json)
@@ -223,7 +235,7 @@ def main() -> None:
     for kind, size, seed, draw in tqdm(todo, desc="sets"):
         if (kind, seed, draw) in done:
             continue
-        names = draw_set(size, random.Random(f"{kind}/{seed}/{draw}"))
+        names = draw_set(size, random.Random(f"{kind}/{seed}/{draw}"), among)
         scores = (run_long_tailed if kind == "long-tailed" else run_set)(world, names, seed)
         rows.append({"kind": kind, "seed": seed, "draw": draw, "tasks": names, "scores": scores})
         if given.json:

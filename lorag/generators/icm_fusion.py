@@ -102,6 +102,7 @@ class IcmFusion(Generator):
     vectors: Tensor
     centre: Tensor
     scale: Tensor
+    sizes: tuple[int, ...]
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__(settings)
@@ -128,15 +129,20 @@ class IcmFusion(Generator):
         self.centre = means[rows].mean(0)
         self.scale = (means[rows] - self.centre).square().mean().sqrt().clamp_min(1e-6)
         self.vectors = self.standardise(means)
-        network = self._start(x.shape[1], means.shape[1], loop).to(device)
+        self.sizes = (x.shape[1], means.shape[1])
+        with loop.seeded():
+            network = FusionVae(*self.sizes, latent=settings.latent, width=settings.width).to(device)
         training = torch.tensor(rows)
 
+        def vectors(picks: Sequence[int], anew: bool = True) -> Tensor:
+            """Task vectors of some experts, of one description each, drawn anew, if they are made of descriptions."""
+            if anew and settings.condition == "description":
+                return self.standardise(torch.stack([one.pooled for one in draw(data, picks, loop)]))
+            return self.vectors[list(picks)]
+
         def batch(picks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-            """Coordinates, task vectors (of one description each, at random) and noise of some experts."""
-            v = self.vectors[picks]
-            if settings.condition == "description":
-                v = self.standardise(torch.stack([one.pooled for one in draw(data, picks, loop)]))
-            return x[picks], v.to(device), torch.randn(len(picks), settings.latent, generator=loop.rng).to(device)
+            """Coordinates, task vectors and noise of some experts."""
+            return x[picks], vectors(picks).to(device), torch.randn(len(picks), settings.latent, generator=loop.rng).to(device)
 
         def reconstruction(_: nn.Module, step: int) -> Batch:
             picks = training[torch.randint(len(training), (settings.batch,), generator=loop.rng)].tolist()
@@ -175,7 +181,7 @@ class IcmFusion(Generator):
         loop.run(f"{self.name} reconstruction", network, reconstruction, error if held else None, plain)
         steps = LoopSettings(settings.meta_steps, settings.meta_learning_rate, validate_every=50)
         loop.run(f"{self.name} meta", network, meta, task_loss if held else None, steps)
-        train_on_sets(self.name, network, self.coordinates, self.vectors, data, loop, settings.sets)
+        train_on_sets(self.name, network, self.coordinates, vectors, data, loop, settings.sets)
         self.network = network.requires_grad_(False).eval().cpu()
         posterior = self.encode(data.codes, self.vectors)
         self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
@@ -190,11 +196,6 @@ class IcmFusion(Generator):
             spreads.append(torch.pdist(codes).mean() / codes.mean(0).norm().clamp_min(1e-12))
         kl = gaussian_kl(posterior, standard_normal(posterior.mean, network.latent)).mean(0)
         return Diagnostics(kl, posterior.mean.var(0, correction=0), torch.stack(spreads).mean().item())
-
-    def _start(self, elements: int, vector: int, loop: TrainingLoop) -> FusionVae:
-        self.sizes = (elements, vector)
-        with loop.seeded():
-            return FusionVae(elements, vector, latent=self.settings.latent, width=self.settings.width)
 
     def adapt(self, start: Tensor, indices: Sequence[int], functional: TaskLoss, seed: str) -> Tensor:
         """Coordinates (b, p) after K gradient steps of each on its own task's loss.
@@ -229,9 +230,8 @@ class IcmFusion(Generator):
 
     def decode(self, latents: Tensor, vectors: Tensor) -> Tensor:
         """Codes (b, c) of latents (b, z) beside standardised vectors (b, v); gradients reach both."""
-        network = self._fitted()
-        decoded = network.decode(latents, vectors)
-        return self.to_codes(decoded) if network.directions is None else network.directions(decoded)
+        decoded, directions = self._fitted().decode(latents, vectors), self._fitted().directions
+        return self.to_codes(decoded) if directions is None else directions(decoded)
 
     def fuse(self, latents: Tensor, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """One latent (z,) and one vector (v,) for several experts' (n, z) and (n, v), as they were fused in training on sets."""
@@ -243,8 +243,7 @@ class IcmFusion(Generator):
 
         Fitted on examples, it takes the condition's task vector, and the nearest experts' mixed ones where it has none.
         """
-        settings = self.settings
-        similarities = condition.similarities
+        settings, similarities = self.settings, condition.similarities
         mixed = mixture(similarities, self.latents, self.spreads, top=settings.top, temperature=settings.sharpness)
         if settings.condition == "description":
             v = self.standardise(condition.embedding.pooled)
@@ -300,5 +299,3 @@ class IcmFusion(Generator):
         except (KeyError, RuntimeError, TypeError) as error:
             raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
         self.network = network.requires_grad_(False).eval()
-
-    sizes: tuple[int, ...]

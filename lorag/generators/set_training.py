@@ -7,7 +7,7 @@ base model's loss on all of the set's tasks flows into encoder, decoder and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,13 @@ def draw_set(rows: Sequence[int], apart: Tensor, size: int, rng: torch.Generator
 
 
 def train_on_sets(
-    name: str, network: FusionVae, coordinates: PrincipalCodes, vectors: Tensor, data: FitData, loop: TrainingLoop, settings: SetSettings
+    name: str,
+    network: FusionVae,
+    coordinates: PrincipalCodes,
+    vectors: Callable[[Sequence[int], bool], Tensor],
+    data: FitData,
+    loop: TrainingLoop,
+    settings: SetSettings,
 ) -> None:
     """Trains an F-VAE on sets of tasks, and leaves it in the state that was best on sets of held-out ones.
 
@@ -67,7 +73,7 @@ def train_on_sets(
         name: Names the stage.
         network: The F-VAE, which gets directions of its own, from the bank's principal ones.
         coordinates: What it encodes.
-        vectors: Task vectors of the bank's experts (n, v).
+        vectors: Task vectors (n, v) of experts at some rows of the bank; drawn anew where that is asked for and there is a choice.
         data: The bank, with the tasks' examples.
         loop: Runs the stage.
         settings: Its length.
@@ -79,38 +85,51 @@ def train_on_sets(
         return
     functional, device = require_tasks(name, data), loop.accelerator.device
     apart = told_apart(functional.rows, functional.objective, functional.tasks[: len(data.codes)])
-    x, v = coordinates.to_coordinates(data.codes).to(device), vectors.to(device)
+    x = coordinates.to_coordinates(data.codes).to(device)
     network.directions = _directions(coordinates).to(device)
     sizes = [2**power for power in range(max(1, settings.members).bit_length())]
 
-    def losses(sets: Sequence[Sequence[int]], count: int, seed: str) -> Tensor:
-        """Mean loss of each set's tasks (s,), of the one adapter that it gets."""
-        lengths = [len(one) for one in sets]
-        codes = _fused(network, [x[list(one)] for one in sets], [v[list(one)] for one in sets])
-        rows = codes.repeat_interleave(torch.tensor(lengths, device=device), 0)
-        each = functional.losses(rows, [i for one in sets for i in one], count, seed)
-        return torch.stack([own.mean() for own in each.split(lengths)])
+    def losses(lengths: Sequence[int], rows: Sequence[int], v: Tensor, noise: Tensor, count: int, seed: str) -> Tensor:
+        """Mean loss of each set's tasks (s,), of the one adapter that it gets; sets stand one after the other."""
+        z = network.encode(x[list(rows)], v).sample(noise)
+        codes = _fused(network, z.split(list(lengths)), v.split(list(lengths)))
+        each = functional.losses(codes.repeat_interleave(torch.tensor(lengths, device=device), 0), rows, count, seed)
+        return torch.stack([own.mean() for own in each.split(list(lengths))])
 
     def loss(_: nn.Module, step: int) -> Batch:
         size = sizes[int(torch.randint(len(sizes), (), generator=loop.rng))]
         sets = [draw_set(data.training, apart, size, loop.rng) for _ in range(max(1, settings.tasks // size))]
-        return Batch(len(sets), lambda part: losses(sets[part], settings.examples, f"{name} sets/{step}"))
+        drawn = [vectors(one, True).to(device) for one in sets]
+        noise = [torch.randn(len(one), network.latent, generator=loop.rng).to(device) for one in sets]
+
+        def part_of(part: slice) -> Tensor:
+            own = sets[part]
+            rows = [row for one in own for row in one]
+            v, more = torch.cat(drawn[part]), torch.cat(noise[part])
+            return losses([len(one) for one in own], rows, v, more, settings.examples, f"{name} sets/{step}")
+
+        return Batch(len(sets), part_of)
 
     rng = torch.Generator().manual_seed(0)
     held = [[draw_set(data.validation, apart, size, rng) for _ in range(max(1, _CHECKED // size))] for size in sizes]
 
     def validate(_: nn.Module) -> float:
+        found = []
         with torch.no_grad():
-            return torch.stack([losses(sets, 8, "validation").mean() for sets in held]).mean().item()
+            for sets in held:
+                rows = [row for one in sets for row in one]
+                still = torch.zeros(len(rows), network.latent, device=device)
+                v = vectors(rows, False).to(device)
+                found.append(losses([len(one) for one in sets], rows, v, still, 8, "validation").mean())
+        return torch.stack(found).mean().item()
 
     length = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
     loop.run(f"{name} sets", network, loss, validate if data.validation else None, length)
 
 
-def _fused(network: FusionVae, codes: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    """Codes (s, c) of sets, each of experts in coordinates (n, p) beside their task vectors (n, v)."""
-    latents = network.encode(torch.cat(list(codes)), torch.cat(list(vectors))).mean.split([len(one) for one in codes])
-    even = [one.new_full((len(one),), 1 / len(one)) for one in codes]
+def _fused(network: FusionVae, latents: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """Codes (s, c) of sets, each of experts' latents (n, z) and task vectors (n, v)."""
+    even = [one.new_full((len(one),), 1 / len(one)) for one in latents]
     z = torch.stack([added_directions(one, weights) for one, weights in zip(latents, even, strict=True)])
     decoded = network.decode(z, torch.stack([mean_direction(one, weights) for one, weights in zip(vectors, even, strict=True)]))
     return decoded if network.directions is None else network.directions(decoded)
