@@ -119,8 +119,7 @@ class IcmFusion(Generator):
                 f"{self.name} learns from the experts' tasks, and there are no examples of them",
                 remedy="Give their suite: tasks=PATH; or settings.meta_steps=0 settings.sets.steps=0 settings.condition=description.",
             )
-        device = loop.accelerator.device
-        rows = list(data.training)
+        device, rows = loop.accelerator.device, list(data.training)
         self.coordinates = PrincipalCodes.fit(data.codes[rows], settings.coordinates)
         x = self.coordinates.to_coordinates(data.codes).to(device)
         means = data.conditioner.centroids
