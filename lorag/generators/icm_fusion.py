@@ -18,7 +18,6 @@ from lorag.generators.functional_training import require_tasks
 from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo
 from lorag.generators.set_training import SetSettings, train_on_sets
 from lorag.models.cvae import Gaussian, standard_normal
-from lorag.models.fused_latents import added_directions, mean_direction
 from lorag.models.fvae import FusionVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.functional import TaskLoss
@@ -233,9 +232,8 @@ class IcmFusion(Generator):
         return self.to_codes(decoded) if directions is None else directions(decoded)
 
     def fuse(self, latents: Tensor, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """One latent (z,) and one vector (v,) for several experts' (n, z) and (n, v), as they were fused in training on sets."""
-        rule = mean_direction if self._fitted().directions is None else added_directions
-        return rule(latents, weights), mean_direction(vectors, weights)
+        """One latent (z,) and one vector (v,) for several experts' (n, z) and (n, v)."""
+        return self._fitted().fuse(latents, vectors, weights)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Decodes the mixture of the nearest experts' latents beside the condition's own task vector.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lorag.generators.base import FitData
 from lorag.generators.functional_training import require_tasks
-from lorag.models.fused_latents import added_directions, mean_direction
 from lorag.models.fvae import FusionVae
 from lorag.optimisation.data_parallel import Batch
 from lorag.optimisation.support_examples import told_apart
@@ -86,29 +85,24 @@ def train_on_sets(
     functional, device = require_tasks(name, data), loop.accelerator.device
     apart = told_apart(functional.rows, functional.objective, functional.tasks[: len(data.codes)])
     x = coordinates.to_coordinates(data.codes).to(device)
-    network.directions = _directions(coordinates).to(device)
+    network.directions = directions = _directions(coordinates).to(device)
     sizes = [2**power for power in range(max(1, settings.members).bit_length())]
 
-    def losses(lengths: Sequence[int], rows: Sequence[int], v: Tensor, noise: Tensor, count: int, seed: str) -> Tensor:
-        """Mean loss of each set's tasks (s,), of the one adapter that it gets; sets stand one after the other."""
-        z = network.encode(x[list(rows)], v).sample(noise)
-        codes = _fused(network, z.split(list(lengths)), v.split(list(lengths)))
+    def losses(sets: Sequence[Sequence[int]], v: Sequence[Tensor], noise: Sequence[Tensor], count: int, seed: str) -> Tensor:
+        """Mean loss of each set's tasks (s,), of the one adapter that it gets, given its task vectors and noise (n, v) and (n, z)."""
+        lengths, rows = [len(one) for one in sets], [row for one in sets for row in one]
+        latents = network.encode(x[rows], torch.cat(list(v))).sample(torch.cat(list(noise))).split(lengths)
+        fused = [network.fuse(z, own, z.new_full((len(z),), 1 / len(z))) for z, own in zip(latents, v, strict=True)]
+        codes = directions(network.decode(torch.stack([z for z, _ in fused]), torch.stack([own for _, own in fused])))
         each = functional.losses(codes.repeat_interleave(torch.tensor(lengths, device=device), 0), rows, count, seed)
-        return torch.stack([own.mean() for own in each.split(list(lengths))])
+        return torch.stack([own.mean() for own in each.split(lengths)])
 
     def loss(_: nn.Module, step: int) -> Batch:
         size = sizes[int(torch.randint(len(sizes), (), generator=loop.rng))]
         sets = [draw_set(data.training, apart, size, loop.rng) for _ in range(max(1, settings.tasks // size))]
-        drawn = [vectors(one, True).to(device) for one in sets]
+        v = [vectors(one, True).to(device) for one in sets]
         noise = [torch.randn(len(one), network.latent, generator=loop.rng).to(device) for one in sets]
-
-        def part_of(part: slice) -> Tensor:
-            own = sets[part]
-            rows = [row for one in own for row in one]
-            v, more = torch.cat(drawn[part]), torch.cat(noise[part])
-            return losses([len(one) for one in own], rows, v, more, settings.examples, f"{name} sets/{step}")
-
-        return Batch(len(sets), part_of)
+        return Batch(len(sets), lambda part: losses(sets[part], v[part], noise[part], settings.examples, f"{name} sets/{step}"))
 
     rng = torch.Generator().manual_seed(0)
     held = [[draw_set(data.validation, apart, size, rng) for _ in range(max(1, _CHECKED // size))] for size in sizes]
@@ -117,22 +111,13 @@ def train_on_sets(
         found = []
         with torch.no_grad():
             for sets in held:
-                rows = [row for one in sets for row in one]
-                still = torch.zeros(len(rows), network.latent, device=device)
-                v = vectors(rows, False).to(device)
-                found.append(losses([len(one) for one in sets], rows, v, still, 8, "validation").mean())
+                v = [vectors(one, False).to(device) for one in sets]
+                still = [torch.zeros(len(one), network.latent, device=device) for one in sets]
+                found.append(losses(sets, v, still, 8, "validation").mean())
         return torch.stack(found).mean().item()
 
     length = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
     loop.run(f"{name} sets", network, loss, validate if data.validation else None, length)
-
-
-def _fused(network: FusionVae, latents: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    """Codes (s, c) of sets, each of experts' latents (n, z) and task vectors (n, v)."""
-    even = [one.new_full((len(one),), 1 / len(one)) for one in latents]
-    z = torch.stack([added_directions(one, weights) for one, weights in zip(latents, even, strict=True)])
-    decoded = network.decode(z, torch.stack([mean_direction(one, weights) for one, weights in zip(vectors, even, strict=True)]))
-    return decoded if network.directions is None else network.directions(decoded)
 
 
 def _directions(coordinates: PrincipalCodes) -> nn.Linear:

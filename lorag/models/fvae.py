@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.models.cvae import Gaussian, Reconstruction, gaussian, standard_normal
+from lorag.models.fused_latents import added_directions, mean_direction
 
 __all__ = ["FusionVae"]
 
@@ -50,6 +51,11 @@ class FusionVae(nn.Module):
     def decode(self, z: Tensor, v: Tensor) -> Tensor:
         """Codes (b, p) of latents z (b, z) and task vectors v (b, v)."""
         return self.outward(z) + self.decoder(torch.cat([z, v], -1))
+
+    def fuse(self, z: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """One latent (z,) and one task vector (v,) for several experts' (n, z) and (n, v): with directions as they were learned."""
+        rule = mean_direction if self.directions is None else added_directions
+        return rule(z, weights), mean_direction(v, weights)
 
     def forward(self, x: Tensor, v: Tensor, noise: Tensor) -> Reconstruction:
         """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z); the prior is N(0, I)."""

@@ -68,8 +68,8 @@ def told_apart(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -
     middle, spread = torch.stack(means), torch.stack(noise)
     distances = torch.cdist(middle, middle, compute_mode="donot_use_mm_for_euclid_dist").square()
     apart = distances >= _APART * (spread[:, None] + spread[None])
-    for sharing in owners.values():
-        apart[torch.tensor(sharing)[:, None], torch.tensor(sharing)] = False
+    for sharing in (torch.tensor(numbers) for numbers in owners.values() if len(numbers) > 1):
+        apart[sharing[:, None], sharing] = False
     return apart.fill_diagonal_(False)
 
 
