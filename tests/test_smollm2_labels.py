@@ -1,0 +1,83 @@
+"""The glosses of the closed label sets: every label says in several plain ways what it means, so that a detector can be asked for."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).resolve().parent.parent / "lorag/worlds/smollm2/labels"
+SETS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+FEWEST = 5
+KEPT = 2  # the last glosses, for evaluation only
+PLAIN = set("a an the of to is it or and in on for with by about that their they someone who".split())
+
+
+def _words(text):
+    return set(re.findall(r"[\w+#']+", text.lower()))
+
+
+def _content(text):
+    return _words(text) - PLAIN
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_label_set_has_the_fields(name):
+    """Task, noun and labels; a label is text, with its concept, glosses and noun phrase."""
+    found = SETS[name]
+    assert set(found) == {"task", "noun", "labels"}
+    assert name.endswith(found["task"]) and found["noun"] == found["noun"].lower().strip()
+    assert found["labels"]
+    for label, entry in found["labels"].items():
+        assert isinstance(label, str) and label.strip() == label, f"{label!r} is not text: quote it"
+        assert set(entry) == {"concept", "glosses", "noun_phrase"}, label
+        texts = (entry["concept"], entry["noun_phrase"], *entry["glosses"])
+        assert all(isinstance(text, str) and text and text.strip() == text for text in texts), label
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_glosses_are_clauses(name):
+    """Each fits after "say yes if": one clause without end mark, neither a question nor an order."""
+    for label, entry in SETS[name]["labels"].items():
+        for gloss in entry["glosses"]:
+            assert not re.search(r"[.!?:;]$", gloss), f"{label}: {gloss}"
+            assert 3 <= len(gloss.split()) <= 30, f"{label}: {gloss}"
+            assert gloss.split()[0].lower() not in {"if", "whether", "say", "answer", "what", "how", "please"}, f"{label}: {gloss}"
+        assert not re.search(r"[.!?]$", entry["noun_phrase"]), label
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_gloss_names_one_label(name):
+    """Within a set no wording stands for two labels, and a label has enough of its own."""
+    entries = SETS[name]["labels"]
+    seen = Counter(gloss.lower() for entry in entries.values() for gloss in entry["glosses"])
+    assert seen.most_common(1)[0][1] == 1, seen.most_common(1)
+    phrases = Counter(entry["noun_phrase"].lower() for entry in entries.values())
+    assert phrases.most_common(1)[0][1] == 1, phrases.most_common(1)
+    assert all(len(entry["glosses"]) >= FEWEST for entry in entries.values())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_kept_glosses_are_worded_anew(name):
+    """What evaluation reads is no copy of what training reads: at most three fifths of its words stand in any one training gloss."""
+    for label, entry in SETS[name]["labels"].items():
+        for kept in entry["glosses"][-KEPT:]:
+            for gloss in entry["glosses"][:-KEPT]:
+                shared = len(_content(kept) & _content(gloss)) / len(_content(kept))
+                assert shared <= 0.6, f"{label}: {kept!r} repeats {gloss!r}"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_meaning_is_said_in_other_words_than_the_name(name):
+    """At least one gloss of each label does without one of the name's words, so that matching letters is not enough."""
+    for label, entry in SETS[name]["labels"].items():
+        if re.search(r"[a-z]", label) and _content(label):
+            assert any(not _content(label) <= _words(gloss) for gloss in entry["glosses"]), label
+
+
+def test_one_concept_has_one_name():
+    """Concepts differ in more than case and articles, so that the same meaning in two sets has the same string."""
+    names = {entry["concept"] for found in SETS.values() for entry in found["labels"].values()}
+    plain = Counter(" ".join(sorted(_content(name))) for name in names)
+    assert plain.most_common(1)[0][1] == 1, [name for name in names if plain[" ".join(sorted(_content(name)))] > 1]
