@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.experts import train_group
+from lorag.base.objectives import Objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.files.artifacts import embedded, write_json
-from lorag.generation import DEFAULT
-from lorag.generator import LoraGenerator
-from lorag.objectives import Objective
-from lorag.optimisation.experts import train_group
-from lorag.optimisation.refinement import refine_tasks
-from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.sandbox.build import SandboxConfig
-from lorag.sandbox.grid import build_suite, splits
+from lorag.generator.generate import DEFAULT
+from lorag.generator.generator import LoraGenerator
+from lorag.generator.refine import refine_tasks
 from lorag.tasks.suite import Task
 from lorag.training.preparation import find_tasks
+from lorag.worlds.sandbox.build import SandboxConfig
+from lorag.worlds.sandbox.grid import build_suite, splits
 
 CHUNK = 32
 

@@ -25,15 +25,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.machine import device, interleaved_seconds, synchronise
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.objectives import Objective, make_objective
-from lorag.optimisation.experts import ExpertConfig, train_group
-from lorag.row_adapters import RowAdapters
-from lorag.sandbox import world
-from lorag.sandbox.base_lm import TEMPLATE
-from lorag.sandbox.grid import build_suite, splits
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import Objective, make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.tasks.suite import Example, Task
+from lorag.worlds.sandbox import world
+from lorag.worlds.sandbox.base_lm import TEMPLATE
+from lorag.worlds.sandbox.grid import build_suite, splits
 
 __all__ = ["TITLE", "measure"]
 

@@ -21,20 +21,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.merging import merge
+from lorag.bank.bank import AdapterBank
+from lorag.bank.experts import train_group
 from lorag.files.artifacts import read_json, write_json
-from lorag.fusion import fuse_experts
-from lorag.generator import LoraGenerator
-from lorag.optimisation.experts import train_group
-from lorag.optimisation.refinement import refine
-from lorag.optimisation.support_examples import few_examples, learn_weights, tasks_of
-from lorag.row_adapters import stack_adapters
-from lorag.sandbox.build import SandboxConfig
-from lorag.sandbox.grid import Cell, splits
+from lorag.generator.generator import LoraGenerator
+from lorag.generator.refine import refine
+from lorag.methods.support_examples import few_examples, learn_weights, tasks_of
 from lorag.tasks.suite import Task, TaskSuite
+from lorag.training.fuse import fuse_experts
 from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
-from lorag.weights.merging import merge
+from lorag.worlds.sandbox.build import SandboxConfig
+from lorag.worlds.sandbox.grid import Cell, splits
 
 EXAMPLES = 8  # of each task, that refinement sees
 RARE = 8  # training examples of the rare task of a long-tailed set

@@ -14,23 +14,23 @@ import torch
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.sources import find_sources
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.banks.importing import Terms, import_adapters
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout, ModuleShape
-from lorag.cards import describe_path
-from lorag.conditions.conditioning import Conditioner
-from lorag.conditions.embedding import Embedding
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.importing import Terms, import_adapters
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout, ModuleShape
+from lorag.cli.info import describe_path
 from lorag.config import from_plain, load_config, parse_yaml, preset_names
 from lorag.errors import LoragError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
 from lorag.files.training_state import load_training_state, save_training_state
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.generators.regression import MlpSettings
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.regression import MlpSettings
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace
 from lorag.tasks.suite import Example, Task, TaskSuite
-from lorag.training.run import TrainConfig
-from lorag.weights.weight_space import FlatFactors, SharedSubspace
+from lorag.text.conditioning import Conditioner
+from lorag.text.embedding import Embedding
+from lorag.training.train import TrainConfig
 
 __all__ = ["LAYOUT", "TARGETS", "Target", "make_seeds"]
 

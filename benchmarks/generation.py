@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import device, median_seconds, synchronise
-from lorag.banks.bank import BankBase
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.conditions.conditioning import Conditioner
-from lorag.conditions.embedding import Embedding
-from lorag.generator import LoraGenerator
-from lorag.generators.house import House, HouseSettings, number_places
-from lorag.weights.shared_subspace import SharedSubspace
+from lorag.bank.bank import BankBase
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.generator.generator import LoraGenerator
+from lorag.methods.house import House, HouseSettings, number_places
+from lorag.spaces.shared_subspace import SharedSubspace
+from lorag.text.conditioning import Conditioner
+from lorag.text.embedding import Embedding
 
 __all__ = ["TITLE", "llama_8b", "measure"]
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base_models.layout import LoraLayout, ModuleShape
-from lorag.weights.weight_space import SharedSubspace
+from lorag.base.layout import LoraLayout, ModuleShape
+from lorag.spaces.weight_space import SharedSubspace
 
 __all__ = ["TITLE", "measure"]
 

@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from lorag.adapters.sources import find_sources
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.banks.importing import import_adapters
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.conditions.embedding import SentenceEmbedder
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.importing import import_adapters
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
 from lorag.files.artifacts import write_json
+from lorag.text.embedding import SentenceEmbedder
 
 WIDTH, LAYERS, INNER, RANK = 256, 6, 768, 8
 MODULES = [

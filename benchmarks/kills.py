@@ -40,17 +40,17 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, sa
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.sources import find_sources
-from lorag.banks.bank import AdapterBank
-from lorag.banks.build import build_bank
-from lorag.banks.importing import Terms, import_adapters
-from lorag.conditions.embedding import SentenceEmbedder
+from lorag.bank.bank import AdapterBank
+from lorag.bank.build import build_bank
+from lorag.bank.experts import ExpertConfig
+from lorag.bank.importing import Terms, import_adapters
 from lorag.errors import StorageError
 from lorag.files.tensors import read_header
 from lorag.files.training_state import save_training_state
-from lorag.generator import LoraGenerator
-from lorag.optimisation import training_loop
-from lorag.optimisation.experts import ExpertConfig
-from lorag.training.run import TrainConfig, train
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import training_loop
+from lorag.text.embedding import SentenceEmbedder
+from lorag.training.train import TrainConfig, train
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 TEXTS = tuple(f"paint the {colour} {animal}" for colour, animal in TRAINING[:6])

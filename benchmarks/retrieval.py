@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorag.conditions.search import NeighbourSearch
+from lorag.text.search import NeighbourSearch
 
 __all__ = ["TITLE", "measure"]
 

@@ -11,13 +11,13 @@ import copy
 import torch
 
 from benchmarks.machine import device, interleaved_seconds, synchronise
-from lorag.adapters.adapter import LoraAdapter
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.objectives import make_objective
-from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.sandbox.base_lm import TEMPLATE
-from lorag.sandbox.grid import build_suite, splits
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.worlds.sandbox.base_lm import TEMPLATE
+from lorag.worlds.sandbox.grid import build_suite, splits
 
 __all__ = ["TITLE", "measure"]
 

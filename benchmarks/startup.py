@@ -16,7 +16,7 @@ import time
 import torch
 
 from benchmarks.machine import median_seconds
-from lorag.generation import default_generator
+from lorag.generator.generate import default_generator
 
 __all__ = ["TITLE", "measure"]
 

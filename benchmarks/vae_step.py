@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import device, median_seconds, memory_bytes, peak_bytes, synchronise
-from lorag.base_models.layout import LoraLayout, ModuleShape
-from lorag.generators.icm_lora import IcmLora, IcmLoraSettings
-from lorag.generators.latent import negative_elbo
-from lorag.models.conv_cvae import ConvVae
-from lorag.models.cvae import ConditionalVae
-from lorag.weights.principal_codes import PrincipalCodes
-from lorag.weights.weight_space import SharedSubspace
+from lorag.base.layout import LoraLayout, ModuleShape
+from lorag.methods.icm_lora import IcmLora, IcmLoraSettings
+from lorag.methods.latent import negative_elbo
+from lorag.networks.conv_cvae import ConvVae
+from lorag.networks.cvae import ConditionalVae
+from lorag.spaces.principal_codes import PrincipalCodes
+from lorag.spaces.weight_space import SharedSubspace
 
 __all__ = ["TITLE", "measure"]
 

@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 from benchmarks.generation import llama_8b
 from benchmarks.machine import peak_bytes
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.banks.streaming import ExpertStream
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.weights.shared_subspace import SharedSubspace
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.streaming import ExpertStream
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.spaces.shared_subspace import SharedSubspace
 
 __all__ = ["TITLE", "measure"]
 

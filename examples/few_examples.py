@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from lorag import LoraAdapter, generate_lora
-from lorag.generation import default_generator
-from lorag.optimisation.refinement import refine
-from lorag.row_adapters import stack_adapters
+from lorag.adapters.adapter import stack_adapters
+from lorag.generator.generate import default_generator
+from lorag.generator.refine import refine
 from lorag.training.preparation import find_tasks
 
 # A vague wording, on purpose: whose name? Examples say what the description leaves open.

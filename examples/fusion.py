@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from lorag import LoraAdapter
-from lorag.objectives import make_objective
-from lorag.optimisation.support_examples import learn_weights
-from lorag.row_adapters import RowAdapters, stack_adapters
+from lorag.adapters.adapter import stack_adapters
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.methods.support_examples import learn_weights
 from lorag.training.preparation import find_bank, find_tasks
 
 EXPERTS = ("legal-person-upper", "medical-amount-json")

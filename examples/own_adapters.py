@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorag import LoraAdapter, LoraGenerator, generate_lora
+from lorag.adapters.adapter import stack_adapters
 from lorag.adapters.sources import find_sources
-from lorag.banks.importing import Terms, import_adapters
-from lorag.banks.start import Start, start_bank
+from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.start import Start, start_bank
 from lorag.config import load_config
-from lorag.row_adapters import stack_adapters
 from lorag.training.preparation import find_bank, find_tasks
-from lorag.training.run import TrainConfig, train
+from lorag.training.train import TrainConfig, train
 
 DESCRIPTION = "return the city from this banking message as a JSON object"
 UNSEEN = "finance-place-json"  # the task that it describes; none of the adapters below was trained on it

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from lorag import AdapterBank, generate_lora
-from lorag.banks.build import build_bank
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.names import MINILM
+from lorag.adapters.adapter import stack_adapters
+from lorag.bank.build import build_bank
+from lorag.bank.experts import ExpertConfig
+from lorag.base.base_model import BaseModel
+from lorag.base.names import MINILM
 from lorag.config import load_config
-from lorag.optimisation.experts import ExpertConfig
-from lorag.row_adapters import stack_adapters
 from lorag.tasks.suite import Example, Task, TaskSuite
-from lorag.training.run import TrainConfig, train
+from lorag.training.train import TrainConfig, train
 
 SUBJECTS = {
     "sports": ["the second half", "our new goalkeeper", "the last lap", "that penalty", "the relay team", "the home game"],

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorag import generate_lora
 from lorag.adapters.folder import read_facts
-from lorag.base_models.names import locate
-from lorag.publishing.portability import check_portability
+from lorag.adapters.portability import check_portability
+from lorag.base.names import locate
 from lorag.training.preparation import find_tasks
 
 DESCRIPTION = "summarise legal text"

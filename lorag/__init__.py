@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
-    from lorag.banks.bank import AdapterBank
+    from lorag.bank.bank import AdapterBank
     from lorag.errors import LoragError
-    from lorag.generation import generate_lora, generate_loras
-    from lorag.generator import LoraGenerator
+    from lorag.generator.generate import generate_lora, generate_loras
+    from lorag.generator.generator import LoraGenerator
     from lorag.tasks.suite import TaskSuite
 
 __version__ = "0.1.0"
@@ -26,13 +26,13 @@ __all__ = [
 
 # Public names are imported on first use: `import lorag` loads neither torch nor transformers.
 _HOME = {
-    "AdapterBank": "lorag.banks.bank",
+    "AdapterBank": "lorag.bank.bank",
     "LoraAdapter": "lorag.adapters.adapter",
-    "LoraGenerator": "lorag.generator",
+    "LoraGenerator": "lorag.generator.generator",
     "LoragError": "lorag.errors",
     "TaskSuite": "lorag.tasks.suite",
-    "generate_lora": "lorag.generation",
-    "generate_loras": "lorag.generation",
+    "generate_lora": "lorag.generator.generate",
+    "generate_loras": "lorag.generator.generate",
 }
 
 

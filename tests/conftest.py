@@ -15,7 +15,7 @@ from hub_standin import standin  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base_models.layout import LoraLayout
+from lorag.base.layout import LoraLayout
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()

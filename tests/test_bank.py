@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
 from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError
 from lorag.files import artifacts
 from lorag.files import tensors as tensor_files
@@ -330,7 +330,7 @@ def test_interrupted_add_leaves_the_old_bank(bank, random_adapter, monkeypatch, 
     """Stopped before the shard, or between shard and manifest: the old bank opens, and adding again succeeds."""
     experts = [("four", ["task"], [random_adapter(LAYOUT, seed=4)])]
     with monkeypatch.context() as patch:
-        patch.setattr(f"lorag.banks.bank.{moment}", lambda *_, **__: (_ for _ in ()).throw(error))
+        patch.setattr(f"lorag.bank.bank.{moment}", lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             bank.add(experts)
     opened = AdapterBank.from_pretrained(bank.folder)
@@ -345,7 +345,7 @@ ADD = """
 import sys, time
 import torch
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank, BankBase
+from lorag.bank.bank import AdapterBank, BankBase
 folder, who = sys.argv[1:]
 base = AdapterBank.from_pretrained(folder).base
 print("ready", flush=True)
@@ -354,8 +354,8 @@ bank = AdapterBank.create(folder, base)
 for number in range(5):
     factors = {m.name: (torch.ones(2, m.in_features), torch.full((m.out_features, 2), float(number + 1))) for m in base.layout.modules}
     if who == "killed" and number == 2:
-        import lorag.banks.bank, os
-        lorag.banks.bank.write_manifest = lambda *_: os._exit(9)
+        import lorag.bank.bank, os
+        lorag.bank.bank.write_manifest = lambda *_: os._exit(9)
     bank.add([(f"{who}-{number}", ["task"], [LoraAdapter(base.layout, factors, 2.0)])])
 """
 
@@ -388,7 +388,7 @@ def test_processes_adding_at_once_lose_nothing(bank):
 
 def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, random_adapter, monkeypatch):
     """Of two processes that start one bank, the slower finds the bank made and filled while it waited for the lock."""
-    from lorag.banks import bank as module
+    from lorag.bank import bank as module
 
     lock = module.AdapterBank._lock
 

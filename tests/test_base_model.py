@@ -3,9 +3,9 @@
 import torch
 from conftest import output_of
 
-from lorag.banks.bank import AdapterBank
-from lorag.banks.entries import BankBase
-from lorag.base_models.base_model import KINDS, TASK_TYPES, BaseModel
+from lorag.bank.bank import AdapterBank
+from lorag.bank.entries import BankBase
+from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
 
 KIND_OF = {"llama": "causal_lm", "qwen2": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "encoder", "clip": "two_towers"}
 

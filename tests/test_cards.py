@@ -7,8 +7,8 @@ import statistics
 import pytest
 from toy_world import TRAINING, make_bank, make_suite, save_base, true_adapter
 
-from lorag import cards
-from lorag.cards import describe_path
+from lorag.cli import info as cards
+from lorag.cli.info import describe_path
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from lorag import cards
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.cli import info as cards
 from lorag.cli import main as cli
 from lorag.errors import LoragError
 from lorag.files.artifacts import embedded
-from lorag.sandbox.grid import splits
+from lorag.worlds.sandbox.grid import splits
 
 TARGETS = ["q_proj", "v_proj"]
 TRAINED = len(splits()["train"])

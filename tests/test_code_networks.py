@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorag.models.code_networks import TokenReader
+from lorag.networks.code_networks import TokenReader
 
 
 def _reader(layers):

@@ -6,14 +6,14 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generator import LoraGenerator
-from lorag.generators import colleagues, generator_type
-from lorag.generators.base import collate
-from lorag.models.code_networks import Blur, Reading
-from lorag.models.expert_kernel import KernelHead
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import colleagues, generator_type
+from lorag.methods.base import collate
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.code_networks import Blur, Reading
+from lorag.networks.expert_kernel import KernelHead
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 SMALL = {"functional": {"steps": 0}, "kernel_steps": 0, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
 TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}

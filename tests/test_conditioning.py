@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorag.conditions.conditioning import Conditioner, mixture
-from lorag.conditions.embedding import Embedding
+from lorag.text.conditioning import Conditioner, mixture
+from lorag.text.embedding import Embedding
 
 
 def _embedding(*values):

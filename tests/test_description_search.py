@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.retrieval import make_vectors
-from lorag.conditions import conditioning
-from lorag.conditions.conditioning import Conditioner, mixture
-from lorag.conditions.embedding import Embedding
-from lorag.conditions.search import NeighbourSearch
+from lorag.text import conditioning
+from lorag.text.conditioning import Conditioner, mixture
+from lorag.text.embedding import Embedding
+from lorag.text.search import NeighbourSearch
 
 
 @pytest.fixture(scope="module")

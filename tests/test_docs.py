@@ -14,12 +14,12 @@ import yaml
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 
 import lorag
-from lorag.banks.build import BankConfig
+from lorag.bank.build import BankConfig
 from lorag.cli.main import app
 from lorag.config import load_config, read_settings
-from lorag.generators import generator_type
-from lorag.sandbox.build import SandboxConfig
-from lorag.training.run import TrainConfig
+from lorag.methods import generator_type
+from lorag.training.train import TrainConfig
+from lorag.worlds.sandbox.build import SandboxConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

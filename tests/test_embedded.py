@@ -11,15 +11,16 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import PeftModel
 
 from lorag import generate_lora
-from lorag.banks.bank import AdapterBank
+from lorag.adapters.adapter import stack_adapters
+from lorag.bank.bank import AdapterBank
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.files.artifacts import embedded
-from lorag.generation import default_generator
-from lorag.objectives import make_objective
-from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.sandbox import wordings
-from lorag.sandbox.grid import splits
+from lorag.generator.generate import default_generator
 from lorag.tasks.unknown import unknown_tasks
 from lorag.training.preparation import find_bank, find_tasks
+from lorag.worlds.sandbox import wordings
+from lorag.worlds.sandbox.grid import splits
 
 LEGAL = "legal-summarise-plain"
 UNKNOWN = [text for texts in unknown_tasks("test").values() for text in texts]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorag.conditions.embedding import SentenceEmbedder, _states
+from lorag.text.embedding import SentenceEmbedder, _states
 
 TEXTS = ["summarise legal text", "who signed this lease, and when? answer as JSON", "date"]
 

@@ -9,20 +9,20 @@ from accelerate import Accelerator
 from conftest import gauge
 from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save_base
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 from lorag.evaluation.folders import run_ladder
 from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.files.artifacts import write_json
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.objectives import make_objective
-from lorag.optimisation.experts import ExpertConfig, train_group
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.row_adapters import RowAdapters
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 CELLS = tuple(zip(COLOURS, ANIMALS, strict=True))  # five tasks that share no word and no answer
 EMBEDDER = WordEmbedder()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base_models.names import locate
+from lorag.base.names import locate
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -9,11 +9,11 @@ from test_vae import CLEAR, EMBEDDER, ICM, _condition, _data
 from toy_world import HELD_OUT, TRAINING, describe
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generators import expert_regression, generator_type
-from lorag.generators.expert_regression import ExpertRegression, KernelSettings
-from lorag.models.expert_kernel import ExpertKernel
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.weights.principal_codes import PrincipalCodes
+from lorag.methods import expert_regression, generator_type
+from lorag.methods.expert_regression import ExpertRegression, KernelSettings
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.expert_kernel import ExpertKernel
+from lorag.spaces.principal_codes import PrincipalCodes
 
 SMALL = {"width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "steps": 150, **CLEAR}
 
@@ -295,7 +295,7 @@ def test_any_number_of_features_falls_into_groups(world, hidden, groups):
 
 def test_house_keeps_no_more_experts_than_it_may(world, monkeypatch):
     """Of a large bank some are drawn, since each costs a code's length of numbers."""
-    monkeypatch.setattr("lorag.generators.house._MOST_KNOWN", 5)
+    monkeypatch.setattr("lorag.methods.house._MOST_KNOWN", 5)
     assert len(_house(world, kernel_steps=2).network.reading.head.known) == 5
 
 

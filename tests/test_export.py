@@ -14,10 +14,10 @@ from toy_world import save_base, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.export import export_merged, export_portable, merge_into
-from lorag.base_models.base_model import BaseModel, kind_of
-from lorag.base_models.layout import LoraLayout
-from lorag.cards import describe_path
+from lorag.base.base_model import BaseModel, kind_of
+from lorag.base.layout import LoraLayout
 from lorag.cli import main as cli
+from lorag.cli.info import describe_path
 from lorag.errors import AdapterError, BaseModelError, StorageError
 
 

@@ -9,25 +9,25 @@ from accelerate import Accelerator
 from conftest import WORDS, gauge
 from toy_world import COLOURS, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base, true_adapter
 
-from lorag import fusion
-from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.cli import main as cli
 from lorag.errors import AdapterError, BankError, ConfigError, GeneratorError
-from lorag.fusion import RULES, fuse, fuse_experts
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.generators.latent import negative_elbo
-from lorag.generators.set_training import draw_set
-from lorag.models.fused_latents import added_directions, mean_direction, resolve_conflicts
-from lorag.models.fvae import FusionVae
-from lorag.objectives import make_objective
-from lorag.optimisation.support_examples import few_examples, learn_weights, shared_inputs, told_apart, warn_of_shared_inputs
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.row_adapters import RowAdapters, stack_adapters
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.latent import negative_elbo
+from lorag.methods.set_training import draw_set
+from lorag.methods.support_examples import few_examples, learn_weights, shared_inputs, told_apart, warn_of_shared_inputs
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.fused_latents import added_directions, mean_direction, resolve_conflicts
+from lorag.networks.fvae import FusionVae
 from lorag.tasks.suite import Example, TaskSuite
+from lorag.training import fuse as fusion
+from lorag.training.fuse import RULES, fuse, fuse_experts
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 PLAIN = {"steps": 300, "meta_steps": 0, "sets": {"steps": 0}, "width": 48, "latent": 20, "batch": 16, "learning_rate": 3e-3}
 SHORT = {**PLAIN, "steps": 5, "meta_steps": 2, "tasks": 3, "examples": 1}

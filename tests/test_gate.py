@@ -10,26 +10,26 @@ from accelerate import Accelerator
 from toy_world import COLOURS, HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base
 from typer.testing import CliRunner
 
-import lorag.generation as generation_module
-import lorag.generator_files as generator_files
+import lorag.generator.files as generator_files
+import lorag.generator.generate as generation_module
 import lorag.training.gate_fitting as gate_fitting
-import lorag.training.run as training
+import lorag.training.train as training
 from lorag.cli.main import app
-from lorag.conditions.conditioning import mixture_weights
 from lorag.errors import BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
 from lorag.evaluation.gate import format_gate, measure_gate
-from lorag.gate.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
-from lorag.gate.evidence import FEATURES, gather, rewordings
-from lorag.gate.gate import Gate
-from lorag.generation import generate_lora
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
+from lorag.generator.evidence import FEATURES, gather, rewordings
+from lorag.generator.gate import Gate
+from lorag.generator.generate import generate_lora
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
+from lorag.text.conditioning import mixture_weights
 from lorag.training.gains import gains_of
 from lorag.training.gate_fitting import GateSettings, add_gate, fit_gate
 from lorag.training.preparation import hold_out, prepare
-from lorag.training.run import TrainConfig, fit_generator, train
+from lorag.training.train import TrainConfig, fit_generator, train
 
 EMBEDDER = WordEmbedder()
 FAR = ("drive my robot arm forward", "asdf qwer zxcv", "thank you so much", "fasse den wetterbericht zusammen")

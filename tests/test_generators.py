@@ -9,21 +9,21 @@ from accelerate import Accelerator
 from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, other_form, save_base, true_adapter
 
 from lorag.adapters.adapter import WEIGHTS
-from lorag.banks.bank import AdapterBank
-from lorag.conditions.conditioning import Conditioner, mixture
+from lorag.bank.bank import AdapterBank
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError
 from lorag.files.artifacts import read_json, write_json
-from lorag.generation import generate_loras
-from lorag.generator import LoraGenerator
-from lorag.generators import GENERATORS, FitData, generator_type
-from lorag.generators.reconstruction import _distance
-from lorag.generators.regression import _left_out
-from lorag.objectives import make_objective
-from lorag.optimisation.functional import TaskLoss
-from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
-from lorag.row_adapters import RowAdapters
+from lorag.generator.generate import generate_loras
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import GENERATORS, FitData, generator_type
+from lorag.methods.functional import TaskLoss
+from lorag.methods.reconstruction import _distance
+from lorag.methods.regression import _left_out
+from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.text.conditioning import Conditioner, mixture
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator, tune_strength
+from lorag.training.train import fit_generator, tune_strength
 
 KERNEL = {"steps": 30, "width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "dropout": 0.0}
 QUICK = {

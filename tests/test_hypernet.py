@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import GeneratorError
-from lorag.generators import generator_type
-from lorag.models.hypernet import ModuleNetwork
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.hypernet import ModuleNetwork
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 PARTS = (4, 6, 4, 6, 6)
 SMALL = {"width": 96, "depth": 2, "module_width": 16, "dropout": 0.0, "batch": 16, "learning_rate": 2e-3}

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_bases import picture, save_tiny
 
-from lorag.base_models.base_model import BaseModel, kind_of
-from lorag.base_models.layout import LoraLayout
+from lorag.adapters.adapter import stack_adapters
+from lorag.base.base_model import BaseModel, kind_of
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import make_objective
+from lorag.base.objectives.image_text import recall
+from lorag.base.objectives.image_to_text import box_f1, boxes_of
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import ArtifactError, ConfigError, MissingDependencyError, TaskError
 from lorag.files.images import ImageFile
-from lorag.objectives import make_objective
-from lorag.objectives.image_text import recall
-from lorag.objectives.image_to_text import box_f1, boxes_of
-from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Example, Task, TaskSuite
 
 BOX = "<loc_{}><loc_{}><loc_{}><loc_{}>"

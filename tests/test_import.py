@@ -20,18 +20,18 @@ from lorag import errors
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.purpose import card_text, find_purpose
 from lorag.adapters.sources import find_sources
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.banks.check import check_bank, format_findings
-from lorag.banks.importing import Terms, import_adapters
-from lorag.banks.index import BankIndex, norm_of
-from lorag.banks.start import Start, start_bank
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.base_models.names import known_name, same_model
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.check import check_bank, format_findings
+from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.index import BankIndex, norm_of
+from lorag.bank.start import Start, start_bank
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.names import known_name, same_model
 from lorag.errors import LoragError
 from lorag.files.artifacts import embedded, write_json, write_manifest
-from lorag.weights.shared_bases import RunningSpan, cosine
-from lorag.weights.weight_space import SharedSubspace
+from lorag.spaces.shared_bases import RunningSpan, cosine
+from lorag.spaces.weight_space import SharedSubspace
 
 LAYOUT = LoraLayout.from_dict(
     {
@@ -282,7 +282,7 @@ _WIDE = 2**19  # wide and of low rank: as many bytes as a square one, and little
 WATCHED = """
 import json, sys
 from lorag.adapters.sources import find_sources
-from lorag.banks.importing import Terms, import_adapters
+from lorag.bank.importing import Terms, import_adapters
 folder, places = sys.argv[1], sys.argv[2:]
 sources = find_sources(places)
 list(import_adapters(folder, sources[-1:]))  # what any refusal needs has been loaded

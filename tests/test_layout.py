@@ -10,7 +10,7 @@ import transformers
 from conftest import Allocations
 from peft.tuners.lora import LoraLayer
 
-from lorag.base_models.layout import LoraLayout, ModuleShape
+from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import LayoutError
 
 

@@ -8,8 +8,8 @@ from conftest import gauge
 from toy_world import other_form, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.merging import MERGES, merge
 from lorag.errors import AdapterError
-from lorag.weights.merging import MERGES, merge
 
 EXACT_ALONE = {"mean": {}, "cat": {}, "ties": {"density": 1.0}, "lego": {}}
 CELLS = (("red", "dog"), ("blue", "fish"), ("pink", "cat"))

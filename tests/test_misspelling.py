@@ -5,10 +5,10 @@ import random
 import pytest
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
-from lorag.conditions.misspelling import misspell, misspell_some
 from lorag.errors import ConfigError
+from lorag.text.misspelling import misspell, misspell_some
 from lorag.training.preparation import prepare
-from lorag.training.run import TrainConfig, train
+from lorag.training.train import TrainConfig, train
 
 
 def _distance(one, other):

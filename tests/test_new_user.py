@@ -6,7 +6,7 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.cli import main as cli
 from lorag.files.artifacts import embedded
 

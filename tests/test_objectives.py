@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import EOS, WORDS
 
-from lorag.base_models.layout import LoraLayout
+from lorag.adapters.adapter import stack_adapters
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import OBJECTIVES, make_objective, take
+from lorag.base.objectives.language_model import rouge_l
+from lorag.base.objectives.sentence_encoder import _macro_f1
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import ConfigError, TaskError
-from lorag.objectives import OBJECTIVES, make_objective, take
-from lorag.objectives.language_model import rouge_l
-from lorag.objectives.sentence_encoder import _macro_f1
-from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Example, Task
 
 BASES = {"causal_lm": "llama", "seq2seq_lm": "t5", "label_matching": "bert", "prototypes": "bert"}

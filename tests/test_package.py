@@ -15,8 +15,8 @@ from pathlib import Path
 import lorag
 from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded
 from lorag.config import preset_names
-from lorag.sandbox.world import DOMAINS, domain
-from lorag.sandbox.wordings import read
+from lorag.worlds.sandbox.world import DOMAINS, domain
+from lorag.worlds.sandbox.wordings import read
 home = Path(sys.argv[1]).resolve()
 assert Path(lorag.__file__).resolve().is_relative_to(home), lorag.__file__
 for folder, names in (("checkpoints", ("sandbox-lm", "house", "multitask")), ("data/sandbox", ("tasks", "bank", "oracles"))):

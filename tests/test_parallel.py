@@ -18,20 +18,20 @@ from fan_out_work import always_dies, deadly, square
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
 
 from lorag.adapters.sources import find_sources
-from lorag.banks.bank import AdapterBank
-from lorag.banks.build import build_bank
-from lorag.banks.importing import Terms, import_adapters
-from lorag.batch import BatchSettings, Wanted, generate_folders, read_descriptions
+from lorag.bank.bank import AdapterBank
+from lorag.bank.build import build_bank
+from lorag.bank.experts import ExpertConfig
+from lorag.bank.importing import Terms, import_adapters
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.optimisation.experts import ExpertConfig
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.generator.batch import BatchSettings, Wanted, generate_folders, read_descriptions
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.parallel import Backend, FanOutError
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 RAY = Backend("ray")
 EXPERTS = ExpertConfig(target_modules=["q_proj", "v_proj"], ranks=[2, 4], group=2, steps=4, batch=2, checkpoints=2, test_limit=4)
@@ -74,7 +74,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory, base):
     """Folder of a generator that needs no embedder to be downloaded: of MiniLM, from the package of its weights."""
-    from lorag.conditions.embedding import SentenceEmbedder
+    from lorag.text.embedding import SentenceEmbedder
 
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, CELLS)
     prepared = prepare(bank, SentenceEmbedder.from_pretrained(device="cpu"), k=8, device="cpu", quiet=True)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.folder import own_layout, read_facts
-from lorag.cards import describe_path
+from lorag.adapters.portability import TARGETS, Facts, check_portability
+from lorag.cli.info import describe_path
 from lorag.errors import AdapterError
-from lorag.publishing.portability import TARGETS, Facts, check_portability
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "portability.md"

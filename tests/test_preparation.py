@@ -6,14 +6,14 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError
-from lorag.generators import generator_type
-from lorag.models.expert_attention import ExpertAttention
-from lorag.optimisation.functional import TaskLoss
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.methods import generator_type
+from lorag.methods.functional import TaskLoss
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.expert_attention import ExpertAttention
 from lorag.tasks.derived import derive
 from lorag.tasks.suite import Example, Task, TaskSuite, connected
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 SMALL = {"kernel_steps": 0, "colleagues": {"count": 0}}
 SMALL |= {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
@@ -180,7 +180,7 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypa
 
 def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):
     """Opened again, it writes the same ΔW."""
-    from lorag.generator import LoraGenerator
+    from lorag.generator.generator import LoraGenerator
 
     generator = _fit(_prepare(bank, suite=_suite()), source="both", width=16, queries=2, layers=1, heads=2, hidden=16)
     generator.save_pretrained(tmp_path / "g")

@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.config import load_config
 from lorag.errors import ConfigError
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.optimisation.data_parallel import Batch, Shares
-from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.data_parallel import Batch, Shares
+from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.training.preparation import prepare
-from lorag.training.run import TrainConfig, train
+from lorag.training.train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = {

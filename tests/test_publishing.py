@@ -18,21 +18,21 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, save_base
 
-from lorag import cards
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.base_models.base_model import BaseModel
+from lorag.adapters.licences import UNKNOWN, derive, known_licence
+from lorag.adapters.model_card import CARD, adapter_card, own_card
+from lorag.adapters.provenance import parents, public_name
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.base.base_model import BaseModel
+from lorag.cli import info as cards
 from lorag.cli import main as cli
 from lorag.errors import ArtifactError, BaseModelError, StorageError
 from lorag.files import hub
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.publishing.licences import UNKNOWN, derive, known_licence
-from lorag.publishing.model_card import CARD, adapter_card, own_card
-from lorag.publishing.provenance import parents, public_name
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
-from lorag.training.run import _licences, fit_generator
+from lorag.training.train import _licences, fit_generator
 
 CELLS = TRAINING[:6]
 NAMES = [name_of(*cell) for cell in CELLS]

@@ -12,18 +12,18 @@ from accelerate import Accelerator
 from conftest import Allocations
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
-from lorag.banks.streaming import ExpertStream
-from lorag.base_models.layout import LoraLayout, ModulePlace
+from lorag.bank.streaming import ExpertStream
+from lorag.base.layout import LoraLayout, ModulePlace
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.models.module_decoder import ModuleDecoder
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.module_decoder import ModuleDecoder
+from lorag.spaces.shared_bases import Span
+from lorag.spaces.weight_space import SharedSubspace, weight_space_from_tensors
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
-from lorag.weights.shared_bases import Span
-from lorag.weights.weight_space import SharedSubspace, weight_space_from_tensors
+from lorag.training.train import fit_generator
 
 CONFIGS = Path(__file__).parent / "base_configs"
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -224,7 +224,7 @@ def test_large_spaces_take_bf16_by_themselves(monkeypatch, prepared):
     """Beyond a number of values, and not below: what ships stays as it is."""
     fit = lambda: SharedSubspace.fit_stream(ExpertStream(prepared.bank), prepared.bank.base.layout, 4)  # noqa: E731
     assert fit().bases_in[0].dtype == torch.float32
-    monkeypatch.setattr("lorag.weights.shared_subspace._LARGE", 100)
+    monkeypatch.setattr("lorag.spaces.shared_subspace._LARGE", 100)
     assert fit().bases_in[0].dtype == torch.bfloat16
 
 
@@ -245,7 +245,7 @@ def test_streamed_experts_are_those_of_the_bank(prepared, tmp_path, precision):
 
 def test_a_stream_holds_a_few_experts_at_a_time(monkeypatch, prepared):
     """However many experts a shard has, stacks stay below the limit, and nobody is left out."""
-    monkeypatch.setattr("lorag.banks.streaming._MOST", 3 * 4 * 64)
+    monkeypatch.setattr("lorag.bank.streaming._MOST", 3 * 4 * 64)
     module = prepared.bank.base.layout.names[2]  # 64 -> 32
     counts = [len(rows) for rows, _ in ExpertStream(prepared.bank).factors(module)]
     assert max(counts) == 3 and sum(counts) == len(prepared.bank)

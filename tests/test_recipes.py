@@ -17,22 +17,22 @@ from transformers import CLIPConfig, CLIPModel, Florence2Config, Florence2ForCon
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.sources import listed_sources
-from lorag.banks.bank import AdapterBank
-from lorag.banks.build import BankConfig
-from lorag.banks.start import Start
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
+from lorag.bank.bank import AdapterBank
+from lorag.bank.build import BankConfig
+from lorag.bank.start import Start
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.cli import main as cli
-from lorag.conditions.embedding import SentenceEmbedder
 from lorag.config import load_config, recipe_names
 from lorag.errors import BankError, ConfigError, TaskError
-from lorag.generator import LoraGenerator
-from lorag.objectives import make_objective
-from lorag.row_adapters import RowAdapters
+from lorag.generator.generator import LoraGenerator
 from lorag.tasks.coco import import_coco
 from lorag.tasks.natural_instructions import Limits, import_instructions
 from lorag.tasks.suite import Example, Task, TaskSuite
-from lorag.training.run import TrainConfig
+from lorag.text.embedding import SentenceEmbedder
+from lorag.training.train import TrainConfig
 
 RECIPES = {  # name -> architecture
     "clip-vit-b16-retrieval": "clip",

@@ -5,17 +5,18 @@ import torch
 from accelerate import Accelerator
 from toy_world import WordEmbedder, describe, make_bank, make_suite, save_base
 
+from lorag.adapters.adapter import stack_adapters
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import TaskError
 from lorag.evaluation.reproduction import delta_error
-from lorag.generators import generator_type
-from lorag.objectives import make_objective
-from lorag.optimisation.experts import ExpertConfig, train_group
-from lorag.optimisation.refinement import check_examples, refine, refine_tasks
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.row_adapters import RowAdapters, stack_adapters
+from lorag.generator.refine import check_examples, refine, refine_tasks
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 CELLS = (("red", "cat"), ("blue", "fish"))
 

@@ -16,21 +16,21 @@ from toy_world import HELD_OUT, TRAINING, WordEmbedder, make_bank, make_suite, s
 from lorag.cli import main as cli
 from lorag.errors import MissingDependencyError
 from lorag.evaluation.folders import Ladder
-from lorag.gate.calibration import Logistic, risk_coverage
-from lorag.gate.evidence import FEATURES, Reference
-from lorag.gate.gate import Gate
-from lorag.generators import generator_type
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.report import writing
-from lorag.report.chapters import write_chapters
-from lorag.report.figures import ROLES, draw_ladder, draw_pairs
-from lorag.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
-from lorag.report.gathering import gather_findings
-from lorag.report.page import render_page
-from lorag.report.style import DARK, LIGHT, drawing, shorten, to_png
-from lorag.report.writing import write_report
+from lorag.evaluation.report import writing
+from lorag.evaluation.report.chapters import write_chapters
+from lorag.evaluation.report.figures import ROLES, draw_ladder, draw_pairs
+from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
+from lorag.evaluation.report.gathering import gather_findings
+from lorag.evaluation.report.page import render_page
+from lorag.evaluation.report.style import DARK, LIGHT, drawing, shorten, to_png
+from lorag.evaluation.report.writing import write_report
+from lorag.generator.calibration import Logistic, risk_coverage
+from lorag.generator.evidence import FEATURES, Reference
+from lorag.generator.gate import Gate
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 HOSTILE = "<script>alert(1)</script> \"'&amp; $\\frac{ ${x} {{y}}\n\u202e\x1b[2J" + "long " * 40
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(16)

@@ -8,10 +8,11 @@ import torch
 from conftest import output_of
 from torch.func import functional_call
 
-from lorag.base_models.base_model import BaseModel
+from lorag.adapters.adapter import stack_adapters
+from lorag.base.base_model import BaseModel
+from lorag.base.row_adapters import Cores, RowAdapters
 from lorag.errors import BaseModelError, LayoutError
-from lorag.row_adapters import RowAdapters, stack_adapters
-from lorag.weights.weight_space import Cores, SharedSubspace
+from lorag.spaces.weight_space import SharedSubspace
 
 RANKS = ((2, 4.0), (5, 20.0), (3, -3.0))
 

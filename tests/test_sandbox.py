@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment before transformers is imported
 
-from lorag.sandbox import wordings, world
-from lorag.sandbox.base_lm import TEMPLATE, train_tokenizer
-from lorag.sandbox.grid import HARD_PAIRS, Cell, build_suite, cells, splits
 from lorag.tasks.unknown import unknown_tasks
+from lorag.worlds.sandbox import wordings, world
+from lorag.worlds.sandbox.base_lm import TEMPLATE, train_tokenizer
+from lorag.worlds.sandbox.grid import HARD_PAIRS, Cell, build_suite, cells, splits
 
 BANK_STYLES = 3  # of each seen skill-domain pair
 FACTORS = {"skills": world.SKILLS, "domains": world.DOMAINS, "styles": world.STYLES}
@@ -39,7 +39,7 @@ def raw():
     """The domain files as they are written."""
     from importlib import resources
 
-    folder = resources.files("lorag.sandbox").joinpath("domains")
+    folder = resources.files("lorag.worlds.sandbox").joinpath("domains")
     return {path.name.removesuffix(".yaml"): yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.iterdir()}
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 
-from lorag.conditions.task_map import TaskMap
 from lorag.errors import BankError
+from lorag.text.task_map import TaskMap
 
 
 def _flat(count=12, size=7, seed=0):

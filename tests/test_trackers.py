@@ -14,15 +14,15 @@ from torch import nn
 from toy_world import TRAINING, make_suite, save_base
 
 from lorag import progress
-from lorag.banks.build import BankConfig, build_bank
+from lorag.bank.build import BankConfig, build_bank
+from lorag.bank.experts import ExpertConfig
 from lorag.config import load_config
 from lorag.errors import ArtifactError, ConfigError, MissingDependencyError, StorageError
-from lorag.optimisation import metrics as metrics_module
-from lorag.optimisation.experts import ExpertConfig
-from lorag.optimisation.metrics import METRICS, TRACKERS, Metrics, check_trackers, read_metrics
-from lorag.optimisation.training_loop import LoopSettings, TrainingLoop
+from lorag.files.metrics import METRICS, TRACKERS, Metrics, check_trackers, read_metrics
+from lorag.methods import metrics as metrics_module
+from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.progress import Lines, progress_bar
-from lorag.training.run import TrainConfig, train
+from lorag.training.train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,7 +133,7 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path):
 def test_trackio_gets_what_the_file_gets(tmp_path):
     """In its own database, without a server or a network; nothing is said on standard output, which is the command's."""
     code = (
-        "from pathlib import Path\nfrom lorag.optimisation.metrics import Metrics\n"
+        "from pathlib import Path\nfrom lorag.files.metrics import Metrics\n"
         "with Metrics(Path('run'), ['trackio'], {'steps': 2}) as metrics:\n"
         "    for step in (1, 2): metrics.record('fit', step, loss=1 / step)\n"
         "import trackio\n"

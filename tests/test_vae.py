@@ -9,18 +9,18 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from torch import nn
 from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of
 
-from lorag.cards import describe_path
-from lorag.conditions.conditioning import Condition, Conditioner
+from lorag.cli.info import describe_path
 from lorag.errors import ConfigError, GeneratorError
 from lorag.files.tensors import save_tensors
-from lorag.generators import FitData, generator_type
-from lorag.generators.base import collate
-from lorag.generators.expert_mixture import ExpertMixture
-from lorag.generators.latent import Diagnostics, gaussian_kl, negative_elbo, squared_error
-from lorag.models.conv_cvae import ConvVae
-from lorag.models.cvae import Gaussian, LearnedPriorVae, Reconstruction, standard_normal
-from lorag.optimisation.training_loop import TrainingLoop
-from lorag.weights.principal_codes import PrincipalCodes, StandardCodes
+from lorag.methods import FitData, generator_type
+from lorag.methods.base import collate
+from lorag.methods.expert_mixture import ExpertMixture
+from lorag.methods.latent import Diagnostics, gaussian_kl, negative_elbo, squared_error
+from lorag.methods.training_loop import TrainingLoop
+from lorag.networks.conv_cvae import ConvVae
+from lorag.networks.cvae import Gaussian, LearnedPriorVae, Reconstruction, standard_normal
+from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
+from lorag.text.conditioning import Condition, Conditioner
 
 EMBEDDER = WordEmbedder()
 LENGTH, MODULES = 90, (60, 30)

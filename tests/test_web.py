@@ -14,13 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from web_world import TEXTS, Picky, encoder_generator, toy_generators
 
-import lorag.generator as generator_module
-from lorag.banks.bank import AdapterBank
+import lorag.generator.generator as generator_module
+from lorag.bank.bank import AdapterBank
+from lorag.base.objectives import make_objective
 from lorag.cli import main as cli
-from lorag.conditions.task_map import TaskMap
 from lorag.errors import BankError, ConfigError, DescriptionError, MissingDependencyError, TaskError, UnknownTaskError
-from lorag.gate.gate import Verdict
-from lorag.objectives import make_objective
+from lorag.generator.gate import Verdict
+from lorag.text.task_map import TaskMap
 from lorag.web import drawings
 from lorag.web.downloads import Downloads
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Order, Outlook

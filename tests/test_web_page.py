@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from web_world import TEXTS, toy_generators
 
+from lorag.base.objectives import make_objective
 from lorag.errors import ConfigError
-from lorag.objectives import make_objective
 from lorag.web.page import build_page
 from lorag.web.serving import serving
 from lorag.web.workbench import Workbench

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base_models.layout import LoraLayout, ModuleShape
+from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import GeneratorError
-from lorag.weights.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
 
 # Layers 2 and 10 side by side: sorted by name they would trade places.
 MODULES = [[f"layers.{n}.{p}", 24, o] for n in (1, 2, 10) for p, o in (("q", 24), ("v", 20))]

@@ -7,11 +7,11 @@ import torch
 from conftest import WORDS, gauge
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank, BankBase
-from lorag.base_models.base_model import BaseModel
-from lorag.base_models.layout import LoraLayout
-from lorag.conditions.embedding import Embedding
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
 from lorag.tasks.suite import Example, Task, TaskSuite
+from lorag.text.embedding import Embedding
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
 ANIMALS = ("cat", "dog", "bird", "fish", "horse")

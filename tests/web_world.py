@@ -4,12 +4,12 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
-from lorag.banks.bank import BankBase
-from lorag.gate.gate import Verdict
-from lorag.generators import generator_type
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.bank.bank import BankBase
+from lorag.generator.gate import Verdict
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 SAMPLED = {"steps": 20, "width": 32, "latent": 8}
 TEXTS = ["the cat sat on the mat", "a red dog ran", "good bird under sky"]

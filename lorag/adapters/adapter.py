@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorag import __version__
 from lorag.adapters.checks import CONFIG, KEY, MAX_RANK, PROVENANCE, WEIGHTS, Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
+from lorag.adapters.model_card import CARD, adapter_card, own_card, write_card
+from lorag.adapters.portability import Facts, check_portability
+from lorag.adapters.push import push_files, require_public
 from lorag.adapters.reading import AdapterParts, read_folder
-from lorag.base_models.base_model import BaseModel, kind_of
-from lorag.base_models.layout import LoraLayout
+from lorag.base.base_model import BaseModel, kind_of
+from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, BaseModelError, LayoutError, NonFiniteError, NormRangeError, RankRangeError
 from lorag.files.artifacts import replace_together, write_json
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
-from lorag.publishing.model_card import CARD, adapter_card, own_card, write_card
-from lorag.publishing.portability import Facts, check_portability
-from lorag.publishing.push import push_files, require_public
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -287,3 +287,18 @@ class LoraAdapter:
             own = "has" if first in found.modules else "lacks"
             got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
             raise BaseModelError(what, got=got, expected=expected)
+
+
+def stack_adapters(adapters: Sequence[LoraAdapter], device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
+    """Stacks adapters of one layout, of any ranks: A (n, r, i) and B (n, o, r) in fp32, padded, scaling in B."""
+    rank = max(adapter.rank for adapter in adapters)
+    stacked = {}
+    for name in adapters[0].layout.names:
+        rows, columns = [], []
+        for adapter in adapters:
+            a, b = adapter.factors[name]
+            pad = rank - adapter.rank
+            rows.append(nn.functional.pad(a.float(), (0, 0, 0, pad)))
+            columns.append(nn.functional.pad(b.float() * adapter.scaling, (0, pad)))
+        stacked[name] = (torch.stack(rows).to(device), torch.stack(columns).to(device))
+    return stacked

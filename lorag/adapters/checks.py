@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorag.base_models.layout import LoraLayout, ModuleShape
+from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import (
     AlphaRangeError,
     BaseMismatchError,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
-from lorag.base_models.base_model import DTYPES, TASK_TYPES, BaseModel, kind_of, quiet_loading, stored_config
+from lorag.adapters.model_card import merged_card, write_card
+from lorag.adapters.provenance import base_fields, licence_of, versions
+from lorag.base.base_model import DTYPES, TASK_TYPES, BaseModel, kind_of, quiet_loading, stored_config
 from lorag.errors import AdapterError, BaseModelError, StorageError
 from lorag.files.artifacts import write_json
 from lorag.files.atomic import writing
-from lorag.publishing.model_card import merged_card, write_card
-from lorag.publishing.provenance import base_fields, licence_of, versions
 
 __all__ = ["export_merged", "export_portable", "merge_into"]
 

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
-from lorag.base_models.layout import LoraLayout, ModuleShape
+from lorag.adapters.portability import Facts
+from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import finish_replacing, read_json
 from lorag.files.plain import require_plain
 from lorag.files.tensors import TensorSpec, read_header
-from lorag.publishing.portability import Facts
 
 __all__ = ["own_layout", "read_facts"]
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Factors, Match, Scalings, check_config, match
-from lorag.base_models.layout import LoraLayout
+from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, ArtifactError, DtypeOverflowError, FormatVersionError, NonFiniteError, StorageError
 from lorag.files.artifacts import finish_replacing, read_json
 from lorag.files.plain import require_plain

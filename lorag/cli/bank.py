@@ -12,8 +12,8 @@ from lorag.cli.options import Address, Cpus, Gpus, OnBackend, Quiet
 from lorag.errors import BankError, BaseModelError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from lorag.banks.importing import Imported
-    from lorag.conditions.embedding import TextEmbedder
+    from lorag.bank.importing import Imported
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["app"]
 
@@ -34,8 +34,8 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Train an expert for each task of a suite; goes on at the last finished group."""
-    from lorag.banks.build import BankConfig, build_bank
-    from lorag.base_models.base_model import BaseModel, is_trusted
+    from lorag.bank.build import BankConfig, build_bank
+    from lorag.base.base_model import BaseModel, is_trusted
     from lorag.config import load_config
     from lorag.parallel import Backend
     from lorag.training.preparation import find_tasks
@@ -101,8 +101,8 @@ def add(
     A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
     """
     from lorag.adapters.sources import find_sources, listed_sources
-    from lorag.banks.importing import Terms, import_adapters
-    from lorag.banks.start import Start, start_bank
+    from lorag.bank.importing import Terms, import_adapters
+    from lorag.bank.start import Start, start_bank
     from lorag.config import load_config, read_settings
     from lorag.parallel import Backend
 
@@ -143,7 +143,7 @@ def add(
 
 
 def _embedder(name: str | None) -> TextEmbedder | None:
-    from lorag.conditions.embedding import SentenceEmbedder
+    from lorag.text.embedding import SentenceEmbedder
 
     if name == "none":
         return None
@@ -187,7 +187,7 @@ def remove(
     bank: Annotated[Path, typer.Option(help="The bank.")],
 ) -> None:
     """Take experts out of a bank."""
-    from lorag.banks.bank import AdapterBank
+    from lorag.bank.bank import AdapterBank
 
     left = AdapterBank.from_pretrained(bank).remove(names)
     typer.echo(f"removed {', '.join(names)}; {len(left)} experts are left")
@@ -210,7 +210,7 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Read every expert of a bank, compare them, and say what is wrong and what to do about it."""
-    from lorag.banks.check import check_bank, format_findings
+    from lorag.bank.check import check_bank, format_findings
     from lorag.training.preparation import find_bank
 
     found = check_bank(find_bank(bank), quiet=quiet)

@@ -10,7 +10,7 @@ import typer
 from lorag.errors import GeneratorError
 
 if TYPE_CHECKING:
-    from lorag.batch import BatchSettings, Made
+    from lorag.generator.batch import BatchSettings, Made
     from lorag.parallel import Backend
 
 __all__ = ["generate_many"]
@@ -22,7 +22,7 @@ def generate_many(file: Path, out: Path, settings: BatchSettings, backend: Backe
     Raises:
         GeneratorError: At the end, if some could not be made.
     """
-    from lorag.batch import generate_folders, read_descriptions
+    from lorag.generator.batch import generate_folders, read_descriptions
 
     wanted, failed = read_descriptions(file), []
     for number, one in enumerate(generate_folders(wanted, out, settings, backend=backend), 1):

@@ -54,11 +54,11 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure refusals, expected gain and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
-    from lorag.banks.bank import AdapterBank
+    from lorag.bank.bank import AdapterBank
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
-    from lorag.generation import default_generator
-    from lorag.generator import LoraGenerator
+    from lorag.generator.generate import default_generator
+    from lorag.generator.generator import LoraGenerator
     from lorag.tasks.unknown import read_unknown
     from lorag.training.preparation import find_tasks
 

@@ -40,7 +40,7 @@ def _options(
     ] = None,
 ) -> None:
     for name in trusted or []:
-        from lorag.base_models.base_model import trust_remote_code
+        from lorag.base.base_model import trust_remote_code
 
         trust_remote_code(name)
     _state["debug"] = debug
@@ -78,7 +78,7 @@ def generate(
     if (description is None) == (descriptions is None):
         raise typer.BadParameter("give one description, or a file of them with --descriptions")
     if descriptions is not None:
-        from lorag.batch import BatchSettings
+        from lorag.generator.batch import BatchSettings
         from lorag.parallel import Backend
 
         if examples is not None or refine_steps or bank is not None:
@@ -89,7 +89,7 @@ def generate(
         raise typer.BadParameter("--backend is for many descriptions, with --descriptions")
 
     from lorag.errors import UnknownTaskWarning
-    from lorag.generation import generate_lora
+    from lorag.generator.generate import generate_lora
     from lorag.tasks.suite import read_pairs
     from lorag.training.preparation import find_bank
 
@@ -128,8 +128,8 @@ def train(
     from accelerate import PartialState
 
     from lorag.config import load_config
-    from lorag.training.run import TrainConfig
-    from lorag.training.run import train as run
+    from lorag.training.train import TrainConfig
+    from lorag.training.train import train as run
 
     values = load_config(TrainConfig, config, settings or [], "train")
     generator = run(values, quiet=quiet)
@@ -165,7 +165,7 @@ def evaluate(
     from lorag.files.artifacts import write_json
 
     if report is not None:
-        from lorag.report.style import require_matplotlib
+        from lorag.evaluation.report.style import require_matplotlib
 
         require_matplotlib()
     chosen, whole = methods.split(",") if methods else None, None if split == "all" else split
@@ -178,8 +178,8 @@ def evaluate(
     if report is None:
         print("next: the same with --report DIR writes a page with figures")
     else:
-        from lorag.report.gathering import gather_findings
-        from lorag.report.writing import write_report
+        from lorag.evaluation.report.gathering import gather_findings
+        from lorag.evaluation.report.writing import write_report
 
         page = write_report(report, gather_findings(ladder, found, quiet=quiet))
         print(f"written to {report}: {page.name}, which holds all, and its figures\nnext: open {page} in a browser")
@@ -199,7 +199,7 @@ def fuse(
     device: Device = "auto",
 ) -> None:
     """Fuse experts of a bank into one adapter."""
-    from lorag.fusion import fuse as run
+    from lorag.training.fuse import fuse as run
 
     adapter = run(names, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
     folder = adapter.save_pretrained(out)
@@ -215,7 +215,7 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """Do the main job on the embedded default: train, generate for unseen descriptions, load, evaluate."""
-    from lorag.quickstart import quickstart as run
+    from lorag.worlds.quickstart import quickstart as run
 
     for line in run(out, quiet=quiet):
         print(line, flush=True)
@@ -224,7 +224,7 @@ def quickstart(
 @app.command()
 def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or suite.")]) -> None:
     """Say what a folder holds."""
-    from lorag.cards import describe_path
+    from lorag.cli.info import describe_path
 
     print(describe_path(path))
 
@@ -236,8 +236,8 @@ def sandbox_build(
 ) -> None:
     """Rebuild base model, tasks, bank, oracles and generators of the sandbox."""
     from lorag.config import load_config
-    from lorag.sandbox.build import SandboxConfig
-    from lorag.sandbox.build import build as run
+    from lorag.worlds.sandbox.build import SandboxConfig
+    from lorag.worlds.sandbox.build import build as run
 
     for line in run(load_config(SandboxConfig, None, settings or []), quiet=quiet):
         print(line)

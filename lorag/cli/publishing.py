@@ -50,10 +50,10 @@ def push(
     """Publish an adapter, bank or generator on the hub, with its card; private unless --public is given."""
     from lorag.adapters.adapter import LoraAdapter
     from lorag.adapters.checks import CONFIG
-    from lorag.banks.bank import AdapterBank
+    from lorag.adapters.model_card import own_card
+    from lorag.adapters.push import push_generator_folder
+    from lorag.bank.bank import AdapterBank
     from lorag.errors import ArtifactError
-    from lorag.publishing.model_card import own_card
-    from lorag.publishing.push import push_generator_folder
 
     if base_model is not None and not (folder / CONFIG).is_file():
         raise typer.BadParameter("--base-model is for adapters")

@@ -24,7 +24,7 @@ def web(
     device: Device = "auto",
 ) -> None:
     """Open a page to type descriptions on, for this machine alone."""
-    from lorag.base_models.names import SANDBOX_LM
+    from lorag.base.names import SANDBOX_LM
     from lorag.training.preparation import find_tasks
     from lorag.web.serving import serving
     from lorag.web.workbench import Workbench

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
-from lorag.generation import DEFAULT
-from lorag.generator import LoraGenerator
-from lorag.generators import generator_type
-from lorag.optimisation.training_loop import TrainingLoop
+from lorag.generator.generate import DEFAULT
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import find_bank, find_split, find_tasks, prepare
-from lorag.training.run import fit_generator
+from lorag.training.train import fit_generator
 
 __all__ = ["Ladder", "open_ladder", "run_ladder"]
 

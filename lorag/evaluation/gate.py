@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.errors import GeneratorError
-from lorag.gate.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
-from lorag.gate.gate import Verdict
-from lorag.generator import LoraGenerator
+from lorag.generator.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
+from lorag.generator.gate import Verdict
+from lorag.generator.generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import unknown_tasks

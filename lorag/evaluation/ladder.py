@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank
+from lorag.base.objectives import Objective, make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
-from lorag.generator import LoraGenerator
-from lorag.objectives import Objective, make_objective
+from lorag.generator.generator import LoraGenerator
 from lorag.progress import Bar, progress_bar
-from lorag.row_adapters import RowAdapters, stack_adapters
 from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["BASELINES", "CONTROLS", "bootstrap", "evaluate", "format_table", "is_learned", "shown_descriptions"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
-from lorag.generator import LoraGenerator
+from lorag.bank.bank import AdapterBank
+from lorag.generator.generator import LoraGenerator
 
 __all__ = ["Reproduction", "bank_bytes", "delta_error", "generator_bytes"]
 

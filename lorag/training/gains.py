@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
-from lorag.generator import LoraGenerator
-from lorag.row_adapters import stack_adapters
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank
+from lorag.generator.generator import LoraGenerator
 from lorag.tasks.suite import Task
 
 __all__ = ["gains_of", "score_codes", "share_closed"]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.errors import ConfigError, GeneratorError
-from lorag.gate.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
-from lorag.gate.evidence import Reference, gather
-from lorag.gate.gate import Gate
-from lorag.generator import LoraGenerator
+from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
+from lorag.generator.evidence import Reference, gather
+from lorag.generator.gate import Gate
+from lorag.generator.generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorag.banks.bank import AdapterBank
-from lorag.conditions.embedding import Embedding
-from lorag.gate.gate import digest
-from lorag.generator import LoraGenerator
+from lorag.bank.bank import AdapterBank
+from lorag.generator.gate import digest
+from lorag.generator.generator import LoraGenerator
+from lorag.text.embedding import Embedding
 
 __all__ = ["bank_wordings", "fusing_cosine", "naming_cosine"]
 

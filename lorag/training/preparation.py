@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from lorag.banks.bank import AdapterBank
-from lorag.banks.streaming import ExpertStream
-from lorag.conditions.conditioning import Conditioner
-from lorag.conditions.embedding import TextEmbedder
-from lorag.conditions.misspelling import misspell_some
+from lorag.bank.bank import AdapterBank
+from lorag.bank.streaming import ExpertStream
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
 from lorag.errors import ConfigError
 from lorag.files.artifacts import embedded, read_json
-from lorag.generators import FitData
-from lorag.objectives import make_objective
-from lorag.optimisation.functional import TaskLoss
+from lorag.methods import FitData
+from lorag.methods.functional import TaskLoss
 from lorag.progress import progress_bar
-from lorag.row_adapters import RowAdapters
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace
 from lorag.tasks.suite import TaskSuite, connected
-from lorag.weights.weight_space import FlatFactors, SharedSubspace
+from lorag.text.conditioning import Conditioner
+from lorag.text.embedding import TextEmbedder
+from lorag.text.misspelling import misspell_some
 
 __all__ = ["WITHOUT_EXPERT", "Prepared", "find_bank", "find_split", "find_tasks", "hold_out", "prepare"]
 

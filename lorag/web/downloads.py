@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
+from lorag.adapters.model_card import CARD
 from lorag.files.artifacts import slug
-from lorag.publishing.model_card import CARD
 
 __all__ = ["Downloads"]
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.conditions.task_map import TaskMap
 from lorag.errors import ConfigError
 from lorag.tasks.suite import check_description
+from lorag.text.task_map import TaskMap
 
 __all__ = ["MOST_INPUT", "MOST_INPUTS", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook"]
 

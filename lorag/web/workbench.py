@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
-from lorag.conditions.task_map import TaskMap
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
-from lorag.generation import DEFAULT
-from lorag.generator import LoraGenerator
-from lorag.row_adapters import stack_adapters
+from lorag.generator.generate import DEFAULT
+from lorag.generator.generator import LoraGenerator
+from lorag.text.task_map import TaskMap
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
 
 __all__ = ["Workbench"]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.fuzz_targets import BASE, LAYOUT, adapter  # noqa: E402
 from lorag.adapters.adapter import LoraAdapter  # noqa: E402
-from lorag.banks.bank import AdapterBank  # noqa: E402
+from lorag.bank.bank import AdapterBank  # noqa: E402
 from lorag.errors import LoragError  # noqa: E402
 from lorag.files.artifacts import read_json, write_json  # noqa: E402
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_targets import adapter
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.errors import ArtifactError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, safe_name, slug, write_json
 from lorag.tasks.suite import Task

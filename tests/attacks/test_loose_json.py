@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorag.banks.bank import AdapterBank
+from lorag.bank.bank import AdapterBank
 from lorag.errors import ArtifactError, LoragError
 from lorag.files.artifacts import read_json, write_json
 

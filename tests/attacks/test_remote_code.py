@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from lorag.banks.bank import AdapterBank
-from lorag.banks.entries import BankBase
-from lorag.base_models import base_model
-from lorag.base_models.base_model import BaseModel, is_trusted, stored_config, trust_remote_code
+from lorag.bank.bank import AdapterBank
+from lorag.bank.entries import BankBase
+from lorag.base import base_model
+from lorag.base.base_model import BaseModel, is_trusted, stored_config, trust_remote_code
 from lorag.cli import main as cli
 from lorag.errors import BaseModelError, ConfigError
 

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.banks.bank import AdapterBank
-from lorag.cards import describe_path
+from lorag.bank.bank import AdapterBank
+from lorag.cli.info import describe_path
 from lorag.errors import LoragError
 from lorag.files.artifacts import read_json, resolve_inside
 from lorag.files.plain import require_plain

@@ -6,7 +6,7 @@ import pytest
 
 from lorag.config import from_plain, load_config, parse_yaml
 from lorag.errors import ConfigError
-from lorag.training.run import TrainConfig
+from lorag.training.train import TrainConfig
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

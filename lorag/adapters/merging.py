@@ -1,0 +1,298 @@
+"""Merge adapters in closed form: one ΔW from many, by a named rule. No rule sees an example or a description.
+
+What is merged is ΔW = scaling·B·A of each expert, so gauge, rank, alpha and rsLoRA do not matter. Rules that only add
+concatenate factors, which is exact, and never form an o x i matrix. TIES and DARE judge single values of ΔW: they form
+the dense matrices of one module at a time, and what they make is compressed to `rank` by an SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.provenance import parents_of
+from lorag.errors import AdapterError
+
+__all__ = ["MERGES", "check_mergeable", "merge"]
+
+Product = tuple[Tensor, Tensor]  # rows (q, i) and columns (o, q) of ΔW = columns·rows, in fp64
+Svd = tuple[Tensor, Tensor, Tensor]  # left (o, q), values (q,), right (i, q)
+_NEGLIGIBLE = 1e-6  # of the largest singular value: what rounding leaves of a rank that is not there
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of all experts, and what a rule may need.
+
+    Attributes:
+        products: ΔW of each expert, scaling in the columns.
+        weights: One for each expert (n,).
+        rank: Rank of the merged adapter.
+        rng: Randomness, for rules that draw.
+    """
+
+    products: Sequence[Product]
+    weights: Tensor
+    rank: int
+    rng: torch.Generator | None
+
+    def weighted(self) -> Product:
+        """Σ w ΔW by concatenation: exact, and never an o x i matrix."""
+        rows = torch.cat([rows for rows, _ in self.products])
+        columns = torch.cat([columns * w for (_, columns), w in zip(self.products, self.weights, strict=True)], 1)
+        return rows, columns
+
+    def dense(self) -> list[Tensor]:
+        """ΔW (o, i) of each expert times its weight, in fp32."""
+        return [(columns * w).float() @ rows.float() for (rows, columns), w in zip(self.products, self.weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A rule: from one module to its merged SVD, with the defaults of its settings, and what its weights mean."""
+
+    merge: Callable[..., Svd]
+    defaults: Mapping[str, float]
+    average: bool = False  # whether weights that are not given are 1/n instead of 1
+    draws: bool = False
+    narrow: bool = False  # whether the default rank is the experts' largest instead of the sum of their ranks
+
+
+def _thin_svd(product: Product) -> Svd:
+    """SVD of columns·rows through two QRs: the only dense decomposition is of a q x q matrix."""
+    rows, columns = product
+    q_out, r_out = torch.linalg.qr(columns)
+    q_in, r_in = torch.linalg.qr(rows.T)
+    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    return q_out @ left, values, q_in @ right.T
+
+
+def _mean(module: _Module) -> Svd:
+    """Weighted mean of ΔW, uniform without weights."""
+    rows, columns = module.weighted()
+    return _thin_svd((rows, columns / module.weights.sum()))
+
+
+def _sum(module: _Module, coefficient: float = 1.0) -> Svd:
+    """Σ w ΔW times a coefficient: task arithmetic, and the concatenation of LoRA Soups."""
+    rows, columns = module.weighted()
+    return _thin_svd((rows, columns * coefficient))
+
+
+def _ties(module: _Module, density: float, coefficient: float, drop: float = 0.0) -> Svd:
+    """Trim, elect a sign for each value, average those that agree with it; with `drop`, DARE thins the experts first."""
+    trimmed = []
+    for delta in module.dense():
+        if drop:
+            kept = torch.rand(delta.shape, generator=module.rng) >= drop
+            delta = delta * kept / (1 - drop)
+        trimmed.append(_trim(delta, density))
+    elected = torch.stack(trimmed).sum(0).sign()
+    total, weight = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, w in zip(trimmed, module.weights.tolist(), strict=True):
+        agrees = (delta.sign() == elected) & (delta != 0)
+        total += delta * agrees
+        weight += w * agrees
+    merged = coefficient * total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    left, values, right = torch.linalg.svd(merged, full_matrices=False)
+    return left, values, right.T
+
+
+def _trim(delta: Tensor, density: float) -> Tensor:
+    """Keeps the share `density` of values that are largest in size."""
+    sizes = delta.abs().flatten()
+    count = max(1, round(density * sizes.numel()))
+    threshold = sizes.kthvalue(sizes.numel() - count + 1).values
+    return torch.where(delta.abs() >= threshold, delta, 0.0)
+
+
+def _lego(module: _Module) -> Svd:
+    """Clusters the experts' rank-1 units and adds up one unit a cluster.
+
+    A unit is a row of A beside a column of B. Which units an adapter has depends on its gauge, so they are taken from
+    the SVD of its ΔW, whose units have no gauge but a sign; the sign is left out of distances.
+    """
+    found = []
+    for product, weight in zip(module.products, module.weights, strict=True):
+        left, values, right = _thin_svd((product[0], product[1] * weight))
+        real = values > _NEGLIGIBLE * values.max()
+        root = values[real].sqrt()
+        found.append(torch.cat([left[:, real] * root, right[:, real] * root]).T)
+    units = torch.cat(found)
+    out = len(module.products[0][1])
+    if not len(units):  # no expert changes this module
+        return _thin_svd((module.products[0][0] * 0, module.products[0][1] * 0))
+    count = min(module.rank, len(units))
+    centres = _cluster(units, count)
+    # Variance expansion: each unit adds to the output's variance; an expert has len(units) / n of them.
+    centres = centres * (len(units) / len(found) / count) ** 0.25  # both halves: their product gets the square root
+    return _thin_svd((centres[:, out:], centres[:, :out].T))
+
+
+def _cluster(units: Tensor, count: int, iterations: int = 50) -> Tensor:
+    """k-means of vectors (u, d) up to sign, started from the farthest points; centres have their units' mean norm."""
+    norms = units.norm(dim=1)
+
+    def distances(centres: Tensor) -> Tensor:
+        return norms[:, None].square() + centres.square().sum(1) - 2 * (units @ centres.T).abs()
+
+    chosen = [int(norms.argmax())]
+    while len(chosen) < count:
+        chosen.append(int(distances(units[chosen]).amin(1).argmax()))
+    centres = units[chosen]
+    members = torch.full((len(units),), -1)
+    for _ in range(iterations):
+        nearest = distances(centres).argmin(1)
+        if torch.equal(nearest, members):
+            break
+        members = nearest
+        signs = torch.where((units * centres[members]).sum(1) < 0, -1.0, 1.0)
+        sums = torch.zeros_like(centres).index_add(0, members, units * signs[:, None])
+        centres = sums / torch.bincount(members, minlength=count).clamp_min(1)[:, None]
+    # Norm decay: a mean of vectors that only roughly agree is shorter than they are.
+    wanted = torch.zeros(count, dtype=norms.dtype).index_add(0, members, norms) / torch.bincount(members, minlength=count).clamp_min(1)
+    return centres * (wanted / centres.norm(dim=1).clamp_min(1e-30))[:, None]
+
+
+MERGES: Mapping[str, _Rule] = {
+    "mean": _Rule(_mean, {}),
+    "task_arithmetic": _Rule(_sum, {"coefficient": 0.4}),
+    "ties": _Rule(_ties, {"density": 0.2, "coefficient": 1.0}),
+    "dare_ties": _Rule(_ties, {"density": 1.0, "coefficient": 1.0, "drop": 0.5}, draws=True),
+    "cat": _Rule(_sum, {}, average=True),
+    "lego": _Rule(_lego, {}, narrow=True),
+}
+_RANGES = {"density": (0.0, 1.0), "drop": (0.0, 0.999), "coefficient": (-100.0, 100.0)}
+
+
+def check_mergeable(adapters: Sequence[LoraAdapter]) -> None:
+    """Checks that there are adapters and that they belong to one base model.
+
+    Raises:
+        AdapterError: If there is none, or if layouts or base models differ.
+    """
+    if not adapters:
+        raise AdapterError("there is nothing to merge", got="no adapter", expected="one or more")
+    if any(adapter.layout != adapters[0].layout for adapter in adapters):
+        raise AdapterError("adapters of different layouts cannot be merged", remedy="All must change the same modules of one base model.")
+    bases = sorted({adapter.base_model for adapter in adapters if adapter.base_model is not None})
+    if len(bases) > 1:
+        raise AdapterError("adapters of different base models cannot be merged", got=", ".join(bases)[:160])
+
+
+def merge(
+    adapters: Sequence[LoraAdapter],
+    method: str = "mean",
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    rank: int | None = None,
+    rng: torch.Generator | None = None,
+    **settings: float,
+) -> LoraAdapter:
+    """Merges n adapters of one layout into one.
+
+    - `mean`: Σ w ΔW / Σ w. Exact.
+    - `task_arithmetic`: `coefficient` · Σ w ΔW (Ilharco et al., arXiv 2212.04089). Exact.
+    - `ties`: keep the share `density` of largest values of each expert, elect the sign with the larger mass for each
+      value, average the experts that agree with it, times `coefficient` (Yadav et al., arXiv 2306.01708). Trimmed
+      module by module, where the paper trims over all of them.
+    - `dare_ties`: drop values with probability `drop`, divide the others by 1 - drop (Yu et al., arXiv 2311.03099),
+      then as `ties`. Needs `rng`.
+    - `cat`: Σ w ΔW with weights for each expert, or for each expert and module (LoRA Soups, arXiv 2410.13025); they are
+      meant to be learned, and 1/n if there are none. Exact.
+    - `lego`: k-means of rank-1 units to `rank` clusters; centres get the mean norm of their units, and their sum is
+      multiplied by √(units of an expert / clusters) (LoRA-LEGO, arXiv 2409.16167).
+
+    Args:
+        adapters: The experts; their ranks and scalings may differ. Their order does not matter.
+        method: One of these names.
+        weights: w, for each expert (n,), or for each expert and module (n, m); 1 without.
+        rank: Largest rank of the result; what an SVD cuts off is lost. By default the sum of the experts' ranks, which
+            loses nothing of a rule that is called exact, and for `lego` their largest.
+        rng: Randomness of `dare_ties`.
+        **settings: The method's own, as named above.
+
+    Returns:
+        The merged adapter, of scaling 1. Its `info` names method, experts, settings, and the share of ‖ΔW‖² that the
+        rank kept.
+
+    Raises:
+        AdapterError: If adapters do not fit each other, or if the method, a setting or the weights cannot be used.
+    """
+    if method not in MERGES:
+        raise AdapterError("no rule merges by this name", got=repr(method)[:80], expected=", ".join(MERGES))
+    check_mergeable(adapters)
+    rule, layout = MERGES[method], adapters[0].layout
+    values = _settings(method, rule, settings)
+    if rule.draws and rng is None:
+        raise AdapterError(f"{method} draws at random and has nothing to draw from", remedy="Pass rng=torch.Generator().manual_seed(0).")
+    shares = _weights(adapters, rule, weights)
+    if rule.draws:  # what is drawn for an expert must not depend on where it stands in the list
+        sizes = [sum(norm**2 for norm in adapter.norms().values()) for adapter in adapters]
+        order = sorted(range(len(adapters)), key=lambda index: sizes[index])
+        adapters, shares = [adapters[index] for index in order], shares[order]
+    ranks = [adapter.rank for adapter in adapters]
+    wanted = (max(ranks) if rule.narrow else sum(ranks)) if rank is None else rank
+    if wanted < 1:
+        raise AdapterError("rank cannot be used", got=rank, expected="1 or more")
+    wanted = min(wanted, max(min(module.in_features, module.out_features) for module in layout.modules))
+    factors, kept, whole = {}, 0.0, 0.0
+    for index, module in enumerate(layout.modules):
+        products = [_product(adapter, module.name) for adapter in adapters]
+        left, strengths, right = rule.merge(_Module(products, shares[:, index], wanted, rng), **values)
+        kept, whole = kept + strengths[:wanted].square().sum().item(), whole + strengths.square().sum().item()
+        factors[module.name] = _balanced((left, strengths, right), wanted)
+    info = {
+        "method": method,
+        "experts": [adapter.info.get("expert") for adapter in adapters],
+        "settings": values | ({} if weights is None else {"weights": [[round(w, 6) for w in row] for row in shares.tolist()]}),
+        "energy": round(kept / whole, 6) if whole else 1.0,
+        "parents": parents_of([adapter.info for adapter in adapters], shares.mean(1).tolist()),
+    }
+    first = adapters[0]
+    return LoraAdapter(layout, factors, float(wanted), first.base_model, first.task_type, info)
+
+
+def _settings(method: str, rule: _Rule, given: Mapping[str, float]) -> dict[str, float]:
+    unknown = set(given) - set(rule.defaults)
+    if unknown:
+        raise AdapterError(f"{min(unknown)} is no setting of {method}", expected=", ".join(rule.defaults) or "no setting")
+    values = {**rule.defaults, **given}
+    for name, value in values.items():
+        low, high = _RANGES[name]
+        if not low <= value <= high:
+            raise AdapterError(f"{name} cannot be used", got=value, expected=f"a number from {low} to {high}")
+    return values
+
+
+def _weights(adapters: Sequence[LoraAdapter], rule: _Rule, given: Sequence[float] | Tensor | None) -> Tensor:
+    """Weights (n, m) in fp64."""
+    count, modules = len(adapters), len(adapters[0].layout)
+    if given is None:
+        return torch.full((count, modules), 1 / count if rule.average else 1.0, dtype=torch.float64)
+    found = torch.as_tensor(given).detach().cpu().double()
+    if found.shape == (count,):
+        found = found[:, None].expand(-1, modules)
+    if found.shape != (count, modules):
+        raise AdapterError("weights do not fit the adapters", got=tuple(found.shape), expected=f"({count},) or ({count}, {modules})")
+    negative = rule.merge is not _sum and bool((found < 0).any() or (found.sum(0) <= 0).any())
+    if negative or not found.isfinite().all():
+        raise AdapterError("weights must be finite, and but for sums not negative", got=str(given)[:80])
+    return found
+
+
+def _product(adapter: LoraAdapter, module: str) -> Product:
+    rows, columns = (factor.double() for factor in adapter.factors[module])
+    return rows, columns * adapter.scaling
+
+
+def _balanced(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, i) and B (o, r) of the best approximation, singular values shared evenly, padded with zeros to the rank."""
+    left, values, right = (part[..., :rank].double() for part in svd)
+    root, pad = values.sqrt(), (0, rank - len(values))
+    rows, columns = torch.nn.functional.pad(right * root, pad).T, torch.nn.functional.pad(left * root, pad)
+    return rows.float().contiguous(), columns.float().contiguous()

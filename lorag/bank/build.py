@@ -1,0 +1,230 @@
+"""Build a bank: train an expert for each task of a suite, group by group, each group kept as soon as it is finished."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import Objective, make_objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.errors import ConfigError
+from lorag.files.metrics import Metrics, check_trackers
+from lorag.parallel import Backend
+from lorag.progress import progress_bar
+from lorag.tasks.suite import Task, TaskSuite
+
+__all__ = ["BankConfig", "build_bank"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BankConfig:
+    """A bank to build.
+
+    Attributes:
+        out: Folder of the bank.
+        tasks: Task suite.
+        split: Split of the suite's splits.json; null takes all tasks.
+        base: Base model: "sandbox-lm", a hub id or a folder.
+        kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" or "image_seq2seq".
+        revision: Revision of the base model on the hub.
+        objective: A registered objective.
+        objective_settings: Its settings.
+        experts: How experts are trained.
+        device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model while experts train; adapters are always trained in fp32.
+        trackers: Names among "tensorboard" and "trackio", which get the numbers that `metrics.jsonl` gets (extra `trackers`).
+    """
+
+    out: str = "runs/bank"
+    tasks: str = "sandbox"
+    split: str | None = None
+    base: str = "sandbox-lm"
+    kind: str = "causal_lm"
+    revision: str | None = None
+    objective: str = "causal_lm"
+    objective_settings: dict[str, Any] = field(default_factory=dict)
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    device: str = "auto"
+    dtype: str = "auto"
+    trackers: list[str] = field(default_factory=list)
+
+
+def build_bank(
+    folder: str | Path,
+    suite: TaskSuite,
+    base: BaseModel,
+    objective_name: str,
+    settings: Mapping[str, Any] | None,
+    config: ExpertConfig,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trackers: Sequence[str] = (),
+    backend: Backend | None = None,
+    quiet: bool = False,
+) -> AdapterBank:
+    """Trains an expert for each task and writes a bank; goes on at the last finished group.
+
+    On Ray a group is a task. Each is written here as soon as it is finished; the bank is, byte for byte, the one that a local
+    run with the same number of threads writes.
+
+    Args:
+        folder: The bank.
+        suite: Tasks with training examples.
+        base: The base model.
+        objective_name: A registered objective.
+        settings: Its settings.
+        config: How experts are trained.
+        device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model.
+        trackers: Which get the numbers that the bank's `metrics.jsonl` gets: of each group its losses, then its mean score.
+        backend: Where groups are trained; None is here.
+        quiet: No progress bar.
+    """
+    check_trackers(trackers)
+    if not config.ranks or config.steps < 1 or config.group < 1 or config.batch < 1 or config.checkpoints < 1:
+        raise ConfigError("experts: ranks, steps, group, batch and checkpoints must be positive")
+    targets = config.target_modules
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        raise ConfigError("experts.target_modules cannot be used", got=repr(targets)[:80], expected="a list of names, or one expression")
+    objective = make_objective(objective_name, base.tokenizer(), settings)
+    if objective.kind != base.kind:
+        raise ConfigError("objective and base model do not fit", got=f"{objective_name} on a {base.kind}", expected=objective.kind)
+    backend = Backend() if backend is None else backend
+    afar = backend.name != "local"
+    if afar and base.remote_code:
+        raise ConfigError("a base model with code of its own is run on this machine alone", got=base.name, remedy="Use --backend local.")
+    order = _Order(base, objective_name, objective.settings(), config, device, dtype)
+    trainer = None if afar else _Trainer(order, objective)
+    layout = LoraLayout.from_model(base.skeleton(), targets) if trainer is None else trainer.rows.layout
+    bank = AdapterBank.create(folder, BankBase(base, base.identity(), layout, objective_name, objective.settings()))
+    tasks = list(suite)
+    random.Random(config.seed).shuffle(tasks)
+    groups = [tasks[i : i + config.group] for i in range(0, len(tasks), config.group)]
+    finished = sum(task.key in bank for task in tasks)
+    if finished:
+        logger.info("%s: %d of %d experts are there; going on with the others", folder, finished, len(tasks))
+    left = [
+        _Group(number, config.ranks[number % len(config.ranks)], [t for t in own if t.key not in bank]) for number, own in enumerate(groups)
+    ]
+    left = [group for group in left if group.tasks]
+    done, metrics = (len(groups) - len(left)) * config.steps, Metrics(Path(folder), trackers, {"experts": asdict(config)})
+    with metrics, progress_bar(total=len(groups) * config.steps, initial=done, desc="experts", disable=quiet) as bar:
+        made: Iterable[tuple[_Group, _Made]]
+        if trainer is not None:
+            made = ((group, trainer.train(group, _recorder(metrics, group.number * config.steps), bar)) for group in left)
+        else:
+            made = ((left[one.place], one.result()) for one in backend.run(_train, order, left, ordered=False))
+        for group, own in made:
+            for step, loss in own.losses:
+                metrics.record("experts", group.number * config.steps + step, loss=loss)
+            if afar:
+                bar.update(config.steps)
+            details = {
+                task.key: {"suite": task.suite, "license": task.license, "score": score, "examples": len(task.split("train"))}
+                for task, score in zip(group.tasks, own.scores, strict=True)
+            }
+            bank = bank.add(
+                [(task.key, task.descriptions, late) for task, late in zip(group.tasks, own.late, strict=True)],
+                precision=config.precision,
+                details=details,
+            )
+            known = [score for score in own.scores if score is not None]
+            score = sum(known) / len(known) if known else None
+            metrics.record("groups", group.number + 1, score=score, rank=group.rank, experts=len(group.tasks))
+            if score is not None and not quiet:
+                bar.write(f"group {group.number + 1} of {len(groups)}: rank {group.rank}, mean {objective.metric} {score:.3f}")
+    return _in_order(bank, [task.key for task in tasks]) if afar else bank
+
+
+def _recorder(metrics: Metrics, before: int) -> Callable[[int, float], None]:
+    """Notes losses of a group whose steps follow those of the groups before it."""
+    return lambda step, loss: metrics.record("experts", before + step, loss=loss)
+
+
+def _in_order(bank: AdapterBank, names: Sequence[str]) -> AdapterBank:
+    """The bank with some experts in this order, in the places that they have: the order in which groups were finished says nothing."""
+    with bank.locked() as now:
+        own, wanted = (now[name] for name in names if name in now), set(names)
+        experts = [next(own) if expert.name in wanted else expert for expert in now.experts]
+        return now if experts == list(now.experts) else AdapterBank(now.folder, now.base, experts, now.files).write_manifest()
+
+
+# --- one group, here or on a worker -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What all groups have in common."""
+
+    base: BaseModel
+    objective: str
+    settings: Mapping[str, Any]
+    config: ExpertConfig
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tasks that are trained together."""
+
+    number: int
+    rank: int
+    tasks: list[Task]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Late checkpoints and score of each task's expert, and losses that were not recorded yet, by step."""
+
+    late: list[list[LoraAdapter]]
+    scores: list[float | None]
+    losses: list[tuple[int, float]]
+
+
+class _Trainer:
+    """The loaded base model, ready for groups."""
+
+    def __init__(self, order: _Order, objective: Objective) -> None:
+        self.order, self.objective = order, objective
+        model = order.base.load(order.device, order.dtype)
+        self.rows = RowAdapters(model, LoraLayout.from_model(model, order.config.target_modules))
+
+    def train(self, group: _Group, record: Callable[[int, float], None] | None = None, bar: Any = None) -> _Made:  # noqa: ANN401 - a bar
+        losses: list[tuple[int, float]] = []
+        record = (lambda step, loss: losses.append((step, loss))) if record is None else record
+        late = train_group(self.rows, self.objective, group.tasks, group.rank, self.order.config, progress=bar, record=record)
+        return _Made(late, _score(self.rows, self.objective, group.tasks, late, self.order.config), losses)
+
+
+_kept: dict[str, _Trainer] = {}  # in a worker: that of the order that it last worked on
+
+
+def _train(order: _Order, group: _Group) -> _Made:
+    """One group on a worker, which keeps the base model for the next."""
+    key = repr(order)
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = _Trainer(order, make_objective(order.objective, order.base.tokenizer(), order.settings))
+    return _kept[key].train(group)
+
+
+def _score(
+    rows: RowAdapters, objective: Objective, tasks: Sequence[Task], late: Sequence[Sequence[LoraAdapter]], config: ExpertConfig
+) -> list[float | None]:
+    if not config.test_limit or not all(task.split("test") for task in tasks):
+        return [None] * len(tasks)
+    stacked = stack_adapters([own[-1] for own in late], rows.model.device)
+    return [score[objective.metric] for score in objective.scores(rows, stacked, tasks, limit=config.test_limit)]

@@ -1,0 +1,277 @@
+"""Base models: where they come from, how they are loaded, and what identifies them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from lorag.base.names import locate
+from lorag.errors import BaseModelError, ConfigError, LoragError
+from lorag.files.artifacts import sha256
+from lorag.files.images import require_pillow
+
+if TYPE_CHECKING:
+    from torch import device as Device
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
+
+_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModel",
+    "two_towers": "AutoModel",
+    "image_seq2seq": "AutoModelForImageTextToText",
+}
+KINDS = tuple(_CLASSES)
+_SEEING = ("two_towers", "image_seq2seq")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# PEFT's wrapper for a task type passes on arguments of its own, which models that see images, such as CLIP, do not take.
+TASK_TYPES: dict[str, str | None] = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "encoder": "FEATURE_EXTRACTION",
+    "two_towers": None,
+    "image_seq2seq": None,
+}
+
+
+def device_of(name: str) -> Device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; auto takes a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device cannot be used", got=repr(name), expected="auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cannot be used", got=name, expected="cpu: no GPU is visible here")
+    return chosen
+
+
+def kind_of(name: str, revision: str | None = None, task_type: str | None = None) -> str:
+    """The kind of a base model that only an adapter names: from PEFT's task type, else from the model's own config.
+
+    Raises:
+        BaseModelError: If the config cannot be read.
+    """
+    kinds = {task: kind for kind, task in TASK_TYPES.items() if task is not None}
+    if task_type in kinds:
+        return kinds[task_type]
+    config = stored_config(name, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        return "image_seq2seq" if hasattr(config, "vision_config") else "seq2seq_lm"
+    classes = getattr(config, "architectures", None) or [""]
+    if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal_lm"
+    towers = (
+        hasattr(config, "text_config") and hasattr(config, "vision_config") and not str(classes[0]).endswith("ForConditionalGeneration")
+    )
+    return "two_towers" if towers else "encoder"
+
+
+def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The config of a base model, without its weights.
+
+    Raises:
+        BaseModelError: If it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(locate(name), revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        got = str(error).strip().splitlines()[0][:160]
+        raise BaseModelError(
+            f"base model {name!r} has no readable config", got=got, remedy="Check the name, the network, or give a local folder."
+        ) from error
+
+
+_trusted: set[str] = set()  # filled by people alone; no file that lorag reads reaches it
+
+
+def trust_remote_code(name: str) -> None:
+    """Lets this process run the Python code that a base model's repository brings along. Nothing else ever allows it.
+
+    Args:
+        name: The model, as bank, generator or adapter name it: `user/name` with a commit as its revision, or a folder.
+    """
+    _trusted.add(name)
+
+
+def is_trusted(name: str) -> bool:
+    """Whether a person allowed this process to run the code of that base model."""
+    return name in _trusted
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model by name.
+
+    Attributes:
+        name: "sandbox-lm", a hub id, or a local folder.
+        kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" for models of text and images such as CLIP, or "image_seq2seq"
+            for encoder-decoders that read an image and a prompt, such as Florence-2.
+        revision: Revision on the hub.
+        remote_code: Whether Python code from its repository runs. What a file says here is a record of what was used and no
+            permission: that takes `trust_remote_code` in this process.
+    """
+
+    name: str
+    kind: str
+    revision: str | None = None
+    remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        texts = (self.name, "" if self.revision is None else self.revision)
+        if not all(isinstance(text, str) and text.isprintable() for text in texts) or type(self.remote_code) is not bool:
+            raise ConfigError("base model cannot be used", got=repr(self)[:120], expected="a name, a kind, and a revision or null")
+        if not self.name or self.name.startswith(("\\\\", "//")):  # opening a share sends the user's credentials to its host
+            raise ConfigError("base model's name cannot be used", got=repr(self.name)[:80], expected="a hub id or a local folder")
+        if self.kind not in KINDS:
+            raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+        """Loads the frozen model in evaluation mode.
+
+        Args:
+            device: "auto", "cpu" or "cuda".
+            dtype: "float32", "bfloat16" or "float16"; "auto" is fp32 on a CPU, its own precision on a GPU.
+
+        Raises:
+            BaseModelError: If it cannot be had.
+            ConfigError: If the dtype is unknown.
+        """
+        import transformers
+
+        where = device_of(device)
+        if dtype not in DTYPES:
+            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
+        if dtype == "auto" and where.type == "cpu":
+            dtype = "float32"
+        # torch's fused attention has a slow backward in half precision on a CPU: it took most of a training step.
+        attention = "eager" if where.type == "cpu" and dtype != "float32" else None
+        loader = getattr(transformers, _CLASSES[self.kind])
+        with self._failures(), quiet_loading():
+            model = loader.from_pretrained(
+                locate(self.name),
+                revision=self.revision or "main",
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+                trust_remote_code=self._own_code(),
+            )
+        return model.requires_grad_(False).eval().to(where)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device, from its config alone.
+
+        Raises:
+            BaseModelError: If the config cannot be had, or is that of another kind.
+        """
+        import torch
+        import transformers
+
+        with self._failures(), quiet_loading():
+            own_code = self._own_code()
+            config = transformers.AutoConfig.from_pretrained(
+                locate(self.name), revision=self.revision or "main", trust_remote_code=own_code
+            )
+            with torch.device("meta"):
+                return getattr(transformers, _CLASSES[self.kind]).from_config(config, trust_remote_code=own_code)
+
+    def tokenizer(self) -> Any:  # noqa: ANN401 - of a class that the model's config names
+        """Loads the tokenizer, or of a kind that sees images the processor, which has `tokenizer` and `image_processor`.
+
+        A missing padding token is replaced by the end token. Images are resized by Pillow on every machine, also where
+        torchvision is installed: the two differ in the last bits.
+
+        Raises:
+            BaseModelError: If it cannot be had.
+            MissingDependencyError: If a processor needs Pillow, and it is not installed.
+        """
+        from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+        seeing = self.kind in _SEEING
+        if seeing:
+            require_pillow()
+        with self._failures():
+            where: dict[str, Any] = {"revision": self.revision or "main", "trust_remote_code": self._own_code()}
+            loaded = (AutoProcessor if seeing else AutoTokenizer).from_pretrained(locate(self.name), **where)
+            if seeing:
+                loaded.image_processor = AutoImageProcessor.from_pretrained(locate(self.name), backend="pil", **where)
+        tokenizer = loaded.tokenizer if seeing else loaded
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return loaded
+
+    def identity(self) -> str:
+        """What tells this model's weights from others: a digest of local weights, or the hub revision; and its code, if used."""
+        folder = Path(locate(self.name))
+        weights = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+        found = "sha256:" + sha256(weights[0])[:16] if weights else f"revision:{self.revision or 'main'}"
+        if not self.remote_code:
+            return found
+        sources = sorted(folder.rglob("*.py")) if folder.is_dir() else []
+        digest = hashlib.sha256("".join(sha256(path) for path in sources).encode()).hexdigest()[:16]
+        return f"{found}+code:{digest if sources else self.revision}"
+
+    def _own_code(self) -> bool:
+        """Whether transformers may run code of the repository; never None, at which it would ask on the terminal.
+
+        Raises:
+            BaseModelError: If the model was used with its code before, and nobody allowed it here, or the code is not pinned.
+        """
+        if not self.remote_code:
+            return False
+        if self.name not in _trusted:
+            raise BaseModelError(
+                f"base model {self.name!r} brings Python code of its own",
+                got="no permission to run it",
+                remedy=f"Read that code; if you trust it, allow it: lorag --trust-remote-code {self.name} …",
+            )
+        if not Path(self.name).is_dir() and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise BaseModelError(
+                f"base model {self.name!r} brings Python code of its own, which may change on the hub",
+                got=f"revision {self.revision}",
+                expected="a commit",
+                remedy="Give the 40 digits of the commit that you read as its revision.",
+            )
+        return True
+
+    @contextlib.contextmanager
+    def _failures(self):  # noqa: ANN202 - a context manager
+        try:
+            yield
+        except LoragError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise BaseModelError(
+                f"base model {self.name!r} cannot be loaded",
+                got=next(iter(str(error).strip().splitlines()), type(error).__name__)[:160],
+                remedy="Check the name, the network, or give a local folder with safetensors.",
+            ) from error
+
+
+@contextlib.contextmanager
+def quiet_loading():  # noqa: ANN202 - a context manager
+    """Keeps transformers' bars for reading local shards off the terminal; ours are for work that takes time."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

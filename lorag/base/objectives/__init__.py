@@ -1,0 +1,40 @@
+"""Objectives: how a base model is trained on and scored for a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorag.base.objectives.base import Objective, take
+from lorag.base.objectives.image_text import ImageText
+from lorag.base.objectives.image_to_text import ImageSeq2Seq
+from lorag.base.objectives.language_model import CausalLM, Seq2SeqLM
+from lorag.base.objectives.sentence_encoder import LabelMatching, Prototypes
+from lorag.errors import ConfigError
+
+__all__ = ["OBJECTIVES", "Objective", "make_objective", "take"]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (CausalLM, Seq2SeqLM, LabelMatching, Prototypes, ImageText, ImageSeq2Seq)
+}
+
+
+def make_objective(name: str, tokenizer: Any, settings: Mapping[str, Any] | None = None) -> Objective:  # noqa: ANN401 - see below
+    """Makes a registered objective.
+
+    Args:
+        name: Its key in `OBJECTIVES`.
+        tokenizer: What `BaseModel.tokenizer` gives: a tokenizer, or a processor for objectives of images.
+        settings: Its settings.
+
+    Raises:
+        ConfigError: If the name or a setting is unknown, or if an objective of images gets no processor.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError("objective is unknown", got=repr(name), expected=" or ".join(OBJECTIVES))
+    if OBJECTIVES[name] in (ImageText, ImageSeq2Seq) and not hasattr(tokenizer, "image_processor"):
+        raise ConfigError(f"objective {name} needs a base model that sees images", got=type(tokenizer).__name__)
+    try:
+        return OBJECTIVES[name](tokenizer, **(settings or {}))
+    except TypeError as error:
+        raise ConfigError(f"a setting of objective {name} is unknown", got=str(error)[:120]) from error

@@ -1,0 +1,104 @@
+"""What an objective is: how tasks are sampled, learned and scored with one kind of base model.
+
+Everything runs n tasks at once: a batch holds equal runs of rows, one run a task, so that `RowAdapters` can give each
+task its own adapter.
+"""
+
+from __future__ import annotations
+
+import abc
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+from lorag.errors import TaskError
+from lorag.tasks.suite import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Objective", "take", "task_rng", "test_examples", "training_examples"]
+
+
+def take(adapters: Stacked | Cores | None, start: int, end: int) -> Stacked | Cores | None:
+    """Adapters `start` to `end` of a stack."""
+    if adapters is None:
+        return None
+    if isinstance(adapters, Cores):
+        return Cores(adapters.bases_in, {name: m[start:end] for name, m in adapters.values.items()}, adapters.bases_out)
+    return {name: (a[start:end], b[start:end]) for name, (a, b) in adapters.items()}
+
+
+class Objective(abc.ABC):
+    """How tasks are learned and scored with one kind of base model.
+
+    Attributes:
+        name: Its key in `OBJECTIVES`.
+        kind: The kind of base model that it needs.
+        metric: The score that evaluations report.
+        tokenizer: The base model's.
+    """
+
+    name: str
+    kind: str
+    metric: str
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `make_objective` that build it again, without the tokenizer."""
+
+    @abc.abstractmethod
+    def sample(self, tasks: Sequence[Task], count: int, seed: str) -> Any:  # noqa: ANN401 - its own batch
+        """Draws a training batch of `count` examples a task from the tasks' training split.
+
+        What is drawn for a task depends on the seed and the task alone, not on the tasks beside it.
+        """
+
+    @abc.abstractmethod
+    def losses(self, model: PreTrainedModel, batch: Any) -> Tensor:  # noqa: ANN401 - its own batch
+        """Mean loss of each task (n,) in a batch; the model's rows are already adapted."""
+
+    @abc.abstractmethod
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """What the model makes of inputs: one vector a row (b, h), of which ICM-LoRA's task vector is the mean."""
+
+    @abc.abstractmethod
+    def scores(
+        self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
+    ) -> list[dict[str, float]]:
+        """Scores adapter number i on the test split of task number i.
+
+        Args:
+            rows: The base model.
+            adapters: n adapters, or None for the bare base model.
+            tasks: n tasks.
+            limit: Most test examples used of each task.
+            seed: Seed of what an objective draws, such as the labelled texts of prototypes.
+        """
+
+
+def task_rng(task: Task, seed: str) -> random.Random:
+    """The stream of choices of one task; not a torch generator, because only Python lists are drawn from."""
+    return random.Random(f"{seed}/{task.name}")
+
+
+def training_examples(task: Task) -> tuple[Example, ...]:
+    """Training examples of a task, of which there must be some."""
+    found = task.split("train")
+    if not found:
+        raise TaskError(f"task {task.name!r} has no training examples")
+    return found
+
+
+def test_examples(task: Task, limit: int) -> list[Example]:
+    """The first `limit` test examples of a task, of which there must be some."""
+    found = list(task.split("test")[:limit])
+    if not found:
+        raise TaskError(f"task {task.name!r} has no test examples")
+    return found

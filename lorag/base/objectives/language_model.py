@@ -1,0 +1,284 @@
+"""Objectives of language models: answers that follow a text, or texts alone, scored by teacher forcing."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorag.base.objectives.base import Objective, take, task_rng, test_examples, training_examples
+from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+from lorag.errors import ConfigError, TaskError
+from lorag.tasks.suite import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["CausalLM", "Seq2SeqLM", "TokenRows", "pad_rows", "rouge_l"]
+
+# Where less is better, the negative is the metric: gaps and gains take more for better.
+_METRICS = ("exact_match", "token_accuracy", "log_likelihood", "rouge_l", "neg_perplexity", "neg_bits_per_character")
+_MOST_NATS = 700.0  # a token; beyond it a perplexity is no number
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of prompt and answer tokens, and which adapter's run each belongs to."""
+
+    arguments: dict[str, Tensor]
+    targets: Tensor  # (b, t) answer tokens, -100 elsewhere
+    tasks: int
+
+
+class _LanguageModel(Objective):
+    """What causal and encoder-decoder models share: teacher forcing gives losses and the exact match of greedy decoding."""
+
+    _rows_at_once = 512
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "{input}\n",
+        max_length: int = 256,
+        rouge: bool = False,
+        metric: str = "exact_match",
+    ) -> None:
+        super().__init__(tokenizer, max_length)
+        if template.count("{input}") != 1:
+            raise ConfigError("objective.template cannot be used", got=repr(template), expected="one {input}")
+        if metric not in _METRICS or metric == "rouge_l" and not rouge:
+            raise ConfigError("objective.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)")
+        self.template, self.rouge, self.metric = template, rouge, metric
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `make_objective` that build it again."""
+        more = {"rouge": self.rouge, "metric": self.metric}
+        chosen = {key: value for key, value in more.items() if value not in (False, "exact_match")}
+        return {"template": self.template, "max_length": self.max_length, **chosen}
+
+    @abc.abstractmethod
+    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+        """Tokenises equal-sized groups of (input, output)."""
+
+    @abc.abstractmethod
+    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        """Logits (b, t, v) that predict `batch.targets`."""
+
+    @abc.abstractmethod
+    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
+        """Greedy answers to inputs, one a row."""
+
+    def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
+        """Draws `count` training examples a task."""
+        drawn = [task_rng(task, seed).choices(training_examples(task), k=count) for task in tasks]
+        return self.encode([[(example.input, example.output) for example in group] for group in drawn])
+
+    def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        """Mean cross-entropy of the answers' tokens, one value a task."""
+        logits = self._logits(model, batch)
+        targets = batch.targets.to(logits.device)
+        known = targets != -100
+        each = F.cross_entropy(logits[known].float(), targets[known], reduction="none")
+        run = torch.arange(batch.tasks, device=logits.device).repeat_interleave(len(targets) // batch.tasks)
+        run = run[:, None].expand_as(targets)[known]
+        total = torch.zeros(batch.tasks, device=logits.device, dtype=each.dtype)
+        return total.index_add(0, run, each) / torch.bincount(run, minlength=batch.tasks)
+
+    @torch.inference_mode()
+    def scores(
+        self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
+    ) -> list[dict[str, float]]:
+        """Exact match, token accuracy, mean log-likelihood, perplexity, bits per character; ROUGE-L if the objective was made with it.
+
+        Exact match is that of greedy decoding, without decoding: a greedy answer equals the reference if and only if
+        every token of the reference is the likeliest one after the tokens before it. Perplexity (a token) and bits per
+        character are of the answers' own text, without the end token: for language modelling as ICM-LoRA (arXiv 2501.17635)
+        measures it, a suite's inputs are empty and its outputs are the texts.
+        """
+        found: list[dict[str, float]] = []
+        tests = [test_examples(task, limit) for task in tasks]
+        width = max(len(test) for test in tests)
+        step = max(1, self._rows_at_once // width)
+        for start in range(0, len(tasks), step):
+            part = tests[start : start + step]
+            padded = [[(e.input, e.output) for e in (test * width)[:width]] for test in part]
+            batch = self.encode(padded)
+            own = take(adapters, start, start + len(part))
+            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+                logits = self._logits(model, batch).float()
+                answers = self.generate(model, [text for group in padded for text, _ in group]) if self.writes else []
+            targets = batch.targets.to(logits.device)
+            known = targets != -100
+            right = (logits.argmax(-1) == targets) & known
+            likelihood = torch.zeros_like(targets, dtype=torch.float32)
+            likelihood[known] = -F.cross_entropy(logits[known], targets[known], reduction="none")
+            for index, test in enumerate(part):
+                mine = slice(index * width, index * width + len(test))
+                score = {
+                    "exact_match": (right | ~known)[mine].all(1).float().mean().item(),
+                    "token_accuracy": (right[mine].sum() / known[mine].sum()).item(),
+                    "log_likelihood": (likelihood[mine].sum() / known[mine].sum()).item(),
+                }
+                score |= _density(likelihood[mine], known[mine], test)
+                score |= self.compare(answers[mine], test) if self.writes else {}
+                plain = self.metric.removeprefix("neg_")
+                if plain not in score:
+                    raise TaskError(f"task {tasks[start + index].name!r} has no text to measure", expected=f"outputs, for {self.metric}")
+                if plain != self.metric:
+                    score[self.metric] = -score[plain]
+                found.append(score)
+        return found
+
+    @property
+    def writes(self) -> bool:
+        """Whether scores need answers that are written out."""
+        return self.rouge
+
+    def compare(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """Scores of written answers."""
+        return {"rouge_l": sum(rouge_l(a, e.output) for a, e in zip(answers, examples, strict=True)) / len(examples)}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _density(likelihood: Tensor, known: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    """Perplexity and bits per character from log-likelihoods (b, t) of answers, whose last known token is the end."""
+    text = known & (known.cumsum(1) < known.sum(1, keepdim=True))
+    lost = -likelihood[text].double().sum().item()
+    tokens, characters = int(text.sum()), sum(len(example.output) for example in examples)
+    if not tokens or not characters:
+        return {}
+    perplexity, bits = math.exp(min(lost / tokens, _MOST_NATS)), lost / math.log(2) / characters
+    return {"perplexity": perplexity, "bits_per_character": bits}
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Rows of tokens as (b, t), filled up with a value on the right, or on the left."""
+    tensors = [torch.tensor(list(row)[::-1] if left else row, dtype=torch.long) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    return padded.flip(1) if left else padded
+
+
+class CausalLM(_LanguageModel):
+    """Answers follow the prompt `template.format(input=...)` and end with the end token."""
+
+    name, kind = "causal_lm", "causal_lm"
+
+    def _prompts(self, inputs: Sequence[str]) -> list[list[int]]:
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        tokenized = self.tokenizer([self.template.format(input=text) for text in inputs], add_special_tokens=False)
+        # A first token needs something before it: where a tokenizer begins texts with nothing, the end of another one.
+        return [start + ids[-self.max_length :] or [self.tokenizer.eos_token_id] for ids in tokenized["input_ids"]]
+
+    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+        """Prompts padded on the left and answers on the right, so that all answers start in one column."""
+        flat = [pair for group in groups for pair in group]
+        prompts = self._prompts([text for text, _ in flat])
+        answers = [
+            ids + [self.tokenizer.eos_token_id] for ids in self.tokenizer([a for _, a in flat], add_special_tokens=False)["input_ids"]
+        ]
+        pad = self.tokenizer.pad_token_id
+        left, right = pad_rows(prompts, pad, left=True), pad_rows(answers, pad)
+        mask = torch.cat([pad_rows([[1] * len(p) for p in prompts], 0, left=True), pad_rows([[1] * len(a) for a in answers], 0)], 1)
+        arguments = {
+            "input_ids": torch.cat([left, right], 1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+        }
+        return TokenRows(arguments, pad_rows(answers, -100), len(groups))
+
+    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
+        width = batch.targets.shape[1]
+        return model(**arguments, logits_to_keep=width + 1, use_cache=False).logits[:, :width]
+
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """Last layer's states at the prompts' last position (b, h)."""
+        prompts = self._prompts(inputs)
+        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True)
+        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
+        return found.hidden_states[-1][:, -1].float()
+
+    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
+        """Greedy answers, at most 64 tokens."""
+        writer: Any = model
+        prompts = self._prompts(inputs)
+        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
+        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True).to(writer.device)
+        output = writer.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+class Seq2SeqLM(_LanguageModel):
+    """The encoder reads `template.format(input=...)`, the decoder writes the answer."""
+
+    name, kind = "seq2seq_lm", "seq2seq_lm"
+
+    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+        """Encoder rows and decoder targets, both padded on the right."""
+        flat = [pair for group in groups for pair in group]
+        texts = [self.template.format(input=text) for text, _ in flat]
+        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        answers = [[*self._ids(answer), self.tokenizer.eos_token_id] for _, answer in flat]
+        arguments = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"]}
+        return TokenRows(arguments, pad_rows(answers, -100), len(groups))
+
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """The encoder's last states, averaged over tokens (b, h): a decoder has read nothing yet."""
+        texts = [self.template.format(input=text) for text in inputs]
+        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(model.device)
+        encoder: Any = model.get_encoder()
+        states = encoder(input_ids=read["input_ids"], attention_mask=read["attention_mask"]).last_hidden_state.float()
+        mask = read["attention_mask"][..., None].to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
+        return model(**arguments, labels=batch.targets.to(model.device), use_cache=False).logits
+
+    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
+        """Greedy answers, at most 64 tokens."""
+        writer: Any = model
+        read = self.tokenizer(
+            [self.template.format(input=text) for text in inputs],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(writer.device)
+        output = writer.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False)
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L: F-measure of the longest common subsequence of lower-case words (Lin 2004)."""
+    a, b = answer.lower().split(), reference.lower().split()
+    if not a or not b:
+        return float(a == b)
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for column, other in enumerate(b, start=1):
+            before, row[column] = row[column], before + 1 if word == other else max(row[column], row[column - 1])
+    common = row[-1]
+    return 0.0 if common == 0 else 2 * common / (len(a) + len(b))

@@ -1,1 +1,0 @@
-"""How far a generated adapter can be trusted."""

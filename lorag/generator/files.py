@@ -1,0 +1,127 @@
+"""A generator's folder: generator.safetensors with all tensors, and generator.json, which comes last and says what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorag import __version__
+from lorag.bank.bank import BankBase
+from lorag.errors import GeneratorError, LoragError
+from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, sha256, write_manifest
+from lorag.files.tensors import load_tensors, read_header, save_tensors
+from lorag.generator.gate import Gate
+from lorag.methods import generator_type
+from lorag.spaces.weight_space import weight_space_from_tensors
+from lorag.text.conditioning import Conditioner
+from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
+
+if TYPE_CHECKING:
+    from lorag.generator.generator import LoraGenerator
+
+__all__ = ["read_parts", "write_generator"]
+
+_MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
+
+
+def write_generator(generator: LoraGenerator, folder: Path) -> str:
+    """Writes generator.safetensors, with the settings in its metadata too, and the manifest last.
+
+    Stored values are rounded; the generator takes them over, so that it goes on as the opened one does.
+
+    Returns:
+        The revision: a digest of the stored weights.
+    """
+    space, space_values = generator.space.tensors()
+    tensors = {f"space.{name}": value for name, value in space.items()}
+    tensors["conditioner.centroids"] = generator.conditioner.centroids
+    for name, value in generator.method.tensors().items():
+        # Matrices in half precision: the experts that they imitate are no more precise.
+        half = value.dtype == torch.float32 and value.dim() >= 2 and value.abs().max() < 6e4
+        tensors[f"method.{name}"] = (value.half() if half else value).contiguous()
+    fields = {
+        "kind": _KIND,
+        "format": GENERATOR_FORMAT,
+        "lorag": __version__,
+        "base": generator.base.to_dict(),
+        "space": space_values,
+        "experts": list(generator.conditioner.names),
+        "licenses": dict(generator.licenses),
+        "method": generator.method.name,
+        "settings": generator.method.values(),
+        "embedder": generator.embedder.name,
+        "rank": generator.rank,
+        "strength": generator.strength,
+        "origin": dict(generator.origin),
+    }
+    if generator.gate is not None:
+        fields["gate"] = generator.gate.to_dict()
+        tensors |= {"gate.wordings": generator.gate.wordings, "gate.owners": generator.gate.owners}
+    save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
+    write_manifest(folder, _MANIFEST, fields, [_WEIGHTS])
+    generator.method.restore({name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")})
+    return "sha256:" + sha256(folder / _WEIGHTS)[:16]
+
+
+def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict[str, Any]:
+    """Reads a generator folder: the arguments of `LoraGenerator`.
+
+    Args:
+        folder: The folder.
+        embedder: Used instead of loading the embedder that it was fitted with.
+        device: Where the embedder runs.
+
+    Raises:
+        ArtifactError: If it is not a complete generator of a known format.
+        GeneratorError: If its parts do not fit together, or the embedder is another one.
+    """
+    manifest = check_manifest(folder, _MANIFEST, _KIND, GENERATOR_FORMAT)
+    read_header(folder / _WEIGHTS)
+    tensors = load_tensors(folder / _WEIGHTS)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    try:
+        base = BankBase.from_dict(manifest["base"])
+        method = generator_type(manifest["method"]).with_settings(manifest["settings"])
+        space = weight_space_from_tensors(part("space."), manifest["space"])
+        centroids = tensors["conditioner.centroids"].float()
+        names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
+        wanted = str(manifest["embedder"])
+        licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
+        digest = str(manifest["files"][_WEIGHTS]["sha256"])
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("an expert's name that is no text")
+        gate = None
+        if manifest.get("gate") is not None:
+            wordings, owners = tensors["gate.wordings"], tensors["gate.owners"]
+            gate = Gate.from_dict(manifest["gate"], wordings, owners, modules=len(base.layout), experts=len(names))
+    except LoragError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise GeneratorError(f"{folder / _MANIFEST} cannot be read", got=repr(error)[:120]) from error
+    if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
+        raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
+    conditioner = Conditioner(names, centroids)
+    method.restore_whole(part("method."), conditioner, space.size, lambda codes: space.decode(codes, rank))
+    if embedder is None:
+        embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
+    if embedder.name != wanted or embedder.size != centroids.shape[1]:
+        raise GeneratorError("the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted)
+    return {
+        "base": base,
+        "space": space,
+        "conditioner": conditioner,
+        "method": method,
+        "embedder": embedder,
+        "rank": rank,
+        "strength": strength,
+        "origin": manifest.get("origin", {}),
+        "licenses": licenses,
+        "revision": "sha256:" + digest[:16],
+        "gate": gate,
+    }

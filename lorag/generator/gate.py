@@ -1,0 +1,224 @@
+"""The gate: whether the adapter for a description is looked up, fused, generated or refused, and what may be gained by it.
+
+`evidence` measures a description, `training/gate_fitting` learns on held-out tasks what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorag.bank.descriptions import same_words
+from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning
+from lorag.generator.calibration import Logistic
+from lorag.generator.evidence import FEATURES, Describes, Reference, gather
+from lorag.text.conditioning import Condition
+
+__all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
+
+_SHOWN = 3
+_TAIL = 0.05  # left out on each side of an interval
+
+
+def digest(text: str) -> int:
+    """Names a wording, whatever its case and spaces, by 63 bits."""
+    return int.from_bytes(hashlib.sha256(same_words(text).encode()).digest()[:8]) >> 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says of one description.
+
+    Attributes:
+        decision: "expert" (it is a known task's), "fuse" (close to some), "generate" (within reach) or "refuse" (far).
+        reason: In a sentence.
+        novelty: Estimated probability that it is no task of the bank's kind, from 0 to 1; None if no gate was fitted.
+        expected_gain: Share of the gap between base model and expert that its adapter should close; None if none was measured.
+        interval: 90 % of held-out tasks' gains lay as near to their estimate.
+        nearest: Nearest tasks and their cosines.
+        known: The expert that it names, if it does.
+        evidence: What was gone by (f,), in the order of `evidence.FEATURES`.
+    """
+
+    decision: str
+    reason: str
+    novelty: float | None = None
+    expected_gain: float | None = None
+    interval: tuple[float, float] | None = None
+    nearest: tuple[tuple[str, float], ...] = ()
+    known: str | None = None
+    evidence: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as `adapter.info["gate"]` holds it."""
+        return {
+            "decision": self.decision,
+            "reason": self.reason,
+            "novelty": self.novelty,
+            "expected_gain": self.expected_gain,
+            "expected_gain_interval": None if self.interval is None else list(self.interval),
+            "nearest": [list(pair) for pair in self.nearest],
+        }
+
+
+def unfitted(condition: Condition) -> Verdict:
+    """The verdict of a generator without a gate: that it has none."""
+    reason = "no gate was fitted for this generator, so that nobody knows how far to trust it here; fit one with lorag gate fit"
+    return Verdict("generate", reason, nearest=condition.neighbours[:_SHOWN])
+
+
+def unasked(condition: Condition) -> Verdict:
+    """The verdict where the gate was not to be asked."""
+    return Verdict("generate", "the gate was not asked", nearest=condition.neighbours[:_SHOWN])
+
+
+def report_unknown(description: str, verdict: Verdict, on_unknown: str) -> None:
+    """Raises UnknownTaskError if `on_unknown` is "raise", else warns, of a description that was refused."""
+    what = f"no task of the bank is like {description.strip()[:80]!r}"
+    if on_unknown == "raise":
+        raise UnknownTaskError(
+            what, got=verdict.reason, remedy='Describe it otherwise, add such experts to the bank, or take on_unknown="warn" or "fallback".'
+        )
+    done = "the adapter changes nothing" if on_unknown == "fallback" else "do not expect the adapter to work"
+    warnings.warn(f"{what}; {verdict.reason}; {done}", UnknownTaskWarning, stacklevel=4)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A fitted gate. It is small: plain numbers in generator.json, and one integer for each wording of the bank.
+
+    Attributes:
+        reference: What evidence is compared with.
+        novelty: From evidence to novelty.
+        refuse_above: Novelty beyond which a description is refused.
+        gain: From evidence to the expected gain, in shares of `gain_range`; None where no task could be scored.
+        gain_range: Smallest and largest gain that it can give.
+        offsets: Of the interval around the expected gain.
+        same_above: Cosine from which a description counts as its nearest expert's; None if no cosine told them apart.
+        fuse_above: Cosine from which fused experts did as well as generated adapters; None if they never did.
+        wordings: Digests (w,) of the wordings of the bank's tasks, int64.
+        owners: Expert of each (w,), int32.
+        fitted: On what, and how well it did on what it was not fitted on.
+    """
+
+    reference: Reference
+    novelty: Logistic
+    refuse_above: float
+    gain: Logistic | None
+    gain_range: tuple[float, float]
+    offsets: tuple[float, float]
+    same_above: float | None
+    fuse_above: float | None
+    wordings: Tensor
+    owners: Tensor
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+
+    def judge(self, served: Describes, text: str, condition: Condition) -> Verdict:
+        """Judges one description."""
+        evidence = gather(served, self.reference, text, condition)
+        novelty, gain = self.estimate(evidence[None])
+        expected, interval = None, None
+        if gain is not None:
+            expected = round((1 - novelty.item()) * gain.item(), 4)
+            interval = self._interval(novelty.item(), gain.item(), expected)
+        known = self._known(served.conditioner.names, text, condition)
+        decision, reason = self._decide(novelty.item(), known, condition)
+        return Verdict(
+            decision, reason, round(novelty.item(), 4), expected, interval, condition.neighbours[:_SHOWN], known, tuple(evidence.tolist())
+        )
+
+    def _interval(self, novelty: float, gain: float, expected: float) -> tuple[float, float]:
+        """Where 90 % of gains should lie: an unknown task's is 0, a known one's as near to its estimate as held-out tasks' were."""
+        low, high = (min(max(gain + offset, self.gain_range[0]), self.gain_range[1]) for offset in self.offsets)
+        low = low if novelty <= _TAIL else min(0.0, low)
+        high = high if novelty <= 1 - _TAIL else 0.0
+        return round(min(low, expected), 4), round(max(high, expected), 4)
+
+    def estimate(self, evidence: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Novelty (n,), and the gain (n,) if it is no novelty, of rows of evidence (n, f)."""
+        low, high = self.gain_range
+        return self.novelty(evidence), None if self.gain is None else low + (high - low) * self.gain(evidence)
+
+    def _known(self, names: Sequence[str], text: str, condition: Condition) -> str | None:
+        place = (self.wordings == digest(text)).nonzero()
+        if len(place):
+            return names[int(self.owners[place[0, 0]])]
+        if same_words(text) in names:
+            return same_words(text)
+        name, cosine = condition.neighbours[0]
+        return name if self.same_above is not None and cosine >= self.same_above else None
+
+    def _decide(self, novelty: float, known: str | None, condition: Condition) -> tuple[str, str]:
+        shown = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in condition.neighbours[:_SHOWN])
+        if known is not None:
+            return "expert", f"the description is that of a known task, {known}"
+        if novelty > self.refuse_above:
+            return "refuse", f"novelty {novelty:.2f} exceeds {self.refuse_above:.2f}: the bank has nothing near it; nearest tasks: {shown}"
+        cosine = condition.neighbours[0][1]
+        if self.fuse_above is not None and cosine >= self.fuse_above:
+            return "fuse", f"so close to known tasks that fusing them did as well as generating, from {self.fuse_above:.2f}: {shown}"
+        return "generate", f"novelty {novelty:.2f} is within the bank's reach, up to {self.refuse_above:.2f}; nearest tasks: {shown}"
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without wordings and owners."""
+        return {
+            "features": list(FEATURES),
+            "novelty": self.novelty.to_dict(),
+            "refuse_above": self.refuse_above,
+            "gain": None if self.gain is None else self.gain.to_dict(),
+            "gain_range": list(self.gain_range),
+            "offsets": list(self.offsets),
+            "same_above": self.same_above,
+            "fuse_above": self.fuse_above,
+            "size": [round(v, 4) for v in self.reference.size],
+            "deviation": [round(v, 4) for v in self.reference.deviation],
+            "fitted": dict(self.fitted),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], wordings: Tensor, owners: Tensor, *, modules: int, experts: int) -> Gate:
+        """Reads the JSON form and the two tensors.
+
+        Raises:
+            GeneratorError: If they do not make a gate for a generator of so many modules and experts.
+        """
+        try:
+            if tuple(value["features"]) != FEATURES:
+                raise ValueError("it goes by other evidence; fit it again with lorag gate fit")
+            size, deviation = (tuple(float(v) for v in value[key]) for key in ("size", "deviation"))
+            low, high = (float(v) for v in value["gain_range"])
+            below, above = (float(v) for v in value["offsets"])
+            cosines = [None if value[key] is None else float(value[key]) for key in ("same_above", "fuse_above")]
+            threshold, fitted = float(value["refuse_above"]), dict(value["fitted"])
+            numbers = [*size, *deviation, low, high, below, above, threshold, *(c for c in cosines if c is not None)]
+            if not all(map(math.isfinite, numbers)) or len(size) != modules or len(deviation) != modules or min(deviation) <= 0:
+                raise ValueError("its numbers do not fit the generator's modules")
+            if wordings.dtype != torch.int64 or wordings.dim() != 1 or wordings.shape != owners.shape:
+                raise ValueError("its wordings have no owners")
+            if len(owners) and not (0 <= int(owners.min()) and int(owners.max()) < experts):
+                raise ValueError("its wordings belong to experts that there are not")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise GeneratorError("a stored gate cannot be read", got=str(error)[:120] or repr(error)) from error
+        gain = None if value["gain"] is None else Logistic.from_dict(value["gain"], len(FEATURES))
+        return cls(
+            reference=Reference(size, deviation),
+            novelty=Logistic.from_dict(value["novelty"], len(FEATURES)),
+            refuse_above=threshold,
+            gain=gain,
+            gain_range=(low, high),
+            offsets=(below, above),
+            same_above=cosines[0],
+            fuse_above=cosines[1],
+            wordings=wordings,
+            owners=owners,
+            fitted=fitted,
+        )

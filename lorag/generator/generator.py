@@ -1,0 +1,270 @@
+"""From a description to an adapter: embedder, conditioner, method and weight space behind one door."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.provenance import base_fields, licence_of, parents, public_name, versions
+from lorag.adapters.push import push_generator_folder
+from lorag.bank.bank import AdapterBank, BankBase
+from lorag.base.base_model import TASK_TYPES
+from lorag.base.objectives import Objective, make_objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.errors import BankError, ConfigError
+from lorag.files.hub import fetch
+from lorag.generator.files import read_parts, write_generator
+from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
+from lorag.generator.refine import check_examples, refine
+from lorag.methods import Generator
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace
+from lorag.tasks.suite import check_description
+from lorag.text.conditioning import Condition, Conditioner, mixture_weights
+from lorag.text.embedding import TextEmbedder
+
+__all__ = ["LoraGenerator"]
+
+ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
+_FUSED, _FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
+_TOGETHER = 8  # codes decoded at once: they share the reading of the bases; eight adapters of an 8 B model take 1.3 GB
+
+
+@dataclass
+class _Plan:
+    """What a description is served: an adapter that is there, or a code that is still to be decoded."""
+
+    description: str
+    condition: Condition
+    verdict: Verdict
+    served: str
+    shares: Tensor | None
+    adapter: LoraAdapter | None = None
+    code: Tensor | None = None
+    factor: float = 1.0
+
+
+@dataclass
+class LoraGenerator:
+    """A fitted generator with all that it needs to serve descriptions.
+
+    Attributes:
+        base: Base model, layout and objective of the bank that it was fitted on.
+        space: Turns codes into factors.
+        conditioner: Compares descriptions with the bank's.
+        method: Turns conditions into codes.
+        embedder: Embeds descriptions.
+        rank: Rank of the adapters that it writes.
+        strength: Factor on ΔW, chosen on held-out training tasks.
+        origin: How it was trained: settings, seed, bank, validation.
+        licenses: Licence of each expert by name, as the bank states it, and of tasks without an expert that it learned from.
+        revision: Digest of the stored weights; "unsaved" before saving.
+        gate: Judges descriptions; None if none was fitted.
+    """
+
+    base: BankBase
+    space: SharedSubspace | FlatFactors
+    conditioner: Conditioner
+    method: Generator
+    embedder: TextEmbedder
+    rank: int
+    strength: float = 1.0
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    licenses: Mapping[str, str] = field(default_factory=dict)
+    revision: str = "unsaved"
+    gate: Gate | None = None
+    _runtime: tuple[RowAdapters, Objective] | None = field(default=None, repr=False, compare=False)
+
+    # --- use -----------------------------------------------------------------------------------------------------
+
+    def condition(self, description: str, examples: Sequence[tuple[str, str]] = ()) -> Condition:
+        """Embeds a description, alone, and compares it with the bank's; inputs of examples give it a task vector."""
+        condition = self.conditioner(self.embedder.embed([check_description(description)])[0])
+        if not examples:
+            return condition
+        rows, objective = self.runtime()
+        states = objective.hidden(rows.model, [text for text, _ in examples])
+        return replace(condition, task_vector=states.mean(0).cpu())
+
+    def runtime(self) -> tuple[RowAdapters, Objective]:
+        """The base model, loaded once, and its objective: needed for examples only."""
+        if self._runtime is None:
+            model = self.base.model.load()
+            objective = make_objective(self.base.objective, self.base.model.tokenizer(), self.base.settings)
+            self._runtime = RowAdapters(model, self.base.layout), objective
+        return self._runtime
+
+    def judge(self, description: str, condition: Condition | None = None) -> Verdict:
+        """What the gate says of a description, without making an adapter.
+
+        Args:
+            description: What an adapter should do.
+            condition: Its condition, if it is there already.
+        """
+        condition = self.condition(description) if condition is None else condition
+        return unfitted(condition) if self.gate is None else self.gate.judge(self, check_description(description), condition)
+
+    def generate(
+        self,
+        description: str,
+        *,
+        seed: int = 0,
+        strength: float = 1.0,
+        examples: Sequence[tuple[str, str]] = (),
+        refine_steps: int = 0,
+        on_unknown: str = "warn",
+        bank: AdapterBank | None = None,
+    ) -> LoraAdapter:
+        """Makes an adapter for a task that is only described.
+
+        Args:
+            description: What the adapter should do, at most 4,096 characters.
+            seed: Seed of methods that sample; the same seed gives the same bytes.
+            strength: Factor on ΔW, on top of the generator's own.
+            examples: (input, output) of the task, if there are some: they condition the methods that can use them.
+            refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
+                adapter that answers them all already (`info["refine_steps"]` says how many were taken).
+            on_unknown: What becomes of a description that the gate refuses: "warn" generates and warns, "raise" raises,
+                "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
+            bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
+
+        Returns:
+            The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, why, and what was served.
+
+        Raises:
+            DescriptionError: If the description cannot be used.
+            TaskError: If the examples cannot be.
+            UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
+            BankError: If the bank is not one of this generator's base model and experts.
+        """
+        made = self.generate_many(
+            [description], seed=seed, strength=strength, examples=examples, refine_steps=refine_steps, on_unknown=on_unknown, bank=bank
+        )
+        return next(made)
+
+    def generate_many(
+        self,
+        descriptions: Sequence[str],
+        *,
+        seed: int = 0,
+        strength: float = 1.0,
+        examples: Sequence[tuple[str, str]] = (),
+        refine_steps: int = 0,
+        on_unknown: str = "warn",
+        bank: AdapterBank | None = None,
+    ) -> Iterator[LoraAdapter]:
+        """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
+        examples = check_examples(examples, refine_steps)
+        if on_unknown not in ON_UNKNOWN:
+            raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
+        self.check_bank(bank)
+        for start in range(0, len(descriptions), _TOGETHER):
+            plans = [self._plan(text, seed, examples, on_unknown, bank) for text in descriptions[start : start + _TOGETHER]]
+            codes = [plan.code for plan in plans if plan.code is not None]
+            decoded = iter(self.space.decode(torch.cat(codes), self.rank) if codes else ())
+            for plan in plans:
+                adapter = plan.adapter
+                if adapter is None:
+                    adapter = LoraAdapter(self.base.layout, next(decoded), float(self.rank)).scaled(plan.factor)
+                yield self._finished(plan, adapter.scaled(strength), seed, strength, examples, refine_steps)
+
+    def _plan(self, description: str, seed: int, examples: Sequence[tuple[str, str]], on_unknown: str, bank: AdapterBank | None) -> _Plan:
+        """What is served for a description, and how much each expert counts in it."""
+        condition = self.condition(description, examples)
+        verdict = unasked(condition) if on_unknown == "ignore" else self.judge(description, condition)
+        if verdict.decision == "refuse":
+            report_unknown(description, verdict, on_unknown)
+        names, count = self.conditioner.names, len(self.conditioner.names)
+        plan = _Plan(description, condition, verdict, "generated", None)
+        if verdict.decision == "expert" and verdict.known is not None and bank is not None:
+            plan.served, plan.shares = "expert", torch.eye(count)[names.index(verdict.known)]
+            plan.adapter = bank.adapter(verdict.known)
+        elif verdict.decision == "refuse" and on_unknown == "fallback":
+            plan.served, plan.shares = "fallback", torch.zeros(count)
+            plan.code, plan.factor = self.space.zero[None], 0.0
+        elif verdict.decision == "fuse" and bank is not None:
+            plan.served = "fusion"
+            plan.shares, plan.code = self.fuse_nearest(bank, condition.similarities)
+        else:
+            plan.served = "reconstruction" if verdict.decision == "expert" else "generated"
+            plan.shares = self.method.shares(condition)
+            plan.code, plan.factor = self.method.generate(condition, torch.Generator().manual_seed(seed)), self.strength
+        return plan
+
+    def fuse_nearest(self, bank: AdapterBank, similarities: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares (n,) of the experts nearest to a description, a softmax over similarities (n,), and the code (1, c) of their fusion."""
+        shares = mixture_weights(similarities, _FUSED, _FUSED_TEMPERATURE)
+        chosen = shares.nonzero()[:, 0].tolist()
+        codes = torch.stack([self.space.encode(bank.adapter(self.conditioner.names[i])) for i in chosen])
+        return shares, (shares[chosen] @ codes)[None]
+
+    def _finished(
+        self, plan: _Plan, adapter: LoraAdapter, seed: int, strength: float, examples: Sequence[tuple[str, str]], refine_steps: int
+    ) -> LoraAdapter:
+        """The adapter of a plan, refined if that is asked for, with where it came from."""
+        if refine_steps and plan.served != "fallback":
+            started, adapter = adapter, refine(*self.runtime(), adapter, examples, refine_steps, seed)
+            refine_steps = 0 if adapter is started else refine_steps
+        norms, model = adapter.norms(), self.base.model
+        info: dict[str, Any] = {
+            "description": plan.description.strip(),
+            "method": self.method.name if plan.served in ("generated", "reconstruction") else plan.served,
+            "neighbours": [list(pair) for pair in plan.condition.neighbours],
+            "novelty": plan.verdict.novelty,
+            "gate": plan.verdict.to_dict() | {"served": plan.served},
+            "seed": seed,
+            "strength": strength,
+            "examples": len(examples),
+            "refine_steps": refine_steps,
+            "generator": {"revision": self.revision, "strength": self.strength},
+            "base_model": base_fields(model, self.base.identity, self.base.layout),
+            "embedder": public_name(self.embedder.name),
+            "parents": parents(self.conditioner.names, self.licenses, None if plan.shares is None else plan.shares.tolist()),
+            "norm": round(sum(norm**2 for norm in norms.values()) ** 0.5, 6),
+            "norms": {name: round(norm, 6) for name, norm in norms.items()},
+            "versions": versions(),
+        }
+        info["license"] = licence_of(info).name
+        return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, model.name, TASK_TYPES[model.kind], info)
+
+    def check_bank(self, bank: AdapterBank | None) -> None:
+        """Raises a BankError if a bank is not the one that the generator learned from."""
+        if bank is not None and (bank.base != self.base or not set(self.conditioner.names) <= set(bank.names)):
+            raise BankError("the bank is not the one that the generator learned from", remedy="Give that one, or none.")
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes a generator folder, as `generator_files` does, and takes over the rounding of what is stored."""
+        folder = Path(folder)
+        self.revision = write_generator(self, folder)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, embedder: TextEmbedder | None = None, device: str = "auto", revision: str | None = None
+    ) -> LoraGenerator:
+        """Opens a generator folder, or one on the hub.
+
+        Args:
+            path: Folder or hub id.
+            embedder: Used instead of loading the embedder that it was fitted with.
+            device: Where the embedder runs.
+            revision: Revision on the hub.
+
+        Raises:
+            ArtifactError: If it is not a complete generator of a known format.
+            GeneratorError: If its parts do not fit together, or the embedder is another one.
+        """
+        return cls(**read_parts(fetch(path, "generator", revision), embedder, device))
+
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Publishes the generator, as `save_pretrained` writes it, to user/name and returns the commit's address."""
+        with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
+            return push_generator_folder(self.save_pretrained(staging), repository, private=private)

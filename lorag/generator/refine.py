@@ -1,0 +1,155 @@
+"""A few examples, if there are some: gradient steps on them from a generated adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.objectives import Objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.errors import TaskError
+from lorag.tasks.suite import Example, Task
+
+__all__ = ["check_examples", "refine", "refine_tasks"]
+
+# Peak rates of Adam as shares of the factors' root mean square. What one example can teach is learned once the steps'
+# rates add up to about 0.6, in few steps or in many; going on forgets the description. More examples bear a longer way.
+_WAY, _MOST = 0.6, 0.1
+_BATCH = 8
+
+
+def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int) -> list[tuple[str, str]]:
+    """Checked examples.
+
+    Raises:
+        TaskError: If one is no pair of texts, or if steps are asked for without examples.
+    """
+    if refine_steps < 0:
+        raise TaskError("refine_steps must not be negative", got=refine_steps)
+    if isinstance(examples, str | bytes):
+        raise TaskError("examples must be a list of (input, output)", got=type(examples).__name__)
+    for number, pair in enumerate(examples):
+        fits = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+        if not fits:
+            raise TaskError(f"examples[{number}] cannot be used", got=repr(pair)[:80], expected='("an input", "its output")')
+    if refine_steps and not examples:
+        raise TaskError("refine_steps needs examples", remedy="Give examples=[(input, output), …], or refine_steps=0.")
+    return [(text, answer) for text, answer in examples]
+
+
+def refine(
+    rows: RowAdapters,
+    objective: Objective,
+    adapter: LoraAdapter,
+    examples: Sequence[tuple[str, str]],
+    steps: int,
+    seed: int = 0,
+    learning_rate: float | None = None,
+) -> LoraAdapter:
+    """Trains an adapter further on a few examples, carefully: it holds what the description said, they are few.
+
+    Args:
+        rows: The base model.
+        objective: How tasks are learned.
+        adapter: Where to start.
+        examples: (input, output) of the task. For encoders an output is a label; the labels are those that occur.
+        steps: Gradient steps.
+        seed: Seed of sampling.
+        learning_rate: Peak rate of Adam. By default a share of the size of the adapter's own factors, so that it suits any
+            base model: the smaller, the more steps there are, and the larger, by a square root, the more examples.
+
+    Returns:
+        The refined adapter, of scaling 1; the very same adapter if it answers all examples word for word already.
+
+    Raises:
+        TaskError: If an encoder's examples hold too few classes to learn from.
+    """
+    known = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
+    labels = tuple(dict.fromkeys(example.output for example in known)) if objective.kind == "encoder" else None
+    task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", known)
+    return refine_tasks(rows, objective, [adapter], [task], steps, seed, learning_rate)[0]
+
+
+def refine_tasks(
+    rows: RowAdapters,
+    objective: Objective,
+    adapters: Sequence[LoraAdapter],
+    tasks: Sequence[Task],
+    steps: int,
+    seed: int = 0,
+    learning_rate: float | None = None,
+) -> list[LoraAdapter]:
+    """Refines adapter number i, all of one rank, on the training examples of task number i; all tasks have as many.
+
+    An adapter that gives every example's answer word for word comes back as it is: they have nothing to teach it, and steps on a
+    few of them would only forget the description.
+    """
+    if steps < 1:
+        return list(adapters)
+    for task in tasks:
+        _check_classes(objective, task)
+    left = [place for place, answered in enumerate(_answered(rows, objective, adapters, tasks)) if not answered]
+    found = list(adapters)
+    if left:
+        trained = _train(rows, objective, [adapters[i] for i in left], [tasks[i] for i in left], steps, seed, learning_rate)
+        for place, adapter in zip(left, trained, strict=True):
+            found[place] = adapter
+    return found
+
+
+def _train(
+    rows: RowAdapters,
+    objective: Objective,
+    adapters: Sequence[LoraAdapter],
+    tasks: Sequence[Task],
+    steps: int,
+    seed: int,
+    learning_rate: float | None,
+) -> list[LoraAdapter]:
+    most = max(len(task.split("train")) for task in tasks)
+    if learning_rate is None:
+        learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
+    config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
+    refined = [late[-1] for late in train_group(rows, objective, tasks, adapters[0].rank, config, start=adapters)]
+    return [
+        LoraAdapter(start.layout, end.factors, end.alpha, start.base_model, start.task_type)
+        for start, end in zip(adapters, refined, strict=True)
+    ]
+
+
+def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
+    """Which of the adapters give the outputs of all their examples; classes chosen from few are no proof of it."""
+    if objective.metric != "exact_match":
+        return [False] * len(tasks)
+    known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
+    scores = objective.scores(rows, stack_adapters(adapters, rows.model.device), known, limit=max(len(task.examples) for task in known))
+    return [score["exact_match"] == 1 for score in scores]
+
+
+def _size(adapters: Sequence[LoraAdapter]) -> float:
+    """Root mean square of all factors as they are trained, scaling folded in."""
+    values = torch.cat([factor.flatten() for pair in stack_adapters(adapters).values() for factor in pair])
+    return values.square().mean().sqrt().item()
+
+
+def _check_classes(objective: Objective, task: Task) -> None:
+    """Raises TaskError unless an encoder can tell classes apart by the training examples of a task."""
+    if objective.kind != "encoder":
+        return
+    least = 2 if objective.name == "prototypes" else 1  # a text for the prototype, and one that should find it
+    inputs: dict[str, set[str]] = {}
+    for example in task.split("train"):
+        inputs.setdefault(example.output, set()).add(example.input)
+    usable = sum(len(texts) >= least for texts in inputs.values())
+    if usable < 2:
+        each = "two different inputs each" if least == 2 else "an example each"
+        raise TaskError(
+            f"the examples are too few for {objective.name}",
+            got=f"{usable} such of {len(inputs)} outputs",
+            expected=f"at least two outputs with {each}",
+            remedy="Add examples of other classes, or take refine_steps=0.",
+        )

@@ -1,0 +1,248 @@
+"""Regression over experts with a learned kernel: what a new description's code is, given the experts' and how alike they are.
+
+The kernel is learned by playing the unseen: in each step some experts are taken out, their codes are predicted from the others',
+and the error teaches the reader which words ask for the same weights. The regression itself is solved anew each time and learns
+nothing by heart. (Learning through a solved regression: Bertinetto et al., arXiv 1805.08136.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorag.errors import ConfigError, GeneratorError
+from lorag.methods.base import FitData, ReaderSettings, collate, draw
+from lorag.methods.data_parallel import Batch
+from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.networks.expert_kernel import ExpertKernel
+from lorag.spaces.principal_codes import PrincipalCodes
+from lorag.text.embedding import Embedding
+
+__all__ = ["ExpertRegression", "KernelSettings", "can_regress", "regress_codes"]
+
+_DESCRIPTIONS = 16  # of an expert, over which its features are averaged
+_WORDINGS = 8  # of each held-out task, that validation reads
+_AT_ONCE = 256
+
+
+@dataclass
+class KernelSettings(ReaderSettings):
+    """Size and training of the kernel.
+
+    Attributes:
+        width: Of the transformer that reads the description.
+        features: Number of features that it makes of a description.
+        groups: Into which they fall; a divisor of their number.
+        experts: Most experts that count at use; of a larger bank so many are drawn.
+        batch: Most experts in a step of training.
+        asked: Share of these that are taken out and predicted.
+        steps: Of training.
+        learning_rate: Peak rate.
+    """
+
+    width: int = 192
+    features: int = 192
+    groups: int = 6
+    experts: int = 4096
+    batch: int = 512
+    asked: float = 0.25
+    steps: int = 1000
+    learning_rate: float = 1e-3
+
+    def kernel(self, embedding: int) -> ExpertKernel:
+        """The untrained kernel for vectors of length e.
+
+        Raises:
+            ConfigError: If a setting cannot be used.
+        """
+        if self.groups < 1 or self.features < 1 or self.features % self.groups:
+            raise ConfigError("groups must divide features", got=f"{self.features} features in {self.groups} groups")
+        if not 0 < self.asked < 1 or self.experts < 2 or self.batch < 2:
+            got = f"{self.asked}, {self.experts} and {self.batch}"
+            raise ConfigError("asked must be a share, experts and batch at least 2", got=got)
+        return ExpertKernel(self.reader(embedding, 0, width=self.width, features=self.features), embedding, self.groups)
+
+
+class ExpertRegression:
+    """Experts, and the kernel with which they are regressed upon.
+
+    Args:
+        kernel: The learned kernel.
+        indices: The experts' places in the bank (l,), int64.
+        features: Of the experts' descriptions (l, f).
+        values: Of the experts (l, p), zero where nothing is known.
+    """
+
+    def __init__(self, kernel: ExpertKernel, indices: Tensor, features: Tensor, values: Tensor) -> None:
+        self.kernel, self.indices, self.features, self.values = kernel, indices, features, values
+        self._inverse: Tensor | None = None
+
+    @property
+    def embedding(self) -> int:
+        """Length e of the vectors that the kernel reads."""
+        return self.kernel.embedding
+
+    @classmethod
+    def learn(cls, name: str, settings: KernelSettings, values: Tensor, data: FitData, loop: TrainingLoop) -> ExpertRegression:
+        """Learns a kernel on the training experts, and stops at the state that is best on the held-out ones.
+
+        Args:
+            name: Names the stage.
+            settings: Of the kernel.
+            values: What is to be predicted, of each expert of the bank (n, p); their mean square should be near 1.
+            data: The bank.
+            loop: Runs the stage.
+
+        Returns:
+            The regression on the training experts alone; `with_others` adds more.
+
+        Raises:
+            GeneratorError: If experts are so much alike that none is left to learn from.
+        """
+        device, values = loop.accelerator.device, values.to(loop.accelerator.device)
+        with loop.seeded():
+            kernel = settings.kernel(data.embeddings[0][0].pooled.shape[-1]).to(device)
+        training, held = torch.tensor(list(data.training)), list(data.validation)
+        counting = sorted(training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist())
+
+        def loss(_: nn.Module, step: int) -> Batch:
+            drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.batch]].tolist()
+            asked = drawn[: max(1, round(len(drawn) * settings.asked))]
+            known = _others(data, drawn, asked)
+            if not known:  # few large families: of one alone the others may be left
+                asked = asked[:1]
+                known = _others(data, drawn, asked)
+            if not known:
+                raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+            texts = draw(data, [*known, *asked], loop)
+
+            def losses(part: slice) -> Tensor:
+                told, question = (kernel(*collate(some, device)) for some in (texts[: len(known)], texts[len(known) :][part]))
+                return F.mse_loss(kernel.weights(question, told) @ values[known], values[asked[part]])
+
+            return Batch(len(asked), losses)
+
+        def validate(_: nn.Module) -> float:
+            found = cls.of(kernel, values, data, counting, 4)
+            each = [F.mse_loss(*torch.broadcast_tensors(found(data.embeddings[i][:_WORDINGS]), values[i])) for i in held]
+            return torch.stack(each).mean().item()
+
+        length = LoopSettings(settings.steps, settings.learning_rate, validate_every=50)
+        loop.run(f"{name} kernel", kernel, loss, validate if held else None, length)
+        return cls.of(kernel.requires_grad_(False).eval(), values, data, counting)
+
+    @classmethod
+    def of(
+        cls, kernel: ExpertKernel, values: Tensor, data: FitData, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
+    ) -> ExpertRegression:
+        """The regression on the experts at some rows of a bank, whose values (n, p) are given."""
+        features = _features(kernel, data, rows, descriptions)
+        return cls(kernel, torch.tensor(list(rows)), features, values[list(rows)].to(features))
+
+    def with_others(self, values: Tensor, data: FitData, rows: Sequence[int]) -> ExpertRegression:
+        """The regression of given values (n, p) on these experts and those at some more rows of the bank."""
+        features = self.features
+        if rows:
+            features = torch.cat([features, _features(self.kernel, data, rows, _DESCRIPTIONS)])
+        indices, order = torch.cat([self.indices, torch.tensor(list(rows), dtype=torch.int64)]).sort()
+        return ExpertRegression(self.kernel, indices, features[order.to(features.device)], values[indices.to(values.device)].to(features))
+
+    def __call__(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
+        """Values (b, p) for descriptions, without experts that are hidden (n,)."""
+        seen = torch.ones(len(self.indices), dtype=torch.bool) if hidden is None else ~hidden[self.indices]
+        with torch.no_grad():
+            asked = _read(self.kernel, embeddings)
+            if seen.all():
+                return self.kernel.similarity(asked, self.features) @ self._solved() @ self.values
+            if not seen.any():
+                return self.values.new_zeros(len(asked), self.values.shape[1])
+            seen = seen.to(self.features.device)
+            return self.kernel.weights(asked, self.features[seen]) @ self.values[seen]
+
+    def left_out(self, embeddings: Sequence[Embedding], kin: Sequence[Sequence[int]]) -> Tensor:
+        """Values (b, p) for descriptions, each without the experts that are its kin.
+
+        In closed form: with A the inverse of the system and u = A k, experts E leave it by u − A[:, E] A[E, E]⁻¹ u[E].
+        """
+        inverse = self._solved()
+        with torch.no_grad():
+            weights = self.kernel.similarity(_read(self.kernel, embeddings), self.features) @ inverse
+            for row, own in zip(weights, kin, strict=True):
+                out = torch.isin(self.indices, torch.tensor(list(own))).nonzero()[:, 0].to(row.device)
+                row -= inverse[:, out] @ torch.linalg.solve(inverse[out][:, out], row[out])
+            return weights @ self.values
+
+    def shares(self) -> Tensor:
+        """What each expert adds to a prediction (l, p) when it is asked for with similarity 1: values are `similarity @ shares`."""
+        return self._solved() @ self.values
+
+    def _solved(self) -> Tensor:
+        """Inverse of the system of all experts (l, l), worked out once."""
+        if self._inverse is None:
+            with torch.no_grad():
+                self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.kernel.system(self.features))).float()
+        return self._inverse
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `from_tensors` needs beside the settings."""
+        network = {f"network.{name}": value for name, value in self.kernel.state_dict().items()}
+        return {**network, "indices": self.indices, "features": self.features, "values": self.values}
+
+    @classmethod
+    def from_tensors(cls, settings: KernelSettings, embedding: int, tensors: Mapping[str, Tensor]) -> ExpertRegression:
+        """Puts back what `tensors` gave, for vectors of length e.
+
+        Raises:
+            GeneratorError: If tensors do not fit together.
+            KeyError: If one is missing.
+            RuntimeError: If they do not fit the settings.
+        """
+        with torch.device("meta"):
+            kernel = settings.kernel(embedding)
+        state = {name.removeprefix("network."): value.float() for name, value in tensors.items() if name.startswith("network.")}
+        kernel.load_state_dict(state, assign=True)
+        indices, features, values = tensors["indices"].long(), tensors["features"].float(), tensors["values"].float()
+        if indices.dim() != 1 or features.shape != (len(indices), settings.features) or values.dim() != 2 or len(values) != len(indices):
+            raise GeneratorError("stored experts do not fit", got=f"{tuple(indices.shape)}, {tuple(features.shape)}, {tuple(values.shape)}")
+        if not len(indices) or (indices < 0).any():
+            raise GeneratorError("stored experts do not fit", got=f"places of {len(indices)} experts")
+        return cls(kernel.requires_grad_(False).eval(), indices, features, values)
+
+
+def can_regress(data: FitData) -> bool:
+    """Whether the training experts differ and each has another that is no kin, from which it could be predicted."""
+    training = set(data.training)
+    codes = data.codes[list(data.training)]
+    return bool((codes != codes[:1]).any()) and not any(training <= set(data.kin[row]) for row in training)
+
+
+def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: TrainingLoop, *, held: bool) -> tuple[ExpertRegression, Tensor]:
+    """A regression on the training experts' codes, and where `held` on the held-out ones' too, with the mean (c,) that it adds to."""
+    coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
+    learned = ExpertRegression.learn(name, settings, coordinates.to_coordinates(data.codes), data, loop)
+    more = list(data.validation) if held else []
+    mean = data.codes[sorted([*learned.indices.tolist(), *more])].mean(0)
+    return learned.with_others(data.codes - mean, data, more), mean
+
+
+def _others(data: FitData, drawn: Sequence[int], asked: Sequence[int]) -> list[int]:
+    """Those drawn that are no kin of anybody who is asked for."""
+    hidden = {i for row in asked for i in data.kin[row]}
+    return [i for i in drawn if i not in hidden]
+
+
+def _features(kernel: ExpertKernel, data: FitData, rows: Sequence[int], descriptions: int) -> Tensor:
+    """Features (l, f) of the experts at some rows of a bank, each the mean over its first descriptions."""
+    texts = [data.embeddings[i][:descriptions] for i in rows]
+    flat = [one for own in texts for one in own]
+    with torch.no_grad():
+        parts = [_read(kernel, flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE)]
+    return torch.stack([own.mean(0) for own in torch.cat(parts).split([len(own) for own in texts])])
+
+
+def _read(kernel: ExpertKernel, embeddings: Sequence[Embedding]) -> Tensor:
+    return kernel(*collate(embeddings, kernel.noise.device))

@@ -1,0 +1,122 @@
+"""Controls for SG-LoRA: its condition holds the merged weights already, so a line through them, or their norm, may be enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorag.errors import GeneratorError
+from lorag.methods.base import FitData, Generator
+from lorag.methods.baselines import MixtureSettings, TopK
+from lorag.methods.expert_mixture import ExpertMixture
+from lorag.methods.training_loop import TrainingLoop
+from lorag.spaces.principal_codes import PrincipalCodes
+from lorag.text.conditioning import Condition
+
+__all__ = ["SgRescaled", "SgRidge"]
+
+# Shares of the inputs' mean square; the middle one is taken where there is nothing to choose by.
+_PENALTIES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+
+
+class SgRidge(Generator):
+    """Linear map from SG-LoRA's μ* to the code, both in principal coordinates.
+
+    Rows are single descriptions, each without its own expert; the penalty is chosen on held-out training tasks, whose
+    experts are neighbours of none meanwhile, as for `sg_lora`.
+    """
+
+    name = "sg_ridge"
+    settings_type = MixtureSettings
+    settings: MixtureSettings
+    coordinates: PrincipalCodes
+    experts: ExpertMixture
+    weight: Tensor
+    bias: Tensor
+
+    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+        """Solves the regression, in fp64."""
+        s, training, held = self.settings, list(data.training), list(data.validation)
+        self.coordinates = PrincipalCodes.fit(data.codes[training])
+        known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
+        x, y = self._rows(known, data, training)
+        centre, mean = x.mean(0), y.mean(0)
+        gram, moment = (x - centre).T @ (x - centre), (x - centre).T @ (y - mean)
+        unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        held_x, held_y = self._rows(known, data, held) if held else (x[:0], y[:0])
+        found: dict[float, tuple[float, Tensor]] = {}
+        for penalty in _PENALTIES:
+            weight = torch.linalg.solve(gram + penalty * unit, moment)
+            error = ((held_x - centre) @ weight + mean - held_y).square().sum().item()
+            found[penalty] = error, weight
+        chosen = min(found, key=lambda penalty: found[penalty][0]) if held else _PENALTIES[len(_PENALTIES) // 2]
+        weight = found[chosen][1]
+        self.weight, self.bias = weight.float(), (mean - centre @ weight).float()
+        self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
+
+    def _rows(self, known: ExpertMixture, data: FitData, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """μ* of every description of some experts, and the coordinates to which it should lead, in fp64."""
+        conditions = known.leave_one_out(data, rows)
+        counts = torch.tensor([len(own) for own in conditions])
+        targets = self.coordinates.to_coordinates(data.codes[rows]).repeat_interleave(counts, 0)
+        return torch.cat(conditions)[:, : self.coordinates.size].double(), targets.double()
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """The predicted code, repeated."""
+        merged = self.experts(condition.similarities)[: self.coordinates.size]
+        return self.coordinates.to_codes(merged @ self.weight + self.bias).expand(count, -1).clone()
+
+    def size(self) -> int:
+        """Number of values of the linear map; coordinates and experts are a base."""
+        return self.weight.numel() + self.bias.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The linear map, the coordinates and the experts."""
+        coordinates = {f"coordinates.{name}": value for name, value in self.coordinates.tensors().items()}
+        return {**coordinates, **self.experts.tensors(), "weight": self.weight, "bias": self.bias}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts them back."""
+        try:
+            own = {name.removeprefix("coordinates."): value for name, value in tensors.items() if name.startswith("coordinates.")}
+            self.coordinates = PrincipalCodes.from_tensors(own)
+            self.experts = ExpertMixture.from_tensors(tensors, self.settings.top, self.settings.temperature)
+            self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
+        except (KeyError, GeneratorError) as error:
+            raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
+
+
+class SgRescaled(TopK):
+    """The merge of the nearest experts, made as long as experts are: a mean of experts is shorter than each of them.
+
+    Length is the distance from the code of the adapter that changes nothing: ‖ΔW‖, with one weight a module, in a shared
+    subspace, and the norm of the factors among flat ones.
+    """
+
+    name = "sg_rescaled"
+    zero: Tensor
+
+    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+        """Keeps the experts, and where lengths count from."""
+        super().fit(data, loop)
+        self.zero = data.zero
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """The rescaled merge, repeated."""
+        merged = super().generate(condition, rng, 1) - self.zero
+        norm = merged.norm()
+        wanted = (self.codes - self.zero).norm(dim=1).mean()
+        return (self.zero + (merged * (wanted / norm) if norm > 0 else merged)).expand(count, -1).clone()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The experts, and where lengths count from."""
+        return {**super().tensors(), "zero": self.zero}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts them back."""
+        super().restore(tensors)
+        if "zero" not in tensors:
+            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no zero")
+        self.zero = tensors["zero"].float()

@@ -1,1 +1,0 @@
-"""Gradient steps through a frozen base model, and the loop under every learned generator."""

@@ -1,0 +1,270 @@
+"""Fuse tasks into one adapter: by the rules of `merging`, or in the latents of a fitted `icm_fusion` generator.
+
+One adapter serves several tasks only if their inputs tell them apart: of two tasks on the same texts it can solve one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.merging import MERGES
+from lorag.adapters.provenance import base_fields, parents, versions
+from lorag.bank.bank import AdapterBank
+from lorag.base.base_model import TASK_TYPES
+from lorag.base.objectives import make_objective
+from lorag.base.row_adapters import RowAdapters
+from lorag.errors import ArtifactError, ConfigError
+from lorag.generator.generator import LoraGenerator
+from lorag.generator.refine import refine
+from lorag.methods.functional import TaskLoss
+from lorag.methods.icm_fusion import IcmFusion
+from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
+from lorag.networks.fused_latents import resolve_conflicts
+from lorag.tasks.suite import Task, TaskSuite
+from lorag.training.preparation import find_bank, find_tasks
+
+__all__ = ["RULES", "fuse", "fuse_experts"]
+
+RULES = ("uniform", "conflict", "learned")
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _start_weights(names: Sequence[str], weights: Mapping[str, float] | None, counts: Mapping[str, int] | None, tail: float) -> Tensor:
+    """Weights (n,) of sum 1: the given ones, times each task's number of examples to the power of `tail`."""
+    found = torch.tensor([1.0 if weights is None else float(weights[name]) for name in names])
+    if counts is not None:
+        found = found * torch.tensor([float(counts[name]) for name in names]) ** tail
+    if not (found.isfinite().all() and (found > 0).all()):
+        raise ConfigError("weights and counts of fused tasks must be positive numbers", got=str(found.tolist())[:80])
+    return found / found.sum()
+
+
+# --- in the latents of a generator ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The tasks to be fused, sorted by name: posterior means (n, z), standardised task vectors (n, v)."""
+
+    names: tuple[str, ...]
+    latents: Tensor
+    vectors: Tensor
+
+
+def _members(
+    generator: LoraGenerator, method: IcmFusion, bank: AdapterBank, names: Sequence[str], adapters: Mapping[str, LoraAdapter]
+) -> _Members:
+    latents, vectors = [], []
+    known = {name: index for index, name in enumerate(generator.conditioner.names)}
+    for name in names:
+        if name in known:
+            vector = method.vectors[known[name]]
+        elif method.settings.condition == "description":
+            pooled = torch.stack([one.pooled for one in generator.embedder.embed(list(bank[name].descriptions))])
+            vector = method.standardise(F.normalize(pooled.mean(0), dim=0))
+        else:
+            raise ConfigError(
+                f"expert {name!r} is unknown to the generator, whose task vectors come from examples",
+                remedy="Fit the generator on a bank that has it, or with settings.condition=description.",
+            )
+        if name in known and name not in adapters:
+            latents.append(method.latents[known[name]])
+        else:
+            code = generator.space.encode(adapters.get(name) or bank.adapter(name))
+            latents.append(method.encode(code[None], vector[None]).mean[0])
+        vectors.append(vector)
+    return _Members(tuple(names), torch.stack(latents), torch.stack(vectors))
+
+
+def fuse_experts(
+    generator: LoraGenerator,
+    bank: AdapterBank,
+    names: Sequence[str],
+    *,
+    rule: str = "uniform",
+    suite: TaskSuite | None = None,
+    worth: Worth = "sum",
+    steps: int = 100,
+    examples: int = 8,
+    learning_rate: float = 0.05,
+    weights: Mapping[str, float] | None = None,
+    counts: Mapping[str, int] | None = None,
+    tail: float = -0.5,
+    adapters: Mapping[str, LoraAdapter] | None = None,
+    refine_steps: int = 0,
+    rank: int | None = None,
+    seed: int = 0,
+) -> LoraAdapter:
+    """Fuses experts of a bank into one adapter, decoded from one latent (ICM-Fusion, arXiv 2508.04153).
+
+    The paper leaves weights and "orientation" open. The rules, in rising cost, for latents and task vectors alike:
+    `uniform` takes the weighted mean of unit vectors and restores their mean norm (latents of a generator that was trained
+    on sets: the norm of their sum); `conflict` first removes from each
+    vector its parts along vectors that it points against; `learned` starts from `uniform` and learns the weights (a
+    softmax) and a linear map of the latents by the tasks' losses on a few examples.
+
+    Args:
+        generator: A fitted `icm_fusion` generator.
+        bank: Holds the experts; of those that the generator was fitted on, their stored posteriors are taken.
+        names: Experts; order does not matter. One alone gives its decoded adapter.
+        rule: "uniform", "conflict" or "learned".
+        suite: The experts' tasks, for `learned` and for refinement; with it, tasks that share inputs are warned of.
+        worth: What `learned` lowers: the "sum" of the tasks' losses, or the "worst" of them.
+        steps: Gradient steps of `learned`.
+        examples: Most training examples of each task that `learned` and refinement see.
+        learning_rate: Of the weights' logarithms; of the map, this over z.
+        weights: Of each task, by name; equal without. `learned` starts from them.
+        counts: Number of training examples of each task, by name, for long-tailed sets: weights are multiplied by
+            count^tail, and `learned` learns the exponent.
+        tail: That exponent; below 0, rare tasks weigh more.
+        adapters: Experts that stand for the bank's, by name, such as ones trained on fewer examples.
+        refine_steps: K, gradient steps of the decoded adapter on a mixture of the tasks' examples.
+        rank: Rank of the adapter; the generator's without.
+        seed: Seed of the choice of examples.
+
+    Raises:
+        ConfigError: If the generator is of another method, a rule is unknown, or examples are needed and missing.
+    """
+    method = generator.method
+    if not isinstance(method, IcmFusion):
+        raise ConfigError("the generator cannot fuse", got=method.name, expected="one trained with method=icm_fusion")
+    if rule not in RULES or worth not in ("sum", "worst"):
+        raise ConfigError("rule of fusion is unknown", got=f"{rule}, {worth}", expected=f"{', '.join(RULES)}; sum or worst")
+    if generator.base != bank.base:
+        raise ArtifactError("the generator was not trained on a bank of this base", got=generator.base.model.name)
+    names = sorted(_distinct(names))
+    if suite is None and (rule == "learned" or refine_steps):
+        raise ConfigError("rule learned and refine_steps need examples of the tasks", remedy="Give their suite with tasks=PATH.")
+    members = _members(generator, method, bank, names, adapters or {})
+    start = _start_weights(names, weights, counts, tail)
+    latents, vectors = members.latents, members.vectors
+    if rule == "conflict":
+        latents, vectors = resolve_conflicts(latents), resolve_conflicts(vectors)
+    logits, exponent = start.log(), torch.zeros(())
+    log_counts = torch.zeros(len(names)) if counts is None else torch.tensor([float(counts[name]) for name in names]).log()
+    turn, size = torch.zeros(latents.shape[1], latents.shape[1]), latents.shape[1]
+
+    def shares() -> Tensor:
+        return torch.softmax(logits + exponent * (log_counts - log_counts.mean()), 0)
+
+    def code() -> Tensor:
+        z, v = method.fuse(latents, vectors, shares())
+        return method.decode((z + turn @ z)[None], v[None])
+
+    support: list[Task] = []
+    found: tuple[float, float] | None = None
+    if suite is not None:
+        tasks = tasks_of(suite, names)
+        rows, objective = generator.runtime()
+        warn_of_shared_inputs(rows, objective, tasks)
+        support = [few_examples(task, examples, seed) for task in tasks]
+        if rule == "learned":
+            device = rows.model.device
+            functional = TaskLoss(rows, objective, generator.space.to(device), support)
+            for parameter in (logits, exponent, turn):
+                parameter.requires_grad_()
+
+            def losses(draw: str, count: int) -> Tensor:
+                return functional.losses(code().to(device).expand(len(names), -1), range(len(names)), count, f"fusion/{seed}/{draw}")
+
+            free = [logits] if counts is None else [logits, exponent]
+            found = descend([(free, learning_rate), ([turn], learning_rate / size)], losses, steps, worth)
+    with torch.no_grad():
+        (factors,) = generator.space.decode(code(), rank or generator.rank)
+        learned = shares().tolist()
+    base = generator.base.model
+    adapter = LoraAdapter(generator.base.layout, factors, float(rank or generator.rank), base.name, TASK_TYPES[base.kind])
+    if refine_steps:
+        pairs = [(example.input, example.output) for task in support for example in task.examples]
+        adapter = refine(*generator.runtime(), adapter, pairs, refine_steps, seed)
+    info: dict[str, Any] = {
+        "method": method.name,
+        "experts": list(names),
+        "settings": {"rule": rule, "weights": {name: round(w, 4) for name, w in zip(names, learned, strict=True)}},
+        "refine_steps": refine_steps,
+        "seed": seed,
+        "generator": {"revision": generator.revision},
+        "base_model": base_fields(base, generator.base.identity, generator.base.layout),
+        "parents": parents(names, {name: bank[name].license for name in names}, learned),
+        "versions": versions(),
+    }
+    if found is not None:
+        info["settings"] |= {"worth": worth, "steps": steps, "support_loss": [round(value, 4) for value in found]}
+    return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, adapter.base_model, adapter.task_type, info)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("fusion needs experts, each named once", got=", ".join(names)[:120] or "no name")
+    return list(names)
+
+
+# --- from names to an adapter -----------------------------------------------------------------------------------------
+
+
+def fuse(
+    names: Sequence[str],
+    *,
+    bank: str = "sandbox",
+    method: str = "mean",
+    generator: str | None = None,
+    rule: str = "uniform",
+    tasks: str | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> LoraAdapter:
+    """Opens everything by name and fuses experts of a bank.
+
+    Args:
+        names: The experts.
+        bank: Bank folder, hub id, or "sandbox".
+        method: A rule of `merging`, or "icm_fusion".
+        generator: Folder of an `icm_fusion` generator, for that method only.
+        rule: Its rule.
+        tasks: Suite of the experts' tasks: tasks that share inputs are warned of, `cat` learns its weights, and
+            `icm_fusion` may learn.
+        rank: Rank of the result.
+        seed: Seed of `dare_ties`, and of the choice of examples.
+        device: Where the base model runs.
+
+    Raises:
+        ConfigError: If the method is unknown, or the generator is missing or not asked for.
+        BankError: If the bank has no such expert.
+    """
+    names = _distinct(names)
+    if method not in (*MERGES, "icm_fusion"):
+        raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join((*MERGES, "icm_fusion")))
+    if (generator is None) == (method == "icm_fusion"):
+        raise ConfigError(
+            "method icm_fusion and a generator belong together",
+            got=f"method {method}, generator {generator}",
+            remedy="Train one with lorag train method=icm_fusion out=DIR, then --method icm_fusion --generator DIR.",
+        )
+    experts = find_bank(bank)
+    for name in names:
+        experts[name]  # raises before anything is loaded
+    suite = find_tasks(tasks) if tasks is not None else None
+    if generator is not None:
+        opened = LoraGenerator.from_pretrained(generator, device=device)
+        return fuse_experts(opened, experts, names, rule=rule, suite=suite, rank=rank, seed=seed)
+    weights = None
+    if suite is not None:
+        base = experts.base
+        base.check()
+        rows = RowAdapters(base.model.load(device), base.layout)
+        objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
+        own = tasks_of(suite, names)
+        warn_of_shared_inputs(rows, objective, own)
+        if method == "cat":
+            weights = learn_weights(rows, objective, list(experts.adapters(names)), own, seed=seed)
+    return experts.fuse(names, method, rank=rank, weights=weights, rng=torch.Generator().manual_seed(seed))

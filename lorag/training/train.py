@@ -1,0 +1,221 @@
+"""Train a generator from a bank: codes, conditions, the method's own fit, and the strength of what it generates."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lorag.adapters.provenance import public_name
+from lorag.base.base_model import device_of
+from lorag.config import to_plain
+from lorag.errors import ConfigError
+from lorag.files.artifacts import read_json, write_json
+from lorag.files.metrics import Metrics, check_trackers
+from lorag.generator.generator import LoraGenerator
+from lorag.methods import FitData, Generator, generator_type
+from lorag.methods.data_parallel import Shares, told
+from lorag.methods.training_loop import TrainingLoop
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace
+from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
+from lorag.training.gate_fitting import fit_gate
+from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
+
+__all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
+
+logger = logging.getLogger(__name__)
+
+_ASKED = 64  # tasks, counted as often as they are asked, on which the strength is chosen
+_STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        bank: Bank folder or hub id; "sandbox" is the embedded one.
+        out: Folder of the trained generator.
+        method: A registered generator.
+        settings: The method's own settings.
+        tasks: Suite with the experts' examples, for functional training and for choosing the strength; "sandbox" is the
+            embedded one, null leaves both out.
+        embedder: Text embedder.
+        space: "shared_subspace" or "flat_factors".
+        k: Dimensions of a shared subspace on each side.
+        rank: Rank of generated adapters.
+        wordings: Descriptions used of each expert; 0 uses all.
+        typos: Share of the descriptions, other than each expert's first, that are read with a typing error.
+        validation: Share of the experts held out for early stopping.
+        kin: What else is hidden, or held out, where a training task plays an unseen one: "task" nothing but its own expert,
+            "texts" experts of tasks that share training texts with it, "source" all of its source. As unseen tasks will be.
+        strength: Factor on generated ΔW; null chooses it on the held-out experts' tasks.
+        seed: Seed of everything.
+        device: "auto", "cpu" or "cuda".
+        dtype: Precision of the frozen base model in functional training.
+        shares: Shares into which each step's batch is cut: processes take them in turn, and a process with several adds up
+            their gradients, which takes less memory. null is one for each process. With the same number of shares the result is
+            the same, but for rounding, in any number of processes.
+        mixed_precision: "no" or "bf16", in which losses are computed; null is what `accelerate launch` was told.
+        trackers: Names among "tensorboard" and "trackio", which get the numbers that `metrics.jsonl` gets (extra `trackers`).
+    """
+
+    bank: str = "sandbox"
+    out: str = "runs/generator"
+    method: str = "house"
+    settings: dict[str, Any] = field(default_factory=dict)
+    tasks: str | None = "sandbox"
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    space: str = "shared_subspace"
+    k: int = 32
+    rank: int = 16
+    wordings: int = 0
+    typos: float = 0.15
+    validation: float = 0.1
+    kin: str = "task"
+    strength: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    shares: int | None = None
+    mixed_precision: str | None = None
+    trackers: list[str] = field(default_factory=list)
+
+
+def fit_generator(
+    prepared: Prepared, method: Generator, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
+) -> LoraGenerator:
+    """Fits a method on a prepared bank and chooses its strength."""
+    method.fit(prepared.data, loop)
+    if strength is None:
+        strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, loop.rng))
+    space = prepared.space
+    rank = space.rank if isinstance(space, FlatFactors) else min(rank, space.k)
+    return LoraGenerator(
+        base=prepared.bank.base,
+        space=space,
+        conditioner=prepared.data.conditioner,
+        method=method,
+        embedder=prepared.embedder,
+        rank=rank,
+        strength=strength,
+        origin=origin,
+        licenses=_licences(prepared, method),
+    )
+
+
+def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
+    """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
+    data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
+    if data.functional is not None and method.learns_from_tasks:
+        found |= {task.key: task.license for task in (data.functional.tasks[i] for i in data.without_expert)}
+    return found
+
+
+def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: int = 48) -> float:
+    """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
+
+    The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is
+    asked. 1 without examples or held-out tasks.
+    """
+    if data.functional is None or not data.validation:
+        return 1.0
+    chosen = list(data.validation)[:most]
+    vectors = data.functional.task_vectors(chosen).cpu() if method.needs_task_vectors else [None] * len(chosen)
+    conditions = [
+        replace(data.conditioner(data.embeddings[i][-1], exclude=data.kin[i]), task_vector=vector)
+        for i, vector in zip(chosen, vectors, strict=True)
+    ]
+    codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
+    space: Any = data.functional.space  # of the two that `_scale` knows
+    device = data.functional.rows.model.device
+    found: dict[float, float] = {}
+    for strength in _STRENGTHS:
+        scaled = _scale(space, codes, strength).to(device)
+        asked = [data.functional.loss(scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
+        found[strength] = sum(asked) / len(asked)
+    return min(found, key=lambda strength: found[strength])
+
+
+def _scale(space: SharedSubspace | FlatFactors, codes: Tensor, strength: float) -> Tensor:
+    """Codes whose ΔW is `strength` times as large. In flat factors the square root goes to both A and B."""
+    if isinstance(space, SharedSubspace):
+        space = space.to(codes.device)
+        return space.standardise(space.restore(codes) * strength)
+    mean, scale = space.mean.to(codes.device), space.scale.to(codes.device)
+    return ((codes * scale + mean) * strength**0.5 - mean) / scale
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
+    """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
+
+    Under `accelerate launch` all processes train, and the main one alone then fits the gate and writes. The others return the
+    generator without gate, while the main one may still be at work.
+
+    Raises:
+        ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
+    """
+    out = Path(config.out)
+    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")  # first, because it chooses this process's GPU
+    Shares.of(accelerator, config.shares, config.mixed_precision)
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        logger.warning("accelerate launch started one process only; where there are CPUs alone, it starts several with --multi_gpu")
+    plain = {key: value for key, value in to_plain(config).items() if key != "trackers"}  # who looks on changes nothing
+    for key in ("shares", "mixed_precision"):  # named where they were chosen
+        if plain[key] is None:
+            del plain[key]
+    check_trackers(config.trackers)
+    if (out / "run.json").exists() and read_json(out / "run.json") != plain:
+        raise ConfigError(f"out: {out} holds a run with other settings", remedy="Choose another folder, or delete it.")
+    if (out / "generator.json").exists():
+        logger.warning("%s is trained already; delete it to train it anew", out)
+        return LoraGenerator.from_pretrained(out, device=config.device)
+    if not 0 <= config.typos <= 1:
+        raise ConfigError("typos must be a share", got=str(config.typos), expected="0 to 1")
+    if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
+        raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
+    method = generator_type(config.method).with_settings(config.settings)
+    bank = find_bank(config.bank)
+    suite = find_tasks(config.tasks) if config.tasks else None
+    embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
+    if accelerator.is_main_process:
+        write_json(out / "run.json", plain)
+    quiet = quiet or not accelerator.is_local_main_process
+    prepared = prepare(
+        bank,
+        embedder,
+        space_name=config.space,
+        k=config.k,
+        wordings=config.wordings,
+        typos=config.typos,
+        validation=config.validation,
+        kin=config.kin,
+        seed=config.seed,
+        suite=suite,
+        without_expert=find_split(config.tasks, WITHOUT_EXPERT) if config.tasks else None,
+        device=config.device,
+        dtype=config.dtype,
+        quiet=quiet,
+    )
+    rng = torch.Generator().manual_seed(config.seed)
+    loop = TrainingLoop(out, rng, quiet, accelerator, shares=config.shares, mixed_precision=config.mixed_precision)
+    loop.metrics = Metrics(out, config.trackers, plain, main=accelerator.is_main_process)
+    # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
+    settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
+    settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
+    origin = {"config": settings, "experts": len(bank)}
+    generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    if not accelerator.is_main_process:
+        return generator
+    if prepared.data.validation and not method.needs_task_vectors:
+        held, kin = prepared.data.validation, prepared.data.kin[: len(bank)]
+        generator.gate = fit_gate(generator, bank, suite, held, kin, quiet=quiet)
+    generator.save_pretrained(out)
+    loop.finish()
+    return generator

@@ -1,0 +1,1 @@
+"""Embedded worlds: a base model, tasks and a bank that ship with lorag."""
