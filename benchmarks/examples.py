@@ -21,6 +21,7 @@ from lorag.adapters.adapter import LoraAdapter, stack_adapters
 from lorag.bank.experts import train_group
 from lorag.base.objectives import Objective
 from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.files.artifacts import embedded, write_json
 from lorag.generator.generate import DEFAULT
 from lorag.generator.generator import LoraGenerator
@@ -114,7 +115,9 @@ def curve(
                     fresh = None
                     if count:
                         config = replace(recipe, steps=length, batch=min(recipe.batch, count), checkpoints=1, seed=seed)
-                        fresh = [late[-1] for late in train_group(rows, objective, known, generator.rank, config)]
+                        fresh = [
+                            late[-1] for late in train_group(Runner(rows.model, rows.layout, objective), known, generator.rank, config)
+                        ]
                     points[name][count].append(setting.score(fresh))
                 bar.update()
     return {

@@ -29,7 +29,7 @@ from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import Objective, make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.tasks.suite import Example, Task
 from lorag.worlds.sandbox import world
 from lorag.worlds.sandbox.base_lm import TEMPLATE
@@ -95,12 +95,12 @@ def _encoder(counts: tuple[int, ...]) -> Setting:
 def _rows(setting: Setting, *, steps: int, repeats: int) -> list[dict[str, str | float]]:
     where = device()
     model = setting.base.load(where.type, "float32")
-    adapted = RowAdapters(model, LoraLayout.from_model(model, setting.targets))
+    runner = Runner(model, LoraLayout.from_model(model, setting.targets), setting.objective)
     config = ExpertConfig(target_modules=setting.targets, steps=steps, batch=setting.batch, checkpoints=1, weight_decay=6.0)
     config.initial_scale = 0.1
     found: list[dict[str, str | float]] = []
     for n in setting.counts:
-        runs: list[Callable[[], object]] = [lambda n=n: train_group(adapted, setting.objective, setting.tasks[:n], RANK, config)]
+        runs: list[Callable[[], object]] = [lambda n=n: train_group(runner, setting.tasks[:n], RANK, config)]
         runs.append(_alone(model, setting, config, tuned=True))
         runs += [_alone(model, setting, config, tuned=False)] if setting.causal else []
         seconds = interleaved_seconds([_finished(run, where) for run in runs], repeats)

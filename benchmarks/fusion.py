@@ -25,6 +25,7 @@ from lorag.adapters.adapter import LoraAdapter, stack_adapters
 from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import train_group
+from lorag.base.runner import Runner
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.generator import LoraGenerator
 from lorag.generator.refine import refine
@@ -62,6 +63,11 @@ class World:
         return [round(score[objective.metric], 4) for score in objective.scores(rows, own, tasks, limit=self.limit)]
 
 
+def _runner(world: World) -> Runner:
+    rows, objective = world.generator.runtime()
+    return Runner(rows.model, rows.layout, objective)
+
+
 def draw_set(size: int, rng: random.Random, among: Container[str]) -> list[str]:
     """Names of bank tasks of different domains and skills, and of different styles while there are any left."""
     pool: list[Cell] = [cell for cell in splits()["train"] if cell.name in among]
@@ -87,7 +93,7 @@ def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     """One adapter of the generator's rank trained on all examples of the tasks together."""
     mixed = replace(tasks[0], name="joint", examples=tuple(example for task in tasks for example in task.split("train")))
     config = replace(TRAINING, batch=TRAINING.batch * len(tasks))
-    return train_group(*world.generator.runtime(), [mixed], world.generator.rank, config)[0][-1]
+    return train_group(_runner(world), [mixed], world.generator.rank, config)[0][-1]
 
 
 def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
@@ -148,7 +154,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     """The same where the first task has 8 examples in all, and its expert was trained on them; its score comes first."""
     tasks = tasks_of(world.suite, names)
     few = few_examples(tasks[0], RARE, seed)
-    expert = train_group(*world.generator.runtime(), [few], 4, TRAINING)[0][-1]
+    expert = train_group(_runner(world), [few], 4, TRAINING)[0][-1]
     expert = LoraAdapter(expert.layout, expert.factors, expert.alpha, world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
     counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}

@@ -4,7 +4,7 @@ import torch
 from conftest import output_of
 
 from lorag.bank.bank import AdapterBank
-from lorag.bank.entries import BankBase
+from lorag.base.bank_base import BankBase
 from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
 
 KIND_OF = {"llama": "causal_lm", "qwen2": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "encoder", "clip": "two_towers"}

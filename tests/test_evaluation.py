@@ -11,8 +11,7 @@ from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save
 
 from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 from lorag.evaluation.folders import run_ladder
 from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
@@ -33,12 +32,9 @@ def world(tmp_path_factory, tiny_models, tokenizer):
     """Base, suite and a bank of trained experts whose answers are right."""
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     suite = make_suite(CELLS)
-    model = base.model.load("cpu")
-    rows = RowAdapters(model, base.layout)
-    objective = make_objective("causal_lm", tokenizer, base.settings)
     # Known scores, not generalisation, are the point: experts learn the test examples as well.
     seen = [dataclasses.replace(t, examples=tuple(dataclasses.replace(e, split="train") for e in t.examples)) for t in suite]
-    late = train_group(rows, objective, seen, 4, ExpertConfig(steps=150, batch=12, learning_rate=1e-2, checkpoints=1))
+    late = train_group(Runner.open(base, "cpu"), seen, 4, ExpertConfig(steps=150, batch=12, learning_rate=1e-2, checkpoints=1))
     folder = tmp_path_factory.mktemp("oracles")
     bank = AdapterBank.create(folder, base).add([(t.key, t.descriptions, own) for t, own in zip(suite, late, strict=True)])
     return base, suite, bank

@@ -9,6 +9,7 @@ from lorag.adapters.adapter import stack_adapters
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.objectives import make_objective
 from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.evaluation.reproduction import delta_error
 from lorag.generator.refine import check_examples, refine, refine_tasks
@@ -28,7 +29,8 @@ def world(tmp_path_factory, tiny_models, tokenizer):
     rows = RowAdapters(base.model.load("cpu"), base.layout)
     objective = make_objective("causal_lm", tokenizer, base.settings)
     tasks = make_suite(CELLS, train=96).tasks
-    late = train_group(rows, objective, tasks, 4, ExpertConfig(steps=120, batch=16, learning_rate=1e-2, checkpoints=1))
+    config = ExpertConfig(steps=120, batch=16, learning_rate=1e-2, checkpoints=1)
+    late = train_group(Runner(rows.model, rows.layout, objective), tasks, 4, config)
     return base, rows, objective, tasks, [one[-1] for one in late]
 
 

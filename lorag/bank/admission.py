@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.adapters.checks import Match
-from lorag.bank.entries import BankBase
+from lorag.base.bank_base import BankBase
 from lorag.base.names import same_model
 from lorag.errors import BaseMismatchError, NormRangeError
 

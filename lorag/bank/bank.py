@@ -19,8 +19,9 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import merge
 from lorag.adapters.model_card import bank_card
 from lorag.adapters.push import push_files, require_public
-from lorag.bank.entries import BankBase, Expert, known_details, texts
+from lorag.bank.entries import Expert, known_details, texts
 from lorag.bank.shards import PRECISIONS, ShardReader, check_shard, stack_checkpoints
+from lorag.base.bank_base import BankBase
 from lorag.base.base_model import TASK_TYPES
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.files.artifacts import check_manifest, require_name, resolve_inside, write_manifest

@@ -15,7 +15,7 @@ from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import Objective, make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.files.metrics import Metrics, check_trackers
 from lorag.parallel import Backend
@@ -107,7 +107,7 @@ def build_bank(
         raise ConfigError("a base model with code of its own is run on this machine alone", got=base.name, remedy="Use --backend local.")
     order = _Order(base, objective_name, objective.settings(), config, device, dtype)
     trainer = None if afar else _Trainer(order, objective)
-    layout = LoraLayout.from_model(base.skeleton(), targets) if trainer is None else trainer.rows.layout
+    layout = LoraLayout.from_model(base.skeleton(), targets) if trainer is None else trainer.runner.layout
     bank = AdapterBank.create(folder, BankBase(base, base.identity(), layout, objective_name, objective.settings()))
     tasks = list(suite)
     random.Random(config.seed).shuffle(tasks)
@@ -198,15 +198,15 @@ class _Trainer:
     """The loaded base model, ready for groups."""
 
     def __init__(self, order: _Order, objective: Objective) -> None:
-        self.order, self.objective = order, objective
+        self.order = order
         model = order.base.load(order.device, order.dtype)
-        self.rows = RowAdapters(model, LoraLayout.from_model(model, order.config.target_modules))
+        self.runner = Runner(model, LoraLayout.from_model(model, order.config.target_modules), objective)
 
     def train(self, group: _Group, record: Callable[[int, float], None] | None = None, bar: Any = None) -> _Made:  # noqa: ANN401 - a bar
         losses: list[tuple[int, float]] = []
         record = (lambda step, loss: losses.append((step, loss))) if record is None else record
-        late = train_group(self.rows, self.objective, group.tasks, group.rank, self.order.config, progress=bar, record=record)
-        return _Made(late, _score(self.rows, self.objective, group.tasks, late, self.order.config), losses)
+        late = train_group(self.runner, group.tasks, group.rank, self.order.config, progress=bar, record=record)
+        return _Made(late, _score(self.runner, group.tasks, late, self.order.config), losses)
 
 
 _kept: dict[str, _Trainer] = {}  # in a worker: that of the order that it last worked on
@@ -221,10 +221,8 @@ def _train(order: _Order, group: _Group) -> _Made:
     return _kept[key].train(group)
 
 
-def _score(
-    rows: RowAdapters, objective: Objective, tasks: Sequence[Task], late: Sequence[Sequence[LoraAdapter]], config: ExpertConfig
-) -> list[float | None]:
+def _score(runner: Runner, tasks: Sequence[Task], late: Sequence[Sequence[LoraAdapter]], config: ExpertConfig) -> list[float | None]:
     if not config.test_limit or not all(task.split("test") for task in tasks):
         return [None] * len(tasks)
-    stacked = stack_adapters([own[-1] for own in late], rows.model.device)
-    return [score[objective.metric] for score in objective.scores(rows, stacked, tasks, limit=config.test_limit)]
+    stacked = stack_adapters([own[-1] for own in late], runner.device)
+    return [score[runner.objective.metric] for score in runner.scores(stacked, tasks, limit=config.test_limit)]

@@ -14,8 +14,8 @@ from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.adapters.sources import Source
 from lorag.bank.admission import check_base, check_norm
-from lorag.bank.entries import BankBase
 from lorag.bank.index import norm_of
+from lorag.base.bank_base import BankBase
 from lorag.errors import LoragError, StorageError
 
 __all__ = ["Candidate", "Terms", "plausible", "read_candidate"]

@@ -1,4 +1,4 @@
-"""What a bank's manifest says: its experts' entries, and the base that they share."""
+"""What a bank's manifest says of its experts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorag.base.base_model import BaseModel
-from lorag.base.layout import LoraLayout
-from lorag.errors import BankError, BaseModelError, LoragError
+from lorag.errors import BankError
 from lorag.files.artifacts import require_name
 
-__all__ = ["BankBase", "Expert", "known_details", "texts"]
+__all__ = ["Expert", "known_details", "texts"]
 
 
 @dataclass(frozen=True)
@@ -56,47 +54,6 @@ class Expert:
             or not all(type(value) in (int, float) for value in numbers)
         ):
             raise BankError(f"the entry of expert {self.name!r} cannot be used", got=str(asdict(self))[:200])
-
-
-@dataclass(frozen=True)
-class BankBase:
-    """What all experts of a bank share: base model, layout, and the objective that they were trained with."""
-
-    model: BaseModel
-    identity: str
-    layout: LoraLayout
-    objective: str
-    settings: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "model": asdict(self.model),
-            "identity": self.identity,
-            "layout": self.layout.to_dict(),
-            "objective": self.objective,
-            "settings": dict(self.settings),
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> BankBase:
-        """Reads the JSON form."""
-        try:
-            model = BaseModel(**value["model"])
-            layout = LoraLayout.from_dict(value["layout"])
-            return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
-        except LoragError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
-
-    def check(self) -> None:
-        """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""
-        now = self.model.identity()
-        if now != self.identity:
-            raise BaseModelError(
-                f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy="Restore it, or rebuild the bank."
-            )
 
 
 def known_details(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter, stack_adapters
 from lorag.base.layout import LoraLayout
-from lorag.base.objectives import Objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.progress import Bar
 from lorag.tasks.suite import Task
 
@@ -67,8 +66,7 @@ def _initial(layout: LoraLayout, rank: int, seed: int, scale: float) -> dict[str
 
 
 def train_group(
-    rows: RowAdapters,
-    objective: Objective,
+    runner: Runner,
     tasks: Sequence[Task],
     rank: int,
     config: ExpertConfig,
@@ -80,8 +78,7 @@ def train_group(
     """Trains one adapter a task, all at once.
 
     Args:
-        rows: The base model.
-        objective: How tasks are learned.
+        runner: The base model.
         tasks: n tasks.
         rank: Rank of the adapters.
         config: Steps, rates, seeds.
@@ -92,8 +89,7 @@ def train_group(
     Returns:
         For each task its late checkpoints, the final one last.
     """
-    layout = rows.layout
-    device = rows.model.device
+    layout, device = runner.layout, runner.device
     if start is None:
         seeds = [zlib.crc32(f"{config.seed}/{task.name}".encode()) for task in tasks]
         start = [LoraAdapter(layout, _initial(layout, rank, seed, config.initial_scale), float(rank)) for seed in seeds]
@@ -107,9 +103,7 @@ def train_group(
         factor = min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
-        batch = objective.sample(tasks, config.batch, f"{config.seed}/{step}")
-        with rows.use(trained) as model:
-            losses = objective.losses(model, batch)
+        losses = runner.losses(trained, tasks, config.batch, f"{config.seed}/{step}")
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         _clip_each(parameters, 1.0)

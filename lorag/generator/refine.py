@@ -11,6 +11,7 @@ from lorag.adapters.adapter import LoraAdapter, stack_adapters
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.objectives import Objective
 from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.tasks.suite import Example, Task
 
@@ -69,7 +70,7 @@ def refine(
         TaskError: If an encoder's examples hold too few classes to learn from.
     """
     known = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
-    labels = tuple(dict.fromkeys(example.output for example in known)) if objective.kind == "encoder" else None
+    labels = tuple(dict.fromkeys(example.output for example in known)) if objective.closed_labels else None
     task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", known)
     return refine_tasks(rows, objective, [adapter], [task], steps, seed, learning_rate)[0]
 
@@ -91,7 +92,7 @@ def refine_tasks(
     if steps < 1:
         return list(adapters)
     for task in tasks:
-        _check_classes(objective, task)
+        objective.check_examples(task)
     left = [place for place, answered in enumerate(_answered(rows, objective, adapters, tasks)) if not answered]
     found = list(adapters)
     if left:
@@ -114,7 +115,9 @@ def _train(
     if learning_rate is None:
         learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
     config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
-    refined = [late[-1] for late in train_group(rows, objective, tasks, adapters[0].rank, config, start=adapters)]
+    refined = [
+        late[-1] for late in train_group(Runner(rows.model, rows.layout, objective), tasks, adapters[0].rank, config, start=adapters)
+    ]
     return [
         LoraAdapter(start.layout, end.factors, end.alpha, start.base_model, start.task_type)
         for start, end in zip(adapters, refined, strict=True)
@@ -123,33 +126,14 @@ def _train(
 
 def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
     """Which of the adapters give the outputs of all their examples; classes chosen from few are no proof of it."""
-    if objective.metric != "exact_match":
+    if not objective.word_for_word:
         return [False] * len(tasks)
     known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
     scores = objective.scores(rows, stack_adapters(adapters, rows.model.device), known, limit=max(len(task.examples) for task in known))
-    return [score["exact_match"] == 1 for score in scores]
+    return [score[objective.metric] == 1 for score in scores]
 
 
 def _size(adapters: Sequence[LoraAdapter]) -> float:
     """Root mean square of all factors as they are trained, scaling folded in."""
     values = torch.cat([factor.flatten() for pair in stack_adapters(adapters).values() for factor in pair])
     return values.square().mean().sqrt().item()
-
-
-def _check_classes(objective: Objective, task: Task) -> None:
-    """Raises TaskError unless an encoder can tell classes apart by the training examples of a task."""
-    if objective.kind != "encoder":
-        return
-    least = 2 if objective.name == "prototypes" else 1  # a text for the prototype, and one that should find it
-    inputs: dict[str, set[str]] = {}
-    for example in task.split("train"):
-        inputs.setdefault(example.output, set()).add(example.input)
-    usable = sum(len(texts) >= least for texts in inputs.values())
-    if usable < 2:
-        each = "two different inputs each" if least == 2 else "an example each"
-        raise TaskError(
-            f"the examples are too few for {objective.name}",
-            got=f"{usable} such of {len(inputs)} outputs",
-            expected=f"at least two outputs with {each}",
-            remedy="Add examples of other classes, or take refine_steps=0.",
-        )

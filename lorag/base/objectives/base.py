@@ -11,10 +11,10 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
-from lorag.errors import TaskError
+from lorag.errors import ConfigError, TaskError
 from lorag.tasks.suite import Example, Task
 
 if TYPE_CHECKING:
@@ -40,11 +40,21 @@ class Objective(abc.ABC):
         kind: The kind of base model that it needs.
         metric: The score that evaluations report.
         tokenizer: The base model's.
+        generates: Whether it writes answers (`generate`); what does not chooses among candidates by `hidden`.
+        reads_texts: Whether inputs are texts, which a user can type.
+        closed_labels: Whether a task's outputs are a closed set of labels.
+        draws_when_scoring: Whether the scores of one adapter depend on the seed.
+        word_for_word: Whether `metric` is exact match, so that an adapter that scores 1 on its training examples has learned them.
     """
 
     name: str
     kind: str
     metric: str
+    generates = False
+    reads_texts = True
+    closed_labels = False
+    draws_when_scoring = False
+    word_for_word = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -81,6 +91,18 @@ class Objective(abc.ABC):
             limit: Most test examples used of each task.
             seed: Seed of what an objective draws, such as the labelled texts of prototypes.
         """
+
+    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to inputs, one a row, of at most `max_new_tokens` tokens.
+
+        Raises:
+            ConfigError: If this objective writes no answers.
+        """
+        raise ConfigError(f"objective {self.name} writes no answers", expected="an objective that generates text")
+
+    def check_examples(self, task: Task) -> None:
+        """Raises TaskError unless the training examples of a task suffice to learn from."""
+        training_examples(task)
 
 
 def task_rng(task: Task, seed: str) -> random.Random:

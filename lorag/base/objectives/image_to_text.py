@@ -43,6 +43,7 @@ class ImageSeq2Seq(Seq2SeqLM):
     """
 
     name, kind = "image_seq2seq", "image_seq2seq"
+    reads_texts = False
     _rows_at_once = 32
 
     def __init__(self, tokenizer: Any, prompt: str = "<OD>", max_length: int = 256, boxes: bool = False) -> None:  # noqa: ANN401 - a processor
@@ -81,12 +82,12 @@ class ImageSeq2Seq(Seq2SeqLM):
         mask = read["attention_mask"][..., None].to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
-    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
-        """Greedy answers, at most `max_length` tokens, with their location tokens."""
+    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int | None = None) -> list[str]:
+        """Greedy answers with their location tokens, by default of at most `max_length` tokens."""
         writer: Any = model
         written = writer.generate(
             **_on(writer, self._read(inputs)),
-            max_new_tokens=self.max_length,
+            max_new_tokens=self.max_length if max_new_tokens is None else max_new_tokens,
             do_sample=False,
             num_beams=1,
             no_repeat_ngram_size=0,  # coordinates do repeat

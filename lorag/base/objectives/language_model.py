@@ -40,6 +40,7 @@ class TokenRows:
 class _LanguageModel(Objective):
     """What causal and encoder-decoder models share: teacher forcing gives losses and the exact match of greedy decoding."""
 
+    generates = True
     _rows_at_once = 512
 
     def __init__(
@@ -70,10 +71,6 @@ class _LanguageModel(Objective):
     @abc.abstractmethod
     def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Logits (b, t, v) that predict `batch.targets`."""
-
-    @abc.abstractmethod
-    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
-        """Greedy answers to inputs, one a row."""
 
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
         """Draws `count` training examples a task."""
@@ -135,6 +132,11 @@ class _LanguageModel(Objective):
                     score[self.metric] = -score[plain]
                 found.append(score)
         return found
+
+    @property
+    def word_for_word(self) -> bool:  # type: ignore[override]
+        """Whether `metric` is exact match."""
+        return self.metric == "exact_match"
 
     @property
     def writes(self) -> bool:
@@ -211,8 +213,8 @@ class CausalLM(_LanguageModel):
         found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
         return found.hidden_states[-1][:, -1].float()
 
-    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
-        """Greedy answers, at most 64 tokens."""
+    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to inputs, one a row."""
         writer: Any = model
         prompts = self._prompts(inputs)
         ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
@@ -220,7 +222,7 @@ class CausalLM(_LanguageModel):
         output = writer.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=64,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -256,8 +258,8 @@ class Seq2SeqLM(_LanguageModel):
         arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
         return model(**arguments, labels=batch.targets.to(model.device), use_cache=False).logits
 
-    def generate(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
-        """Greedy answers, at most 64 tokens."""
+    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to inputs, one a row."""
         writer: Any = model
         read = self.tokenizer(
             [self.template.format(input=text) for text in inputs],
@@ -266,7 +268,9 @@ class Seq2SeqLM(_LanguageModel):
             max_length=self.max_length,
             return_tensors="pt",
         ).to(writer.device)
-        output = writer.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=64, do_sample=False)
+        output = writer.generate(
+            input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+        )
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 

@@ -38,6 +38,8 @@ class _Encoder(Objective):
     """Mean-pooled, unit-length embeddings, as sentence encoders are used."""
 
     kind, metric = "encoder", "accuracy"
+    closed_labels = True
+    _texts_per_class = 1  # what a class needs among the training examples
     _rows_at_once = 256
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 64, temperature: float = 0.05) -> None:
@@ -47,6 +49,22 @@ class _Encoder(Objective):
     def settings(self) -> dict[str, Any]:
         """The arguments of `make_objective` that build it again."""
         return {"max_length": self.max_length, "temperature": self.temperature}
+
+    def check_examples(self, task: Task) -> None:
+        """Raises TaskError unless the training examples of a task tell at least two classes apart."""
+        inputs: dict[str, set[str]] = {}
+        for example in training_examples(task):
+            inputs.setdefault(example.output, set()).add(example.input)
+        least = self._texts_per_class
+        usable = sum(len(texts) >= least for texts in inputs.values())
+        if usable < 2:
+            each = "two different inputs each" if least == 2 else "an example each"
+            raise TaskError(
+                f"the examples are too few for {self.name}",
+                got=f"{usable} such of {len(inputs)} outputs",
+                expected=f"at least two outputs with {each}",
+                remedy="Add examples of other classes, or take refine_steps=0.",
+            )
 
     def _arguments(self, texts: Sequence[str]) -> dict[str, Tensor]:
         read = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
@@ -145,6 +163,8 @@ class Prototypes(_Encoder):
     """The nearest prototype wins: a class is the mean embedding of a few labelled texts; label names are never seen."""
 
     name = "prototypes"
+    draws_when_scoring = True
+    _texts_per_class = 2  # one for the prototype, and one that should find it
 
     def __init__(
         self,
