@@ -25,7 +25,9 @@ __all__ = [
     "NormRangeError",
     "PeftTypeError",
     "RankRangeError",
+    "ServedNameError",
     "StorageError",
+    "StoreFullError",
     "TaskError",
     "UndescribedError",
     "UnknownTaskError",
@@ -116,6 +118,14 @@ class ArtifactError(LoragError, ValueError):
 
 class StorageError(LoragError, OSError):
     """Reading or writing failed for a reason outside lorag: full disk, permissions, a vanished folder."""
+
+
+class ServedNameError(LoragError, ValueError):
+    """A client asked a server for a model by a name that cannot be used."""
+
+
+class StoreFullError(LoragError):
+    """A server's folder of adapters holds as many, or as many bytes, as it may."""
 
 
 class MissingDependencyError(LoragError, ImportError):

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["finish_replacing", "replace_together", "write_atomically", "write_bytes", "writing"]
+__all__ = ["finish_replacing", "flush_folder", "replace_together", "sweep", "write_atomically", "write_bytes", "writing"]
 
 _JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
 _ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name[:40]}."
-        _sweep(path.parent, prefix)
+        sweep(path.parent, prefix)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
         os.close(handle)
         sibling = Path(name)
@@ -57,7 +57,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             sibling.replace(path)
         finally:
             sibling.unlink(missing_ok=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,15 +85,15 @@ def replace_together(folder: Path, write: Callable[[Path], None], last: str) -> 
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder, ".new.")
+        sweep(folder, ".new.")
         staging = Path(tempfile.mkdtemp(dir=folder, prefix=".new.", suffix=".tmp"))
         try:
             write(staging)
-            _flush_folder(staging)
+            flush_folder(staging)
             with _alone(folder):
                 _move_into_place(folder, last)
                 staging.rename(folder / _JOURNAL)
-                _flush_folder(folder)
+                flush_folder(folder)
                 _move_into_place(folder, last)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -117,7 +117,7 @@ def _move_into_place(folder: Path, last: str) -> None:
     for name in names:
         (journal / name).replace(folder / name)
     journal.rmdir()
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Writes the names of a folder to disk, so that renames survive a power cut in their order; Windows has no such call."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
@@ -144,7 +144,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _sweep(folder: Path, prefix: str) -> None:
+def sweep(folder: Path, prefix: str) -> None:
     """Removes what processes that were killed an hour ago or more left unfinished."""
     for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix) and entry.name.endswith(".tmp")]:
         with contextlib.suppress(OSError):  # another process may sweep too
