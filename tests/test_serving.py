@@ -384,6 +384,7 @@ def plugin(tmp_path, monkeypatch, generator):
     level = logging.getLogger("lorag").level
     yield plugin
     logging.getLogger("lorag").setLevel(level)
+    logging.getLogger("lorag").handlers.clear()
     logging.getLogger(plugin._VLLM_LOGGER).filters.clear()
 
 
@@ -471,6 +472,18 @@ def test_vllm_s_own_lines_hide_descriptions(plugin, caplog):
     with caplog.at_level(logging.INFO, plugin._VLLM_LOGGER):
         logging.getLogger(plugin._VLLM_LOGGER).info("Resolved and loaded LoRA adapter '%s' using %s", "lorag:my secret", "X")
     assert "secret" not in caplog.text and alias("lorag:my secret") in caplog.text
+
+
+def test_lorag_s_lines_stand_among_vllm_s(plugin, caplog, monkeypatch):
+    """Whatever handlers vLLM sets up later."""
+    plugin.register()
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    logging.getLogger("vllm").addHandler(handler)
+    _ask(plugin.registered["lorag"], f"lorag:{KNOWN}")
+    logging.getLogger("vllm").removeHandler(handler)
+    assert any("made in" in record.getMessage() for record in seen) and not any(KNOWN in record.getMessage() for record in seen)
 
 
 def test_the_entry_points_lead_to_the_plugin():

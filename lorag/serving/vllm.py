@@ -139,6 +139,14 @@ class _HiddenNames(logging.Filter):
         return True
 
 
+class _ToVllm(logging.Handler):
+    """Lets lorag's lines stand among vLLM's, however those are written: vLLM sets up its logging after plug-ins are loaded."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hands a line on."""
+        logging.getLogger("vllm").handle(record)
+
+
 _registered: GeneratedLoraResolver | None = None
 
 
@@ -156,8 +164,7 @@ def register() -> None:
 
     ours = logging.getLogger("lorag")
     ours.setLevel(logging.INFO)
-    for handler in logging.getLogger("vllm").handlers:
-        ours.addHandler(handler)
+    ours.addHandler(_ToVllm())
     _registered = GeneratedLoraResolver(settings)
     LoRAResolverRegistry.register_resolver(_NAME, _registered)
     if not settings.log_texts:
