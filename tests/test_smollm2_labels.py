@@ -22,16 +22,22 @@ def _content(text):
     return _words(text) - PLAIN
 
 
+def _entries(name):
+    """Labels of a set, then its groups of labels."""
+    return [*SETS[name]["labels"].items(), *SETS[name].get("groups", {}).items()]
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_a_label_set_has_the_fields(name):
-    """Task, noun and labels; a label is text, with its concept, glosses and noun phrase."""
+    """Task, noun and labels; a label is text, with its concept, glosses and noun phrase. A group has members; a rule is a known one."""
     found = SETS[name]
-    assert set(found) == {"task", "noun", "labels"}
+    assert set(found) - {"groups", "rule"} == {"task", "noun", "labels"}
+    assert found.get("rule", "present") in ("present", "listed")
     assert name.endswith(found["task"]) and found["noun"] == found["noun"].lower().strip()
     assert found["labels"]
-    for label, entry in found["labels"].items():
+    for label, entry in _entries(name):
         assert isinstance(label, str) and label.strip() == label, f"{label!r} is not text: quote it"
-        assert set(entry) == {"concept", "glosses", "noun_phrase"}, label
+        assert set(entry) - {"members"} == {"concept", "glosses", "noun_phrase"}, label
         texts = (entry["concept"], entry["noun_phrase"], *entry["glosses"])
         assert all(isinstance(text, str) and text and text.strip() == text for text in texts), label
 
@@ -39,7 +45,7 @@ def test_a_label_set_has_the_fields(name):
 @pytest.mark.parametrize("name", SETS)
 def test_glosses_are_clauses(name):
     """Each fits after "say yes if": one clause without end mark, neither a question nor an order."""
-    for label, entry in SETS[name]["labels"].items():
+    for label, entry in _entries(name):
         for gloss in entry["glosses"]:
             assert not re.search(r"[.!?:;]$", gloss), f"{label}: {gloss}"
             assert 2 <= len(gloss.split()) <= 30, f"{label}: {gloss}"
@@ -50,18 +56,28 @@ def test_glosses_are_clauses(name):
 @pytest.mark.parametrize("name", SETS)
 def test_a_gloss_names_one_label(name):
     """Within a set no wording stands for two labels, and a label has enough of its own."""
-    entries = SETS[name]["labels"]
-    seen = Counter(gloss.lower() for entry in entries.values() for gloss in entry["glosses"])
+    entries = [entry for _, entry in _entries(name)]
+    seen = Counter(gloss.lower() for entry in entries for gloss in entry["glosses"])
     assert seen.most_common(1)[0][1] == 1, seen.most_common(1)
-    phrases = Counter(entry["noun_phrase"].lower() for entry in entries.values())
+    phrases = Counter(entry["noun_phrase"].lower() for entry in entries)
     assert phrases.most_common(1)[0][1] == 1, phrases.most_common(1)
-    assert all(len(entry["glosses"]) >= FEWEST for entry in entries.values())
+    assert all(len(entry["glosses"]) >= FEWEST for entry in entries)
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if "groups" in SETS[name]])
+def test_a_group_is_made_of_labels(name):
+    """Two members or more, none twice, and no two groups of a set with the same ones."""
+    groups = SETS[name]["groups"]
+    for group, entry in groups.items():
+        members = entry["members"]
+        assert len(members) == len(set(members)) >= 2 and set(members) <= set(SETS[name]["labels"]), group
+    assert len({frozenset(entry["members"]) for entry in groups.values()}) == len(groups)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_kept_glosses_are_worded_anew(name):
     """What evaluation reads is no copy of what training reads: at most three fifths of its words stand in any one training gloss."""
-    for label, entry in SETS[name]["labels"].items():
+    for label, entry in _entries(name):
         for kept in entry["glosses"][-KEPT:]:
             for gloss in entry["glosses"][:-KEPT]:
                 shared = len(_content(kept) & _content(gloss)) / len(_content(kept))
@@ -71,13 +87,13 @@ def test_kept_glosses_are_worded_anew(name):
 @pytest.mark.parametrize("name", SETS)
 def test_meaning_is_said_in_other_words_than_the_name(name):
     """At least one gloss of each label does without one of the name's words, so that matching letters is not enough."""
-    for label, entry in SETS[name]["labels"].items():
-        if label.lower() != "yes" and _content(label):
+    for label, entry in _entries(name):
+        if label.lower() not in ("yes", "present") and _content(label):
             assert any(not _content(label) <= _words(gloss) for gloss in entry["glosses"]), label
 
 
 def test_one_concept_has_one_name():
     """Concepts differ in more than case and articles, so that the same meaning in two sets has the same string."""
-    names = {entry["concept"] for found in SETS.values() for entry in found["labels"].values()}
-    plain = Counter(" ".join(sorted(_content(name))) for name in names)
-    assert plain.most_common(1)[0][1] == 1, [name for name in names if plain[" ".join(sorted(_content(name)))] > 1]
+    names = {entry["concept"] for found in SETS.values() for part in ("labels", "groups") for entry in found.get(part, {}).values()}
+    spelt = {name: " ".join(sorted(_words(name) - {"a", "an", "the"})) for name in names}
+    assert len(set(spelt.values())) == len(names), [name for name in names if Counter(spelt.values())[spelt[name]] > 1]
