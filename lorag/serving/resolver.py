@@ -16,6 +16,7 @@ import torch
 from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
+from lorag.base.base_model import BaseModel
 from lorag.base.names import same_model
 from lorag.errors import BaseModelError, ConfigError, ServedNameError, UnknownTaskWarning
 from lorag.files.artifacts import sha256
@@ -111,12 +112,11 @@ class AdapterResolver:
         base = self.generator.base
         if same_model(served, base.model.name) or base.model.name == _hub_id(served):
             return
-        weights = sorted(Path(served).glob("model*.safetensors")) if Path(served).is_dir() else []
-        identity = "sha256:" + sha256(weights[0])[:16] if weights else None
-        if identity != base.identity:
+        identity = BaseModel(served, base.model.kind).identity()
+        if identity != base.identity or not Path(served).is_dir():  # without weights at hand an identity is but a revision
             raise BaseModelError(
                 "the model that is served is not the one of the generator",
-                got=f"{served}, {identity or 'whose weights are not at hand'}",
+                got=f"{served}, {identity}",
                 expected=f"{base.model.name}, {base.identity}",
                 remedy="Serve that one, or name a generator for this one.",
             )

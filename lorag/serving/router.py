@@ -1,0 +1,299 @@
+"""Many adapters over one base model in one process: each request of a batch gets its own, chosen for it or told."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.bank.bank import AdapterBank
+from lorag.base.row_adapters import Stacked
+from lorag.base.runner import Runner
+from lorag.errors import BankError, TaskError
+from lorag.generator.generate import default_generator
+from lorag.generator.generator import LoraGenerator
+from lorag.serving.names import Fusion, NamedExpert, parse_name
+from lorag.serving.retrieval import CodeIndex, TextIndex
+from lorag.tasks.suite import TaskSuite
+
+__all__ = ["Answer", "LoraRouter", "Route"]
+
+logger = logging.getLogger(__name__)
+
+_TEMPERATURE = 0.02  # of the softmax over mean cosines; chosen on training examples of the embedded world
+_SURE = 0.5  # share of one task from which its expert alone is served
+_FUSED = 4
+_KEPT = 256  # adapters in memory
+_PADDING = 1.25  # rows that may be computed for each row that is asked for, before factors are copied instead
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a request is answered with, and why.
+
+    Attributes:
+        served: "expert", "fusion", "generated", or "base" for none.
+        experts: Experts and their weights, if there are some.
+        description: What the adapter was generated for, if it was.
+        reason: In a sentence.
+    """
+
+    served: str
+    experts: tuple[tuple[str, float], ...] = ()
+    description: str | None = None
+    reason: str = ""
+
+    @property
+    def key(self) -> tuple[str, tuple[tuple[str, float], ...], str | None]:
+        """The same for requests that get the same adapter."""
+        return self.served, self.experts, self.description
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it came about."""
+
+    text: str
+    route: Route
+
+
+@dataclass
+class LoraRouter:
+    """Answers batches of requests, each with its own adapter, in one pass of the base model.
+
+    What a request needs is told (`lorag:…` as for vLLM's plug-in), described, or read off the request's own text, by the nearest
+    examples of the bank's tasks. Nothing is trained.
+
+    Attributes:
+        generator: Makes adapters of descriptions, and judges them.
+        bank: Its experts.
+        texts: What texts each expert's task is known by; None if requests are not to be judged by their texts.
+        runner: The base model; loaded at the first request.
+    """
+
+    generator: LoraGenerator
+    bank: AdapterBank
+    texts: TextIndex | None = None
+    runner: Runner | None = None
+    _adapters: collections.OrderedDict[tuple, LoraAdapter] = field(default_factory=collections.OrderedDict, repr=False)
+    _codes: CodeIndex | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator.check_bank(self.bank)
+
+    @classmethod
+    def from_pretrained(
+        cls, generator: str | Path | None = None, bank: str | Path | None = None, tasks: TaskSuite | None = None, *, quiet: bool = True
+    ) -> LoraRouter:
+        """Opens a generator with its bank, both embedded ones by default.
+
+        Args:
+            generator: Folder or hub id.
+            bank: Folder or hub id.
+            tasks: Tasks of the bank's experts with training examples, so that requests can be judged by their own texts.
+            quiet: Whether no bar is shown while examples are embedded.
+        """
+        from lorag.files.artifacts import embedded
+
+        opened = default_generator() if generator is None else LoraGenerator.from_pretrained(generator)
+        experts = AdapterBank.from_pretrained(embedded("data/sandbox/bank") if bank is None else bank)
+        router = cls(opened, experts)
+        if tasks is not None:
+            router.learn_texts({task.key: [e.input for e in task.split("train")] for task in tasks.tasks}, quiet=quiet)
+        return router
+
+    def learn_texts(self, texts: Mapping[str, Sequence[str]], *, quiet: bool = True) -> None:
+        """Remembers inputs of tasks: expert -> texts. Experts without any are not found by a request's text.
+
+        Raises:
+            BankError: If none of the names is an expert's.
+        """
+        known = {name: texts[name] for name in self.generator.conditioner.names if texts.get(name)}
+        if not known:
+            raise BankError("no task with examples has an expert in the bank", got=", ".join(list(texts)[:3]) or "no task")
+        self.texts = TextIndex.embed(known, self.generator.embedder, quiet=quiet)
+
+    # --- which adapter -------------------------------------------------------------------------------------------
+
+    def route(
+        self, texts: Sequence[str], *, descriptions: Sequence[str | None] | None = None, models: Sequence[str | None] | None = None
+    ) -> list[Route]:
+        """Chooses an adapter for each request.
+
+        Args:
+            texts: The requests.
+            descriptions: What is to be done with each, where that is known.
+            models: For those that are told: `lorag:expert/NAME`, `lorag:fuse/a=.7,b=.3` or `lorag:DESCRIPTION`.
+
+        Returns:
+            One route per request, in order.
+
+        Raises:
+            TaskError: If there are not as many descriptions or models as texts.
+            ServedNameError: If a model's name cannot be used.
+            BankError: If it names an expert that the bank lacks.
+        """
+        for name, given in (("descriptions", descriptions), ("models", models)):
+            if given is not None and len(given) != len(texts):
+                raise TaskError(f"{name} do not fit the texts", got=len(given), expected=len(texts))
+        found: list[Route | None] = [None] * len(texts)
+        for place in range(len(texts)):
+            model = None if models is None else models[place]
+            description = None if descriptions is None else descriptions[place]
+            if model is not None:
+                found[place] = self._told(model)
+            elif description is not None:
+                found[place] = self._described(description)
+        left = [place for place, route in enumerate(found) if route is None]
+        for place, route in zip(left, self._by_text([texts[place] for place in left]), strict=True):
+            found[place] = route
+        return [route for route in found if route is not None]
+
+    def nearest_expert(self, description: str, text: str | None = None) -> tuple[str, float]:
+        """The expert whose task a description, and the request's text if given, most probably names, and its share among all.
+
+        Descriptions are compared as the adapters that the generator makes of them: two that differ in a word may ask for the same,
+        and two that share most words may not.
+        """
+        if self._codes is None:
+            self._codes = CodeIndex.encode(self.generator, self.bank)
+        names = self.generator.conditioner.names
+        scores = self._codes.scores(description) / 0.05
+        if text is not None and self.texts is not None:
+            own = torch.full_like(scores, -torch.inf)
+            own[[names.index(name) for name in self.texts.names]] = self._shares([text])[0].clamp_min(1e-6).log()
+            scores = scores + own
+        share, place = scores.softmax(0).max(0)
+        return names[int(place)], float(share)
+
+    def _told(self, model: str) -> Route:
+        requested = parse_name(model)
+        if requested is None:
+            return Route("base", reason=f"told: {model[:80]!r} is not for lorag")
+        if isinstance(requested, NamedExpert):
+            return Route("expert", ((self.bank[requested.name].name, 1.0),), reason="told")
+        if isinstance(requested, Fusion):
+            return Route("fusion", tuple((self.bank[name].name, weight) for name, weight in requested.weights), reason="told")
+        return self._described(requested.description)
+
+    def _described(self, description: str) -> Route:
+        verdict = self.generator.judge(description)
+        if verdict.decision == "refuse":
+            return Route("base", reason=verdict.reason)
+        if verdict.decision == "expert" and verdict.known is not None:
+            return Route("expert", ((verdict.known, 1.0),), reason=verdict.reason)
+        return Route("fusion" if verdict.decision == "fuse" else "generated", description=description, reason=verdict.reason)
+
+    def _shares(self, texts: Sequence[str]) -> Tensor:
+        """How probable each task (q, n) is for texts, a softmax over mean cosines to its nearest examples."""
+        if self.texts is None:
+            raise TaskError(
+                "a request has neither a description nor a model, and no task's texts are known",
+                remedy="Give descriptions or models, or tasks with examples to LoraRouter.from_pretrained.",
+            )
+        queries = torch.stack([one.pooled for one in self.generator.embedder.embed(list(texts))])
+        return (self.texts.scores(queries) / _TEMPERATURE).softmax(1)
+
+    def _by_text(self, texts: Sequence[str]) -> list[Route]:
+        if not texts:
+            return []
+        routes, names = [], self.texts.names if self.texts is not None else ()
+        for shares in self._shares(texts):
+            best = shares.topk(min(_FUSED, len(names)))
+            near = [(names[int(place)], value) for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            said = ", ".join(f"{name} {share:.0%}" for name, share in near[:3])
+            if near[0][1] >= _SURE:
+                routes.append(Route("expert", ((near[0][0], 1.0),), reason=f"its text is like the examples of {said}"))
+                continue
+            whole = sum(share for _, share in near)
+            weights = tuple((name, round(share / whole, 2)) for name, share in near if share / whole >= 0.05)
+            routes.append(Route("fusion", weights, reason=f"its text is like the examples of several tasks: {said}"))
+        return routes
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        *,
+        descriptions: Sequence[str | None] | None = None,
+        models: Sequence[str | None] | None = None,
+        max_new_tokens: int = 64,
+        rows_at_once: int = 64,
+    ) -> list[Answer]:
+        """Greedy answers, each request with its own adapter.
+
+        Args:
+            texts: The requests; the base's objective puts each into its template.
+            descriptions: What is to be done with each, where that is known.
+            models: What each is told, as `route` takes it.
+            max_new_tokens: Most tokens of an answer.
+            rows_at_once: Requests that run together.
+
+        Returns:
+            One answer per request, in order, with its route.
+        """
+        routes = self.route(texts, descriptions=descriptions, models=models)
+        if self.runner is None:
+            self.runner = Runner.open(self.generator.base)
+        found: dict[int, str] = {}
+        order = sorted(range(len(texts)), key=lambda place: routes[place].key)  # rows of one adapter stand together
+        for start in range(0, len(order), rows_at_once):
+            rows = order[start : start + rows_at_once]
+            inputs, adapters, kept = self._batch([texts[place] for place in rows], [routes[place] for place in rows])
+            written = self.runner.generate(inputs, adapters, max_new_tokens=max_new_tokens)
+            found |= {rows[row]: written[place] for row, place in enumerate(kept)}
+        return [Answer(found[place], routes[place]) for place in range(len(texts))]
+
+    def _batch(self, texts: Sequence[str], routes: Sequence[Route]) -> tuple[list[str], Stacked | None, list[int]]:
+        """Rows in equal runs of one adapter each: what is asked, the adapters, and where each request stands.
+
+        Runs of different lengths are filled up where that costs little; else each row brings its own copy of its factors.
+        """
+        keys = [route.key for route in routes]
+        sizes = collections.Counter(keys)
+        if all(route.served == "base" for route in routes):
+            return list(texts), None, list(range(len(texts)))
+        distinct = list(dict.fromkeys(keys))
+        device, longest = self.runner.device if self.runner is not None else "cpu", max(sizes.values())
+        by_key = {route.key: route for route in routes}
+        stacked = stack_adapters([self.adapter(by_key[key]) for key in distinct], device)
+        if len(distinct) * longest <= _PADDING * len(texts):
+            inputs: list[str] = []
+            kept = []
+            for key in distinct:
+                own = [place for place, other in enumerate(keys) if other == key]
+                kept += [(place, len(inputs) + row) for row, place in enumerate(own)]
+                inputs += [texts[place] for place in own] + [texts[own[-1]]] * (longest - len(own))
+            return inputs, stacked, [row for _, row in sorted(kept)]
+        places = torch.tensor([distinct.index(key) for key in keys], device=device)
+        return list(texts), {name: (a[places], b[places]) for name, (a, b) in stacked.items()}, list(range(len(texts)))
+
+    def adapter(self, route: Route) -> LoraAdapter:
+        """The adapter of a route, kept in memory for the next request."""
+        if route.key in self._adapters:
+            self._adapters.move_to_end(route.key)
+            return self._adapters[route.key]
+        made = self._made(route)
+        self._adapters[route.key] = made
+        if len(self._adapters) > _KEPT:
+            self._adapters.popitem(last=False)
+        return made
+
+    def _made(self, route: Route) -> LoraAdapter:
+        if route.description is not None:
+            return self.generator.generate(route.description, bank=self.bank)
+        names = [name for name, _ in route.experts]
+        if not names:  # the base model, among rows that have adapters: one that changes nothing
+            layout = self.bank.base.layout
+            nothing = {m.name: (torch.zeros(1, m.in_features), torch.zeros(m.out_features, 1)) for m in layout.modules}
+            return LoraAdapter(layout, nothing, 1.0)
+        if len(names) == 1:
+            return self.bank.adapter(names[0])
+        return self.bank.fuse(names, "cat", weights=[weight for _, weight in route.experts], rank=self.generator.rank)

@@ -1,0 +1,141 @@
+"""The router: each request gets the adapter that its description, its text or the caller names, and answers as that adapter alone does."""
+
+import pytest
+import torch
+from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
+from peft import PeftModel
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.errors import BankError, ServedNameError, TaskError
+from lorag.serving import LoraRouter
+from lorag.serving.retrieval import TextIndex
+from lorag.training.preparation import find_tasks
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """Six tasks of the embedded world that have an expert, of six domains."""
+    found = {}
+    for task in find_tasks("sandbox", "train").tasks:
+        if task.name.endswith("-plain"):
+            found.setdefault(task.name.split("-")[0], task)
+    return list(found.values())[:6]
+
+
+@pytest.fixture(scope="module")
+def router(tasks):
+    router = LoraRouter.from_pretrained()
+    router.learn_texts({task.key: [e.input for e in task.split("train")[:16]] for task in tasks})
+    return router
+
+
+def _inputs(tasks, split="test", count=1):
+    return [example.input for task in tasks for example in task.split(split)[:count]]
+
+
+def test_a_request_is_known_by_its_text(router, tasks):
+    """Texts of six domains that were not among the examples find the expert of their domain, and the route says why."""
+    routes = router.route(_inputs(tasks, count=4))
+    wanted = [task.key for task in tasks for _ in range(4)]
+    right = [route.served == "expert" and route.experts[0][0] == name for route, name in zip(routes, wanted, strict=True)]
+    assert sum(right) >= 23 and all("like the examples of" in route.reason for route in routes)
+
+
+def test_a_text_between_tasks_gets_a_fusion(router, tasks):
+    """Half of one domain's text and half of another's: two experts or more, whose weights add up to one."""
+    first, second = _inputs(tasks[:2])
+    halves = [f"{a[: len(a) // 2]} {b[len(b) // 2 :]}" for a, b in [(first, second), (second, first)]]
+    fused = [route for route in router.route(["the a", *halves]) if route.served == "fusion"]
+    assert fused and all(abs(sum(w for _, w in route.experts) - 1) < 0.06 and len(route.experts) > 1 for route in fused)
+
+
+def test_a_description_goes_through_the_gate(router):
+    """A known wording gets its expert, a new one an adapter of its own, an unknown task the base model, with the gate's reason."""
+    known = router.bank.experts[0]
+    routes = router.route(["x"] * 3, descriptions=[known.descriptions[0], "summarise legal text", "drive my robot arm forward"])
+    assert (routes[0].served, routes[0].experts) == ("expert", ((known.name, 1.0),))
+    assert (routes[1].served, routes[1].description) == ("generated", "summarise legal text")
+    assert routes[2].served == "base" and "nearest tasks" in routes[2].reason
+
+
+def test_it_can_be_told(router):
+    """An expert, a fusion, a description, or none; wrong names are refused."""
+    one, other = router.bank.names[:2]
+    models = [f"lorag:expert/{one}", f"lorag:fuse/{one}=.5,{other}=.5", "lorag:summarise legal text", "base"]
+    assert [route.served for route in router.route(["x"] * 4, models=models)] == ["expert", "fusion", "generated", "base"]
+    with pytest.raises(BankError, match="no such expert"):
+        router.route(["x"], models=["lorag:expert/nobody"])
+    with pytest.raises(ServedNameError):
+        router.route(["x"], models=["lorag:a\0b"])
+    with pytest.raises(TaskError, match="do not fit the texts"):
+        router.route(["x"], models=[])
+
+
+def test_without_texts_it_must_be_told(router):
+    """A request alone says nothing then."""
+    bare = LoraRouter(router.generator, router.bank, runner=router.runner)
+    with pytest.raises(TaskError, match="neither a description nor a model"):
+        bare.generate(["x"])
+    with pytest.raises(BankError, match="no task with examples has an expert"):
+        bare.learn_texts({"nobody": ["x"]})
+
+
+def test_rows_answer_as_peft_does(router, tasks):
+    """A batch of rows with an adapter each, in an order that mixes them: every answer is the one of that adapter alone in PEFT."""
+    texts = _inputs(tasks, count=3)
+    models = [f"lorag:expert/{task.key}" for task in tasks for _ in range(3)]
+    mixed = sorted(range(len(texts)), key=lambda place: place % 5)
+    texts, models = [texts[i] for i in mixed] + texts[:2], [models[i] for i in mixed] + ["base", "lorag:summarise legal text"]
+    answers = router.generate(texts, models=models)
+    objective, model = router.runner.objective, router.runner.model
+    for text, name, answer in zip(texts, models, answers, strict=True):
+        if name == "base":
+            alone = objective.generate(model, [text])[0]
+        else:
+            peft = router.adapter(answer.route).apply_to(model)
+            assert isinstance(peft, PeftModel)
+            alone = objective.generate(peft, [text])[0]
+            peft.unload()
+        assert answer.text == alone
+    right = [answer.text.strip() for answer in answers[:18]]
+    wanted = [example.output for task in tasks for example in task.split("test")[:3]]
+    assert sum(a == wanted[i] for a, i in zip(right, mixed, strict=True)) >= 14
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (1,), (5, 4, 1)])
+def test_runs_of_rows_get_their_own_adapter(router, tasks, sizes):
+    """Whether runs are equal, filled up or copied: row i is where the batch says, with the adapter of its route."""
+    texts = [f"text {i}" for i in range(sum(sizes))]
+    routes = [router.route(["x"], models=[f"lorag:expert/{tasks[i].key}"])[0] for i, size in enumerate(sizes) for _ in range(size)]
+    inputs, adapters, kept = router._batch(texts, routes)
+    assert [inputs[row] for row in kept] == texts
+    module = router.bank.base.layout.names[0]
+    run = len(inputs) // len(adapters[module][0])
+    for route, row in zip(routes, kept, strict=True):
+        own, rank = router.adapter(route), router.adapter(route).rank
+        torch.testing.assert_close(adapters[module][0][row // run][:rank], own.factors[module][0])
+
+
+def test_a_description_s_expert(router):
+    """Found by the adapter that the description asks for, in words that share little with the expert's own."""
+    name, share = router.nearest_expert("name the person in this rental contract, in capital letters")
+    assert name == "legal-person-upper" and 0 < share <= 1
+
+
+def test_an_index_of_texts():
+    """Mean cosine to the nearest texts of each task, -1 for a task without any."""
+    vectors = torch.eye(4)[[0, 0, 1, 2]]
+    index = TextIndex(["a", "b", "c"], vectors, torch.tensor([0, 0, 0, 1]))
+    scores = index.scores(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(scores, torch.tensor([[2 / 3, 0.0, -1.0]]))
+
+
+def test_adapters_are_kept_in_bounds(router, monkeypatch):
+    """No more than the bound; the last ones used stay."""
+    import lorag.serving.router as module
+
+    monkeypatch.setattr(module, "_KEPT", 2)
+    fresh = LoraRouter(router.generator, router.bank)
+    routes = [fresh.route(["x"], models=[f"lorag:expert/{name}"])[0] for name in router.bank.names[:3]]
+    made = [fresh.adapter(route) for route in routes]
+    assert len(fresh._adapters) == 2 and fresh.adapter(routes[2]) is made[2] and isinstance(made[0], LoraAdapter)
