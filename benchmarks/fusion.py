@@ -85,8 +85,9 @@ def held_out(world: World) -> list[str]:
     """The bank's tasks that taught the generator nothing, for they chose when its training stopped."""
     config = world.generator.origin["config"]
     more = find_split("sandbox", WITHOUT_EXPERT)
-    rows = hold_out(world.bank, world.suite, more, kin=config["kin"], validation=config["validation"], seed=config["seed"])[1]
-    return [world.bank.names[row] for row in rows]
+    rule = str(config.get("groups", config.get("kin", "task")))
+    split = hold_out(world.bank, world.suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
+    return [world.bank.names[row] for row in split.validation if row < len(world.bank)]
 
 
 def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
@@ -105,12 +106,11 @@ def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int
 
 def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
     """Every way to one adapter, in rising cost."""
-    rows, objective = world.generator.runtime()
     experts = list(world.bank.adapters(names))
 
     @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
-        weights = learn_weights(rows, objective, experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
+        weights = learn_weights(_runner(world), experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts

@@ -102,10 +102,12 @@ def main(folder: Path, report_to: Path | None) -> None:
     generator = LoraGenerator.from_pretrained(folder)
     config = generator.origin["config"]
     bank, suite, more = find_bank("sandbox"), find_tasks("sandbox"), find_split("sandbox", WITHOUT_EXPERT)
-    kin, held = hold_out(bank, suite, more, kin=config["kin"], validation=config["validation"], seed=config["seed"])
+    rule = str(config.get("groups", config.get("kin", "task")))
+    split = hold_out(bank, suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
+    held, groups = [i for i in split.validation if i < len(bank)], split.groups[: len(bank)]
     opened = time.perf_counter()
     print(f"opened in {opened - start:.0f} s", flush=True)
-    generator.gate = fit_gate(generator, bank, suite, held, kin, settings=GateSettings())
+    generator.gate = fit_gate(generator, bank, suite, held, groups, settings=GateSettings())
     fitted = time.perf_counter()
     print(f"fitted in {fitted - opened:.0f} s: {json.dumps(dict(generator.gate.fitted))}", flush=True)
     gate = generator.gate

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from lorag import LoraAdapter
 from lorag.adapters.adapter import stack_adapters
-from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.methods.support_examples import learn_weights
 from lorag.training.preparation import find_bank, find_tasks
 
@@ -22,14 +21,12 @@ EXPERTS = ("legal-person-upper", "medical-amount-json")
 def main(out: Path) -> None:
     """Runs it and writes the last adapter."""
     bank = find_bank("sandbox")
-    base = bank.base
-    rows = RowAdapters(base.model.load("cpu"), base.layout)
-    objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
+    runner = Runner.open(bank.base, "cpu")
     tasks = find_tasks("sandbox", "train").select(EXPERTS)
 
     def show(name: str, adapters: list[LoraAdapter] | None) -> None:
         own = None if adapters is None else stack_adapters(adapters)
-        found = objective.scores(rows, own, list(tasks), limit=16)
+        found = runner.scores(own, list(tasks), limit=16)
         print(f"{name:<28}" + "".join(f"  {task.name} {score['exact_match']:.2f}" for task, score in zip(tasks, found, strict=True)))
 
     show("base model", None)
@@ -38,7 +35,7 @@ def main(out: Path) -> None:
         merged = bank.fuse(EXPERTS, method)
         show(f"{method}, one adapter", [merged, merged])
     # Weights by expert and module, learned on eight examples of each task, by the loss of the task that is worst off.
-    weights = learn_weights(rows, objective, list(bank.adapters(EXPERTS)), list(tasks), steps=50, learning_rate=0.1, worth="worst")
+    weights = learn_weights(runner, list(bank.adapters(EXPERTS)), list(tasks), steps=50, learning_rate=0.1, worth="worst")
     learned = bank.fuse(EXPERTS, "cat", weights=weights)
     show("cat, one adapter", [learned, learned])
     learned.save_pretrained(out)

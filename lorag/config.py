@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -203,7 +204,20 @@ def _put(into: dict[str, Any], keys: Sequence[str], value: Any, whole: str) -> N
         into[last] = value
 
 
+def _refuse_renamed(schema: Any, values: Any, outer: str = "") -> None:  # noqa: ANN401 - a dataclass, and YAML or JSON
+    """Raises ConfigError, with its new name, for a key that a dataclass or one inside it lists in `RENAMED`."""
+    renamed, types = getattr(schema, "RENAMED", {}), get_type_hints(schema)
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        if key in renamed:
+            new = f"{outer}{renamed[key]}"
+            raise ConfigError(f"{outer}{key} has another name now", got=f"{outer}{key}", expected=new, remedy=f"Write {new}.")
+        if is_dataclass(types.get(key)):
+            _refuse_renamed(types[key], value, f"{outer}{key}.")
+
+
 def _merge(schema: type[T], *parts: Any) -> T:  # noqa: ANN401 - dictionaries and OmegaConf's own
+    for part in parts:
+        _refuse_renamed(schema, part)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

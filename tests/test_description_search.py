@@ -70,7 +70,7 @@ def _conditioners(world, monkeypatch):
     names = [f"t{n}" for n in range(len(world[0]))]
     exact, many = Conditioner(names, world[0]), Conditioner(names, world[0])
     embedding = Embedding(world[1][3], world[1][3][None])
-    right = exact(embedding), exact(embedding, exclude=[int((world[0] @ world[1][3]).argmax())])
+    right = exact(embedding), exact(embedding, masked=torch.arange(len(world[0])) == int((world[0] @ world[1][3]).argmax()))
     outside = exact.outside(embedding)
     monkeypatch.setattr(conditioning, "MANY", 1000)
     many._search = NeighbourSearch(world[0], many=1000)
@@ -87,6 +87,6 @@ def test_a_condition_among_many_experts_holds_the_nearest(world, monkeypatch):
     means = [mixture(one.similarities, codes, None, top=4, temperature=0.05).mean for one in (found, right)]
     assert torch.allclose(*means, atol=1e-5)
     place = int(right.similarities.argmax())
-    left = many(embedding, exclude=[place])
+    left = many(embedding, masked=torch.arange(len(many.names)) == place)
     assert left.similarities[place] == -1 and left.neighbours[:3] == without.neighbours[:3]
     assert many.outside(embedding) == pytest.approx(outside, abs=1e-4)

@@ -86,20 +86,19 @@ def test_equal_descriptions_can_be_solved():
     assert torch.allclose(weights, torch.full((1, 300), 1 / 300), atol=1e-4)
 
 
-@pytest.mark.parametrize("kin", [[0], [2, 5], [0, 1, 2, 3, 4, 5, 6], [40]])
-def test_leaving_experts_out_in_closed_form_is_solving_without_them(kin):
+@pytest.mark.parametrize("group", [[0], [2, 5], [0, 1, 2, 3, 4, 5, 6], [40]])
+def test_leaving_experts_out_in_closed_form_is_solving_without_them(group):
     """Against a regression that never had them; places are the bank's, which need not be the regression's."""
     kernel = _kernel()
     indices = torch.tensor([0, 1, 2, 3, 4, 5, 6, 9])
     regression = ExpertRegression(kernel, indices, torch.randn(8, 12), torch.randn(8, 3))
     asked = EMBEDDER.embed(["paint the green cat"])
     asked = [dataclasses.replace(one, pooled=torch.randn(24), tokens=torch.randn(4, 24)) for one in asked]
-    keep = ~torch.isin(indices, torch.tensor(kin))
+    keep = ~torch.isin(indices, torch.tensor(group))
     without = ExpertRegression(kernel, indices[keep], regression.features[keep], regression.values[keep])
-    assert torch.allclose(regression.left_out(asked, [kin]), without(asked), atol=1e-4)
-    hidden = torch.zeros(50, dtype=torch.bool)
-    hidden[kin] = True
-    assert torch.allclose(regression(asked, hidden), without(asked), atol=1e-4)
+    masked = torch.isin(torch.arange(50), torch.tensor(group))
+    assert torch.allclose(regression.leave_group_out(asked, masked[None]), without(asked), atol=1e-4)
+    assert torch.allclose(regression(asked, masked), without(asked), atol=1e-4)
 
 
 def test_with_all_experts_hidden_nothing_is_known():
@@ -122,16 +121,15 @@ def test_unseen_combinations_are_predicted(world, learned):
 def test_an_expert_that_is_left_out_does_not_count(world, learned):
     """A condition that excludes a task's own expert gives the code of a regression without it."""
     text = EMBEDDER.embed([describe(*TRAINING[3])[0]])[0]
-    known, unseen = world.conditioner(text), world.conditioner(text, exclude=[3])
+    known, unseen = world.conditioner(text), world.conditioner(text, masked=torch.arange(len(TRAINING)) == 3)
     own = world.codes[3]
     assert (_made(learned, known) - own).norm() < (_made(learned, unseen) - own).norm()
     assert learned.regression.indices.tolist() == list(range(len(TRAINING)))  # tasks held out from learning are experts at use
 
 
-def test_no_step_sees_an_expert_and_its_kin_at_once(world, monkeypatch):
-    """What is asked for is never known, nor is any of its kin."""
-    kin = [[i, i ^ 1] for i in range(len(TRAINING))]
-    world = dataclasses.replace(world, kin=[[j for j in group if j < len(TRAINING)] for group in kin])
+def test_no_step_sees_an_expert_and_its_group_at_once(world, monkeypatch):
+    """What is asked for is never known, nor is any of its group."""
+    world = dataclasses.replace(world, groups=[i // 2 for i in range(len(TRAINING))])
     steps = []
     real = ExpertKernel.weights
 
@@ -147,15 +145,14 @@ def test_no_step_sees_an_expert_and_its_kin_at_once(world, monkeypatch):
     assert len(drawn) == 5
     for rows, (asked, known) in zip(drawn, steps, strict=True):
         told, questions = rows[:known], rows[known:]
-        assert len(questions) == asked and not {j for i in questions for j in world.kin[i]} & set(told)
+        assert len(questions) == asked and not world.masked(questions)[:, told].any()
         assert not set(rows) & set(world.validation)
 
 
 def test_experts_without_others_are_refused(world):
-    """If all are kin of each other, there is nobody to learn from."""
-    everyone = list(range(len(TRAINING)))
+    """If all are of one group, there is nobody to learn from."""
     with pytest.raises(GeneratorError, match="no others"):
-        _fit(dataclasses.replace(world, kin=[everyone] * len(everyone)), steps=1)
+        _fit(dataclasses.replace(world, groups=[0] * len(TRAINING)), steps=1)
 
 
 def test_of_a_large_bank_some_experts_take_part(world):
@@ -300,17 +297,15 @@ def test_house_keeps_no_more_experts_than_it_may(world, monkeypatch):
 
 
 def test_house_starts_from_reconstruction_where_no_kernel_can_be_learned(world):
-    """If all experts are kin, or the same, or asked for without steps of a kernel."""
-    everybody = tuple(range(len(world.codes)))
-    kin = dataclasses.replace(world, kin=[everybody for _ in world.kin])
+    """If all experts are of one group, or the same, or asked for without steps of a kernel."""
+    family = dataclasses.replace(world, groups=[0] * len(world.codes))
     same = dataclasses.replace(world, codes=world.codes[:1].expand_as(world.codes).clone())
-    for data, steps in ((kin, 150), (same, 150), (world, 0)):
+    for data, steps in ((family, 150), (same, 150), (world, 0)):
         method = _house(data, kernel_steps=steps, steps=3)
         assert isinstance(method.network.reading.head, torch.nn.Linear) and method.known == 0
 
 
 def test_experts_of_a_few_large_families(world):
-    """Where the first quarter has kin everywhere, one alone is asked for."""
-    halves = [tuple(i for i in range(len(world.codes)) if i % 2 == row % 2) for row in range(len(world.codes))]
-    method = _house(dataclasses.replace(world, kin=halves), kernel_steps=5)
+    """Where the first quarter is of all groups, one alone is asked for."""
+    method = _house(dataclasses.replace(world, groups=[row % 2 for row in range(len(world.codes))]), kernel_steps=5)
     assert method.known == len(world.training)

@@ -11,12 +11,12 @@ from toy_world import COLOURS, TRAINING, WordEmbedder, describe, make_bank, make
 
 from lorag.adapters.adapter import LoraAdapter, stack_adapters
 from lorag.bank.bank import AdapterBank
-from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.cli import main as cli
 from lorag.errors import AdapterError, BankError, ConfigError, GeneratorError
 from lorag.generator.generator import LoraGenerator
 from lorag.methods import generator_type
+from lorag.methods.functional import code_losses
 from lorag.methods.latent import negative_elbo
 from lorag.methods.set_training import draw_set
 from lorag.methods.support_examples import few_examples, learn_weights, shared_inputs, told_apart, warn_of_shared_inputs
@@ -149,19 +149,19 @@ def test_the_inner_steps_descend(fitted, prepared, second):
     method = generator_type("icm_fusion").with_settings(settings)
     method.restore(fitted.method.tensors())
     start = torch.zeros(3, method.coordinates.size, requires_grad=True)
-    adapted = method.adapt(start, [0, 5, 9], data.functional, "check")
+    adapted = method.adapt(start, [0, 5, 9], data, prepared.runner, "check")
     with torch.no_grad():
-        before, after = (data.functional.losses(method.to_codes(x), [0, 5, 9], 8, "check/0") for x in (start, adapted))
+        before, after = (code_losses(prepared.runner, data, method.to_codes(x), [0, 5, 9], 8, "check/0") for x in (start, adapted))
     assert (after < before).all()
     (gradient,) = torch.autograd.grad(adapted.sum(), start)  # first order: a shift, whose derivative is one
     assert torch.equal(gradient, torch.ones_like(gradient)) != second
     still = generator_type("icm_fusion").with_settings({**settings, "inner_steps": 0})
-    assert torch.equal(still.adapt(start, [0, 5, 9], data.functional, "check"), start)
+    assert torch.equal(still.adapt(start, [0, 5, 9], data, prepared.runner, "check"), start)
 
 
 def test_meta_training_needs_tasks_and_a_plain_vae_does_not(prepared):
     """Without a suite it is refused before any training with the setting that does without; so is an unknown condition."""
-    bare = dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, functional=None))
+    bare = dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, tasks=()), runner=None)
     with pytest.raises(GeneratorError, match="meta_steps=0"):
         _fit(bare, **SHORT)
     with pytest.raises(GeneratorError, match="condition=description"):
@@ -209,8 +209,7 @@ def taught(prepared):
 
 def test_sets_hold_tasks_that_are_told_apart(prepared, runtime):
     """No two of a set share their inputs; where there are no more such tasks, the set is smaller."""
-    rows, objective = runtime
-    apart = told_apart(rows, objective, prepared.data.functional.tasks)
+    apart = told_apart(runtime, prepared.data.tasks)
     colours = [name.split("-")[0] for name in prepared.bank.names]
     assert [[a != b for b in colours] for a in colours] == apart.tolist()
     rng = torch.Generator().manual_seed(0)
@@ -238,13 +237,13 @@ def test_a_generator_of_sets_is_stored_whole(taught, prepared, tmp_path):
 def test_held_out_tasks_are_in_no_set(prepared, monkeypatch):
     """Neither their codes nor their examples reach a gradient."""
     held, seen = set(prepared.data.validation), []
-    losses = prepared.data.functional.losses
+    losses = prepared.runner.losses
 
-    def watched(codes, indices, count, seed):
-        seen.extend([] if seed == "validation" else indices)
-        return losses(codes, indices, count, seed)
+    def watched(adapters, tasks, count, seed):
+        seen.extend([] if seed == "validation" else [prepared.data.tasks.index(task) for task in tasks])
+        return losses(adapters, tasks, count, seed)
 
-    monkeypatch.setattr(prepared.data.functional, "losses", watched)
+    monkeypatch.setattr(prepared.runner, "losses", watched)
     _fit(prepared, steps=2, sets={**SETS["sets"], "steps": 6})
     assert held and seen and not held & set(seen)
 
@@ -390,23 +389,21 @@ def test_what_cannot_be_fused_is_refused(fitted, prepared, suite):
 
 @pytest.fixture(scope="module")
 def runtime(base):
-    model = base.model.load("cpu")
-    return RowAdapters(model, base.layout), make_objective("causal_lm", base.model.tokenizer(), base.settings)
+    return Runner.open(base, "cpu")
 
 
 def test_tasks_that_share_inputs_are_found(runtime, suite, caplog):
     """The same texts, and other texts of the same kind; tasks whose texts differ in kind are not, and nothing is said."""
-    rows, objective = runtime
     red, also_red, blue = (suite[name] for name in ("red-cat", "red-horse", "blue-dog"))
     texts = {example.input for example in red.examples}
     assert texts.isdisjoint(example.input for example in also_red.examples)
-    assert shared_inputs(rows, objective, [red, blue, also_red]) == [("red-cat", "red-horse")]
+    assert shared_inputs(runtime, [red, blue, also_red]) == [("red-cat", "red-horse")]
     copied = dataclasses.replace(blue, examples=(*blue.examples, red.examples[0]))
-    assert shared_inputs(rows, objective, [red, copied]) == [("red-cat", "blue-dog")]
+    assert shared_inputs(runtime, [red, copied]) == [("red-cat", "blue-dog")]
     with caplog.at_level(logging.WARNING, "lorag"):
-        warn_of_shared_inputs(rows, objective, [red, blue])
+        warn_of_shared_inputs(runtime, [red, blue])
         assert not caplog.records
-        warn_of_shared_inputs(rows, objective, [red, also_red])
+        warn_of_shared_inputs(runtime, [red, also_red])
     assert "red-cat and red-horse" in caplog.text
 
 
@@ -422,14 +419,13 @@ def test_few_examples_are_few_and_of_the_training_split(suite):
 @pytest.mark.parametrize("per_module", [True, False])
 def test_learned_sums_are_better_than_the_mean(runtime, prepared, suite, per_module):
     """CAT: learned weights lower the tasks' loss on examples that were not used, and are one a module only if asked for."""
-    rows, objective = runtime
     adapters, tasks = list(prepared.bank.adapters(SET)), [suite[name] for name in SET]
-    weights = learn_weights(rows, objective, adapters, tasks, per_module=per_module, steps=30)
-    assert weights.shape == (3, len(rows.layout)) and (weights.std(1).max() > 1e-4) == per_module
+    weights = learn_weights(runtime, adapters, tasks, per_module=per_module, steps=30)
+    assert weights.shape == (3, len(runtime.layout)) and (weights.std(1).max() > 1e-4) == per_module
     losses = []
     for one in (prepared.bank.fuse(SET, "mean"), prepared.bank.fuse(SET, "cat", weights=weights)):
-        with torch.no_grad(), rows.use(stack_adapters([one] * 3)) as model:
-            losses.append(objective.losses(model, objective.sample(tasks, 8, "fresh")).mean())
+        with torch.no_grad():
+            losses.append(runtime.losses(stack_adapters([one] * 3), tasks, 8, "fresh").mean())
     assert losses[1] < losses[0] - 0.05
 
 

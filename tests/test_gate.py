@@ -66,7 +66,7 @@ def bare(prepared):
 
 @pytest.fixture(scope="module")
 def gate(bare, bank, prepared):
-    return fit_gate(bare, bank, None, prepared.data.validation, prepared.data.kin, unknown=UNKNOWN, settings=FEW)
+    return fit_gate(bare, bank, None, prepared.data.validation, prepared.data.groups, unknown=UNKNOWN, settings=FEW)
 
 
 @pytest.fixture
@@ -171,7 +171,8 @@ def test_evidence_leaves_out_the_task_s_own_expert(gated, gate):
     text = gated.conditioner.names and describe(*TRAINING[0])[0]
     embedded = EMBEDDER.embed([text])[0]
     whole = gather(gated, gate.reference, text, gated.conditioner(embedded))
-    hidden = gather(gated, gate.reference, text, gated.conditioner(embedded, exclude=[0]), [0])
+    own = torch.arange(len(TRAINING)) == 0
+    hidden = gather(gated, gate.reference, text, gated.conditioner(embedded, masked=own), own)
     place = FEATURES.index("nearest")
     others = gated.conditioner.centroids[1:] @ embedded.pooled
     assert hidden[place] == pytest.approx(others.max().item(), abs=1e-6) and hidden[place] < whole[place]
@@ -338,7 +339,7 @@ def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypat
         return torch.tensor(found, dtype=torch.float64)
 
     monkeypatch.setattr(gate_fitting, "gains_of", gains)
-    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.kin, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
     promised = {}
     for (colour, animal), truth in zip(HELD_OUT, (0.8, 0.8, 0.2, 0.2), strict=True):
@@ -354,7 +355,7 @@ def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypat
     """The expected gain shrinks with novelty: far descriptions are promised less than a tenth."""
     monkeypatch.setattr(gate_fitting, "gains_of", lambda generator, codes, *_, **__: _close(codes))
     data = prepared.data
-    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.kin, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
     assert all(gated.judge(text).expected_gain < 0.1 for text in FAR)
     assert all(gated.judge(describe(*cell)[0]).expected_gain > 0.35 for cell in HELD_OUT)
@@ -371,7 +372,7 @@ def test_fusion_is_a_rung_only_where_it_held_its_own(bare, bank, prepared, monke
             return own
 
         monkeypatch.setattr(gate_fitting, "gains_of", gains)
-        made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.kin, unknown=UNKNOWN, settings=FEW)
+        made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
         assert (made.fuse_above is not None) == opens
 
 
@@ -386,7 +387,7 @@ def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkey
     monkeypatch.setattr(gate_fitting, "gains_of", gains)
     data = prepared.data
     made = [
-        fit_gate(bare, bank, make_suite(cells), data.validation, data.kin, unknown=UNKNOWN, settings=FEW).to_dict()
+        fit_gate(bare, bank, make_suite(cells), data.validation, data.groups, unknown=UNKNOWN, settings=FEW).to_dict()
         for cells in (TRAINING, (*TRAINING, *HELD_OUT))
     ]
     assert made[0] == made[1] and not {name_of(*cell) for cell in HELD_OUT} & set(asked)
@@ -396,14 +397,14 @@ def test_descriptions_that_the_bank_serves_are_no_unknown_ones(bare, bank, prepa
     """A listed description that is nearer to an expert than half of the held-out tasks is left out of what is refused."""
     data = prepared.data
     listed = {"kinds": ["write some python code", "paint the red cat", "green bird please", "good morning everyone"]}
-    made = fit_gate(bare, bank, None, data.validation, data.kin, unknown=listed, settings=FEW)
+    made = fit_gate(bare, bank, None, data.validation, data.groups, unknown=listed, settings=FEW)
     assert made.fitted["unknown"] == 2
 
 
 def test_nothing_to_fit_on_is_an_error(bare, bank, prepared):
     """Without held-out training tasks there is no honest number; the remedy names the setting."""
     with pytest.raises(GeneratorError, match="validation"):
-        fit_gate(bare, bank, None, [], prepared.data.kin)
+        fit_gate(bare, bank, None, [], prepared.data.groups)
 
 
 def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
@@ -493,9 +494,9 @@ def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path
 
 
 def test_the_same_tasks_are_held_out_again(bank, prepared):
-    """`hold_out` finds the experts and kin that training held out, from the same settings."""
-    kin, held = hold_out(bank, None, None, kin="task", validation=0.3, seed=0)
-    assert held == list(prepared.data.validation) and kin == [list(group) for group in prepared.data.kin]
+    """`hold_out` finds the groups and the split of training, from the same settings."""
+    split = hold_out(bank, None, None, groups="task", validation=0.3, seed=0)
+    assert split.validation == list(prepared.data.validation) and split.groups == list(prepared.data.groups)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

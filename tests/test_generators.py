@@ -1,7 +1,6 @@
 """Generators: every registered method, from a bank to the bytes of an adapter, on a world whose right answers are known."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, mak
 from lorag.adapters.adapter import WEIGHTS
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.generate import generate_loras
 from lorag.generator.generator import LoraGenerator
-from lorag.methods import GENERATORS, FitData, generator_type
-from lorag.methods.functional import TaskLoss
+from lorag.methods import GENERATORS, TrainingSet, generator_type
+from lorag.methods.functional import mean_loss
 from lorag.methods.reconstruction import _distance
 from lorag.methods.regression import _left_out
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
@@ -249,24 +248,24 @@ def test_gauge_and_rank_of_the_experts_do_not_matter(base, prepared, fitted, tmp
 
 def test_functional_steps_lower_the_base_model_s_loss(prepared):
     """House with functional steps, and multitask, reach a lower loss on the experts' own tasks than they started with."""
-    data = prepared.data
-    start = data.functional.loss(data.codes.mean(0).expand(len(data.codes), -1), range(len(data.codes)), 4, "check")
+    data, runner = prepared.data, prepared.runner
+    start = mean_loss(runner, data, data.codes.mean(0).expand(len(data.codes), -1), range(len(data.codes)), 4, "check")
     one = _fit(prepared, "multitask", steps=20, learning_rate=0.2).method.code
-    assert data.functional.loss(one.expand(len(data.codes), -1), range(len(data.codes)), 4, "check") < start - 0.05
+    assert mean_loss(runner, data, one.expand(len(data.codes), -1), range(len(data.codes)), 4, "check") < start - 0.05
     before, after = (
         _fit(prepared, "house", steps=20, functional={"steps": n, "tasks": 8, "examples": 2, "learning_rate": 3e-3}).method for n in (0, 20)
     )
     losses = []
     for method in (before, after):
         codes = torch.cat([method.generate(data.conditioner(own[0]), torch.Generator()) for own in data.embeddings])
-        losses.append(data.functional.loss(codes, range(len(codes)), 4, "check"))
+        losses.append(mean_loss(runner, data, codes, range(len(codes)), 4, "check"))
     assert losses[1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize(("name", "settings"), [("multitask", {}), ("house", {"functional": {"steps": 2}})])
 def test_methods_that_run_the_base_model_ask_for_examples(prepared, name, settings):
     """Without a suite they are refused before any training, and the message names the missing setting."""
-    bare = dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, functional=None))
+    bare = dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, tasks=()), runner=None)
     with pytest.raises(GeneratorError, match="tasks=PATH"):
         _fit(bare, name, **settings)
 
@@ -292,16 +291,17 @@ def test_strength_is_found_on_held_out_experts(prepared):
     # Labels that the right adapters themselves give, so that the right strength is 3 by construction.
     suite = make_suite(TRAINING)
     model = prepared.bank.base.model.load("cpu")
-    rows = RowAdapters(model, space.layout)
     objective = make_objective("causal_lm", prepared.bank.base.model.tokenizer(), prepared.bank.base.settings)
     batch = objective.encode([[(e.input, e.output) for e in task.split("train")[:4]] for task in suite])
-    with torch.no_grad(), rows.use(space.differentiable(data.codes)) as adapted:
+    runner = Runner(model, space.layout, objective)
+    with torch.no_grad(), runner.use(space.differentiable(data.codes)) as adapted:
         right = objective._logits(adapted, batch).softmax(-1)
 
-    class Distance(TaskLoss):
-        def losses(self, codes, indices, count, seed):
-            with self.rows.use(self.space.differentiable(codes)) as adapted:
-                part = objective.encode([[(e.input, e.output) for e in suite.tasks[i].split("train")[:4]] for i in indices])
+    class Distance(Runner):
+        def losses(self, adapters, tasks, count, seed):
+            indices = [suite.tasks.index(task) for task in tasks]
+            with self.use(adapters) as adapted:
+                part = objective.encode([[(e.input, e.output) for e in task.split("train")[:4]] for task in tasks])
                 guessed = objective._logits(adapted, part).softmax(-1)
             each = guessed.shape[0] // len(indices)
             wanted = torch.cat([right[i * each : (i + 1) * each, : guessed.shape[1]] for i in indices])
@@ -309,9 +309,8 @@ def test_strength_is_found_on_held_out_experts(prepared):
 
     method = Third()
     method.fit(data, _loop())
-    changed = dataclasses.replace(data, functional=Distance(rows, objective, space, suite.tasks))
-    assert tune_strength(method, changed, torch.Generator()) == 3.0
-    assert tune_strength(method, dataclasses.replace(data, functional=None), torch.Generator()) == 1.0
+    assert tune_strength(method, data, Distance(model, space.layout, objective), torch.Generator()) == 3.0
+    assert tune_strength(method, data, None, torch.Generator()) == 1.0
 
 
 @pytest.mark.parametrize("held, draws", [(1, 64), (5, 12), (40, 1), (100, 1)])
@@ -319,20 +318,19 @@ def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
     """A strength chosen on few tasks is chosen on other examples of them each time."""
 
     class Counting:
-        def __init__(self):
-            self.space, self.rows, self.seeds = prepared.space, SimpleNamespace(model=SimpleNamespace(device="cpu")), []
+        device, seeds = "cpu", set()
 
-        def loss(self, codes, indices, count, seed):
-            self.seeds.append(seed)
-            return float((codes - prepared.data.zero).norm())
+        def losses(self, adapters, tasks, count, seed):
+            self.seeds.add((float(sum(core.abs().sum() for core in adapters.values.values())), seed))
+            return sum(core.flatten(1).norm(dim=1) for core in adapters.values.values())
 
-    functional = Counting()
+    runner = Counting()
     rows = [i % len(prepared.data.codes) for i in range(held)]
-    data = dataclasses.replace(prepared.data, functional=functional, validation=rows)
+    data = dataclasses.replace(prepared.data, validation=rows)
     method = generator_type("top_k")()
     method.fit(prepared.data, _loop())
-    assert tune_strength(method, data, torch.Generator()) == 0.5
-    assert len(functional.seeds) == 8 * draws and len(set(functional.seeds)) == draws
+    assert tune_strength(method, data, runner, torch.Generator()) == 0.5
+    assert len({seed for _, seed in runner.seeds}) == draws
 
 
 # --- splits and conditions --------------------------------------------------------------------------------------------
@@ -340,12 +338,12 @@ def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
 
 def test_validation_experts_are_not_learned_from(prepared):
     """Training and validation indices share nothing, cover the bank, and know no task but the bank's."""
-    data: FitData = prepared.data
+    data: TrainingSet = prepared.data
     assert set(data.training).isdisjoint(data.validation)
     assert sorted([*data.training, *data.validation]) == list(range(len(TRAINING)))
     assert len(data.validation) == int(0.1 * len(TRAINING)) > 0
     held = {name_of(*cell) for cell in HELD_OUT}
-    assert held.isdisjoint(data.conditioner.names) and held.isdisjoint(task.name for task in data.functional.tasks)
+    assert held.isdisjoint(data.conditioner.names) and held.isdisjoint(task.name for task in data.tasks)
 
 
 @pytest.mark.parametrize("name", [*LEARNED, *VAES, "sg_ridge", "multitask"])
@@ -418,7 +416,8 @@ def test_an_excluded_expert_is_not_seen(prepared, fitted):
     conditioner, embeddings = prepared.data.conditioner, prepared.data.embeddings
     method = fitted("nearest").method
     for index in (0, 7):
-        seen, unseen = conditioner(embeddings[index][0]), conditioner(embeddings[index][0], exclude=[index], keep=100)
+        own = torch.arange(len(embeddings)) == index
+        seen, unseen = conditioner(embeddings[index][0]), conditioner(embeddings[index][0], masked=own, keep=100)
         own = conditioner.names[index]
         assert seen.neighbours[0][0] == own
         assert own not in dict(unseen.neighbours) and len(unseen.neighbours) == len(TRAINING) - 1

@@ -9,6 +9,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import GeneratorError
 from lorag.methods import generator_type
+from lorag.methods.functional import mean_loss
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.hypernet import ModuleNetwork
 from lorag.training.preparation import prepare
@@ -125,9 +126,9 @@ def test_functional_steps_lower_the_loss_on_the_experts_tasks(bank):
         functional = {"steps": steps, "tasks": 6, "examples": 2, "learning_rate": 3e-3}
         method = _fit(prepared, steps=10, functional=functional)
         codes = torch.cat([method.generate(data.conditioner(own[0]), torch.Generator()) for own in data.embeddings])
-        losses.append(data.functional.loss(codes, range(len(codes)), 4, "check"))
+        losses.append(mean_loss(prepared.runner, data, codes, range(len(codes)), 4, "check"))
     assert losses[1] < losses[0] - 0.05
-    bare = dataclasses.replace(prepared, data=dataclasses.replace(data, functional=None))
+    bare = dataclasses.replace(prepared, data=dataclasses.replace(data, tasks=()), runner=None)
     with pytest.raises(GeneratorError, match="examples"):
         _fit(bare, functional={"steps": 1})
 

@@ -1,4 +1,4 @@
-"""Preparation and attention over experts: who is hidden from whom while training tasks play the unseen."""
+"""Preparation and attention over experts: groups and splits of tasks, and who is masked while training tasks play the unseen."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError
 from lorag.methods import generator_type
-from lorag.methods.functional import TaskLoss
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.expert_attention import ExpertAttention
 from lorag.tasks.derived import derive
@@ -53,49 +52,49 @@ def test_connected_groups_share_marks_through_others():
     assert connected([{"a"}, {"x"}, {"a", "b"}, {"b"}, set()]) == [[0, 2, 3], [1], [4]]
 
 
-def test_kin_is_what_an_unseen_task_would_not_have_beside_it(bank):
+def test_groups_are_what_an_unseen_task_would_not_have_beside_it(bank):
     """By task only itself, by texts those that share some, by source all of it."""
-    alone = _prepare(bank, suite=_suite()).data.kin
-    assert [list(group) for group in alone] == [[i] for i in range(8)]
-    texts = _prepare(bank, suite=_suite(shared=[(0, 3)]), kin="texts").data.kin
-    assert list(texts[0]) == list(texts[3]) == [0, 3] and list(texts[1]) == [1]
-    source = _prepare(bank, suite=_suite(sources="aabbccdd"), kin="source").data.kin
-    assert [list(group) for group in source] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5], [6, 7], [6, 7]]
+    assert _prepare(bank, suite=_suite()).data.groups == list(range(8))
+    assert _prepare(bank, suite=_suite(shared=[(0, 3)]), groups="texts").data.groups == [0, 1, 2, 0, 4, 5, 6, 7]
+    data = _prepare(bank, suite=_suite(sources="aabbccdd"), groups="source").data
+    assert data.groups == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert [row.nonzero().flatten().tolist() for row in data.masked([0, 5])] == [[0, 1], [4, 5]]
 
 
-def test_kin_is_held_out_together_within_the_share(bank):
+def test_groups_are_held_out_together_within_the_share(bank):
     """Validation never splits a source, and never exceeds its share."""
     for seed in range(5):
-        data = _prepare(bank, suite=_suite(sources="aaabbccd"), kin="source", validation=0.4, seed=seed).data
+        data = _prepare(bank, suite=_suite(sources="aaabbccd"), groups="source", validation=0.4, seed=seed).data
         assert 0 < len(data.validation) <= 3
         for index in data.validation:
-            assert set(data.kin[index]) <= set(data.validation)
+            assert set(data.masked([index])[0].nonzero().flatten().tolist()) <= set(data.validation)
         assert set(data.training) | set(data.validation) == set(range(8)) and not set(data.training) & set(data.validation)
 
 
-def test_kin_needs_a_suite_and_a_known_rule(bank):
+def test_groups_need_a_suite_and_a_known_rule(bank):
     """Texts and sources are in the suite; without one there is an error and no guess."""
-    with pytest.raises(ConfigError, match="kin"):
-        _prepare(bank, kin="texts")
-    with pytest.raises(ConfigError, match="kin"):
-        _prepare(bank, suite=_suite(), kin="family")
+    with pytest.raises(ConfigError, match="groups"):
+        _prepare(bank, groups="texts")
+    with pytest.raises(ConfigError, match="groups"):
+        _prepare(bank, suite=_suite(), groups="family")
 
 
 def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkeypatch):
-    """Functional steps draw them, reconstruction does not; kin of what is held out stays out of both."""
+    """Functional steps draw them, reconstruction does not; what is held out stays out of both."""
     cells = [*TRAINING[:8], *TRAINING[8:11]]
     more = TaskSuite(list(make_suite(cells))[8:])
     prepared = _prepare(bank, suite=TaskSuite([*_suite(), *more]), without_expert=more)
     data = prepared.data
-    assert list(data.without_expert) == [8, 9, 10] and len(data.codes) == len(data.conditioner.names) == 8
+    assert data.training == list(range(11)) and data.training_experts == list(range(8))
+    assert len(data.codes) == len(data.conditioner.names) == 8
     drawn = []
-    whole = TaskLoss.losses
+    whole = prepared.runner.losses
 
-    def losses(self, codes, indices, count, seed):
-        drawn.extend(indices)
-        return whole(self, codes, indices, count, seed)
+    def losses(adapters, tasks, count, seed):
+        drawn.extend(data.tasks.index(task) for task in tasks)
+        return whole(adapters, tasks, count, seed)
 
-    monkeypatch.setattr(TaskLoss, "losses", losses)
+    monkeypatch.setattr(prepared.runner, "losses", losses)
     _fit(prepared, width=16, queries=2, layers=1, heads=2, hidden=16, steps=3)
     assert {8, 9, 10} <= set(drawn) <= set(range(11))
     for method, settings in (("ridge", {}), ("kernel", {"steps": 3}), ("icm_lora", {"steps": 3, "kernel": {"steps": 3}})):
@@ -103,15 +102,15 @@ def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkey
         generator_type(method).with_settings(settings).fit(data, loop)
 
 
-def test_a_task_without_an_expert_stays_out_if_it_is_kin_of_a_held_out_one(bank):
-    """Its texts would be those of a validation task."""
+def test_a_task_without_an_expert_is_held_out_with_its_group(bank):
+    """Its texts are those of a validation task: it validates too, and teaches nothing."""
     first = next(iter(_suite()))
     twin = Task("twin", first.suite, first.descriptions, None, first.license, first.source, first.examples)
     suite, more = TaskSuite([*_suite(), twin]), TaskSuite([twin])
     seen = set()
     for seed in range(12):
-        data = _prepare(bank, suite=suite, without_expert=more, kin="texts", validation=0.2, seed=seed).data
-        assert list(data.without_expert) == ([] if 0 in data.validation else [8])
+        data = _prepare(bank, suite=suite, without_expert=more, groups="texts", validation=0.2, seed=seed).data
+        assert (8 in data.validation) == (0 in data.validation) != (8 in data.training)
         seen.add(0 in data.validation)
     assert seen == {True, False}
 
@@ -149,8 +148,8 @@ def test_attention_starts_from_plain_similarity():
 
 @pytest.mark.parametrize("source", ["experts", "both"])
 def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypatch):
-    """While house learns, no task sees an expert of its kin or of the validation tasks; at use all are seen."""
-    prepared = _prepare(bank, suite=_suite(shared=[(0, 3)]), kin="texts", validation=0.2)
+    """While house learns, no task sees an expert of its group or of the validation tasks; at use all are seen."""
+    prepared = _prepare(bank, suite=_suite(shared=[(0, 3)]), groups="texts", validation=0.2)
     seen = []
     whole = ExpertAttention.weights
 
@@ -166,16 +165,15 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypa
     for found, hidden in seen:
         assert hidden is not None and hidden[:, held].all() and not found[hidden].any()
         for row in hidden:
-            kin = set(row.nonzero().flatten().tolist()) - set(held)
-            assert kin in [set(prepared.data.kin[i]) - set(held) for i in range(8)]
+            assert any(torch.equal(row, mask) for mask in prepared.data.masked(range(8), validation=True))
     seen.clear()
     generator.generate("paint the red dog")
     assert [hidden for _, hidden in seen] == [None]
     seen.clear()
     data = prepared.data
-    left_out = data.conditioner(data.embeddings[held[0]][0], exclude=data.kin[held[0]])
-    generator.method.generate(left_out, torch.Generator())
-    assert [hidden.nonzero()[:, 1].tolist() for _, hidden in seen] == [list(data.kin[held[0]])]
+    own = data.masked(held)[0]
+    generator.method.generate(data.conditioner(data.embeddings[held[0]][0], masked=own), torch.Generator())
+    assert len(seen) == 1 and torch.equal(seen[0][1][0], own)
 
 
 def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):

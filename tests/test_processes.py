@@ -69,7 +69,7 @@ def learn(prepared, folder, *, stop=None, settings=QUIET, method="house", **more
 
         loop.run = stopping
     try:
-        chosen.fit(prepared.data, loop)
+        chosen.fit(prepared.data, loop, prepared.runner)
     except Stopped:
         return None
     with torch.no_grad():

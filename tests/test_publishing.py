@@ -359,7 +359,7 @@ def test_tasks_without_an_expert_count_as_parents_where_they_were_learned_from(t
     """A method trained on their examples inherits their licence; one that only reads experts does not, nor one without functional steps."""
     task = SimpleNamespace(key="extra", license="AGPL-3.0")
     tasks = [*(SimpleNamespace(key=name, license="MIT") for name in NAMES), task]
-    data = SimpleNamespace(functional=SimpleNamespace(tasks=tasks), without_expert=[len(NAMES)])
+    data = SimpleNamespace(tasks=tasks, training=range(len(tasks)))
     prepared = SimpleNamespace(bank=toy, data=data)
     own = {expert.name: expert.license for expert in toy.experts}
     assert _licences(prepared, generator_type("house").with_settings({})) == {**own, "extra": "AGPL-3.0"}

@@ -21,7 +21,7 @@ from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.module_decoder import ModuleDecoder
 from lorag.spaces.shared_bases import Span
-from lorag.spaces.weight_space import SharedSubspace, weight_space_from_tensors
+from lorag.spaces.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
@@ -183,7 +183,8 @@ def test_decoder_settings_that_cannot_be_used(prepared):
             generator_type("house").with_settings(wrong)
     method = generator_type("house").with_settings({"decoder": "shared", "functional": {"steps": 0}})
     with pytest.raises(GeneratorError, match="share a decoder"):
-        method._shares_decoder(dataclasses.replace(prepared.data, modules=[8, *prepared.data.modules[1:]]))
+        flat = FlatFactors.fit(prepared.bank.adapters, prepared.space.layout)
+        method._shares_decoder(dataclasses.replace(prepared.data, space=flat))
     tensors = _fit(prepared, decoder="shared", steps=1).method.tensors()
     for change in ({"kinds": tensors["kinds"] + 1000}, {"depths": tensors["depths"][1:]}, {"kinds": tensors["kinds"].float()}):
         with pytest.raises(LoragError):

@@ -1,6 +1,7 @@
 """VAEs: published sizes, losses against their definitions, what they learn, and whether a collapse is noticed."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of
 from lorag.cli.info import describe_path
 from lorag.errors import ConfigError, GeneratorError
 from lorag.files.tensors import save_tensors
-from lorag.methods import FitData, generator_type
+from lorag.methods import TrainingSet, generator_type
 from lorag.methods.base import collate
 from lorag.methods.expert_mixture import ExpertMixture
 from lorag.methods.latent import Diagnostics, gaussian_kl, negative_elbo, squared_error
@@ -20,6 +21,7 @@ from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.conv_cvae import ConvVae
 from lorag.networks.cvae import Gaussian, LearnedPriorVae, Reconstruction, standard_normal
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
+from lorag.tasks.suite import Example, Task
 from lorag.text.conditioning import Condition, Conditioner
 
 EMBEDDER = WordEmbedder()
@@ -46,8 +48,20 @@ class _Vectors:
     def __init__(self, codes):
         self.codes = codes
 
-    def task_vectors(self, indices, count=32):
-        return _vector(self.codes[list(indices)])
+    def hidden(self, inputs):
+        return _vector(self.codes[[int(text) for text in inputs]])
+
+
+def _tasks(count):
+    """Tasks whose only input is their number."""
+    return [Task(str(i), "toy", ("a task",), None, "MIT", "made", (Example(str(i), "x", "train"),)) for i in range(count)]
+
+
+class _Space(SimpleNamespace):
+    """Of a weight space what methods ask for."""
+
+    def __init__(self):
+        super().__init__(zero=torch.full((LENGTH,), -0.2), parts=list(MODULES), size=LENGTH, layout=SimpleNamespace(places=()))
 
 
 def _vector(codes):
@@ -65,21 +79,20 @@ def _data(cells, held=0, **changes):
         "conditioner": Conditioner.fit([name_of(*cell) for cell in cells], embeddings),
         "training": list(range(held, len(cells))),
         "validation": list(range(held)),
-        "kin": [[index] for index in range(len(cells))],
-        "zero": torch.full((LENGTH,), -0.2),
-        "modules": MODULES,
-        "functional": _Vectors(codes),
+        "groups": list(range(len(cells))),
+        "space": _Space(),
+        "tasks": _tasks(len(cells)),
     }
-    return FitData(**{**values, **changes})
+    return TrainingSet(**{**values, **changes})
 
 
 def _loop(folder=None):
     return TrainingLoop(folder, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
 
 
-def _fit(name, data, **settings):
+def _fit(name, data, runner=None, **settings):
     method = generator_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings})
-    method.fit(data, _loop())
+    method.fit(data, _loop(), runner or _Vectors(data.codes))
     return method
 
 
@@ -218,13 +231,13 @@ def test_experts_that_do_not_differ_have_no_directions():
 @pytest.mark.parametrize("constant", ["module", "all late checkpoints", "task vectors"])
 def test_near_constant_tensors_give_no_nan(constant):
     """A module that all experts share, deviations of 0, and a task vector that is the same for all: all finite."""
-    data = _data(TRAINING[:6])
+    data, runner = _data(TRAINING[:6]), None
     if constant == "module":
         data.codes[:, MODULES[0] :] = 0.1
     if constant == "all late checkpoints":
         data = dataclasses.replace(data, deviations=torch.zeros_like(data.codes))
     if constant == "task vectors":
-        data = dataclasses.replace(data, functional=_Vectors(torch.ones_like(data.codes)))
+        runner = _Vectors(torch.ones_like(data.codes))
     condition = _condition(data, TRAINING[0], _vector(data.codes[:1])[0])
     for name, settings in (
         ("icm_lora", {"condition": "both"}),
@@ -232,7 +245,7 @@ def test_near_constant_tensors_give_no_nan(constant):
         ("sg_lora", {}),
         ("sg_lora", BOTH),
     ):
-        method = _fit(name, data, **{**settings, "steps": 3})
+        method = _fit(name, data, runner, **{**settings, "steps": 3})
         assert all(value.isfinite().all() for value in method.tensors().values())
         assert _made(method, condition, 2).isfinite().all()
 
@@ -269,7 +282,7 @@ def test_sg_lora_reconstructs_four_experts():
     data = _data(TRAINING[:4])
     method = _fit("sg_lora", data, beta=0.01)
     known = ExpertMixture.of(data, range(4), method.coordinates, 4, 0.05)
-    h = torch.stack([own[0] for own in known.leave_one_out(data, range(4))])
+    h = torch.stack([own[0] for own in known.leave_group_out(data, range(4))])
     with torch.no_grad():
         made = method.coordinates.to_codes(method.network.decode(method.network.encode(known.means, h).mean, h))
     assert ((made - data.codes).norm(dim=1) < 0.1 * data.codes.norm(dim=1)).all()
@@ -312,7 +325,7 @@ def test_sg_ridge_maps_the_merge_without_the_expert_itself():
     for method in (ridge, merge):
         method.fit(data, _loop())
     for index in (0, 7, 23):
-        alone = conditioner(embeddings[index][0], exclude=[index])
+        alone = conditioner(embeddings[index][0], masked=torch.arange(len(embeddings)) == index)
         assert (_made(ridge, alone)[0] - codes[index]).norm() < 0.3 * codes[index].norm()
         assert (_made(merge, alone)[0] - codes[index]).norm() > 1.9 * codes[index].norm()
 
@@ -322,8 +335,8 @@ def test_a_rescaled_merge_has_the_experts_length(world):
     rescaled, merge = (generator_type(name)() for name in ("sg_rescaled", "top_k"))
     for method in (rescaled, merge):
         method.fit(world, _loop())
-    made, merged = (_made(method, _condition(world, HELD_OUT[0]))[0] - world.zero for method in (rescaled, merge))
-    assert made.norm().item() == pytest.approx((world.codes - world.zero).norm(dim=1).mean().item(), rel=1e-4)
+    made, merged = (_made(method, _condition(world, HELD_OUT[0]))[0] - world.space.zero for method in (rescaled, merge))
+    assert made.norm().item() == pytest.approx((world.codes - world.space.zero).norm(dim=1).mean().item(), rel=1e-4)
     assert nn.functional.cosine_similarity(made, merged, dim=0) > 0.9999 and made.norm() > 1.05 * merged.norm()
 
 
@@ -331,25 +344,25 @@ def test_a_rescaled_merge_has_the_experts_length(world):
 
 
 def test_an_expert_is_no_part_of_its_own_condition(world):
-    """Another code for expert 5 moves every condition near it but none of its own; the same for its kin."""
+    """Another code for expert 5 moves every condition near it but none of its own; the same for its group."""
     coordinates = PrincipalCodes.fit(world.codes)
-    kin = [[i, 6] if i == 5 else [i] for i in range(len(TRAINING))]
+    groups = [5 if i == 6 else i for i in range(len(TRAINING))]
     for own in (5, 6):
         before, after = [], []
         for codes, found in ((world.codes, before), (world.codes.clone(), after)):
             codes[own] += 50.0 * (found is after)
-            data = dataclasses.replace(world, codes=codes, kin=kin)
-            found += ExpertMixture.of(data, data.training, coordinates, 30, 1.0).leave_one_out(data, range(len(TRAINING)))
+            data = dataclasses.replace(world, codes=codes, groups=groups)
+            found += ExpertMixture.of(data, data.training, coordinates, 30, 1.0).leave_group_out(data, range(len(TRAINING)))
         assert torch.equal(before[5], after[5])
-        assert all(not torch.equal(before[i], after[i]) for i in data.training if i not in (5, own))
+        assert all(not torch.equal(before[i], after[i]) for i in data.training if i not in (5, 6))
 
 
 @pytest.mark.parametrize("settings", [{}, BOTH])
 def test_validation_experts_are_neighbours_at_use_only(settings, world, monkeypatch):
     """No mixture is made with them while SG-LoRA trains, description beside it or not; the fitted one knows the whole bank."""
     seen = []
-    found = ExpertMixture.leave_one_out
-    monkeypatch.setattr(ExpertMixture, "leave_one_out", lambda own, *rest: seen.append(own.indices.tolist()) or found(own, *rest))
+    found = ExpertMixture.leave_group_out
+    monkeypatch.setattr(ExpertMixture, "leave_group_out", lambda own, *rest: seen.append(own.indices.tolist()) or found(own, *rest))
     method = _fit("sg_lora", world, **settings, steps=1)
     assert seen == [world.training, world.training]
     assert method.experts.indices.tolist() == list(range(len(TRAINING)))
@@ -359,7 +372,7 @@ def test_training_pairs_a_description_with_its_own_merge(world, monkeypatch):
     """With condition=both the network reads, beside each merge, the very wording that the merge was made for."""
     data = dataclasses.replace(world, validation=())
     coordinates = PrincipalCodes.fit(data.codes[data.training])
-    merges = ExpertMixture.of(data, data.training, coordinates, 4, 0.05).leave_one_out(data, data.training)
+    merges = ExpertMixture.of(data, data.training, coordinates, 4, 0.05).leave_group_out(data, data.training)
     right = {
         tuple(one.pooled.tolist()): merge
         for own, i in zip(merges, data.training, strict=True)
@@ -413,9 +426,9 @@ def test_descriptions_are_blurred_in_training_only(name, settings, world):
     assert torch.equal(reader(*known), reader(*known))
 
 
-def test_a_bank_of_one_source_cannot_leave_kin_out(world):
-    """GeneratorError where no expert is left that is not kin."""
-    data = dataclasses.replace(world, kin=[list(range(len(TRAINING)))] * len(TRAINING))
+def test_a_bank_of_one_source_cannot_leave_groups_out(world):
+    """GeneratorError where no expert is left that is of another group."""
+    data = dataclasses.replace(world, groups=[0] * len(TRAINING))
     with pytest.raises(GeneratorError, match="neighbours"):
         _fit("sg_lora", data)
 
@@ -430,7 +443,7 @@ def test_a_missing_task_vector_is_named(condition):
     with pytest.raises(GeneratorError, match="13"):
         _made(method, _condition(data, TRAINING[0], torch.zeros(4)))
     with pytest.raises(GeneratorError, match="tasks="):
-        _fit("icm_lora", dataclasses.replace(data, functional=None), condition=condition)
+        _fit("icm_lora", dataclasses.replace(data, tasks=()), condition=condition)
 
 
 def test_task_vectors_decide_and_descriptions_do_not(world):

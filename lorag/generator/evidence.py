@@ -69,7 +69,7 @@ def _sizes(codes: Tensor, parts: Sequence[int]) -> Tensor:
     return torch.stack([part.norm(dim=1) for part in codes.float().split(list(parts), 1)], 1).clamp_min(_TINY).log()
 
 
-def gather(served: Describes, reference: Reference, text: str, condition: Condition, exclude: Sequence[int] = ()) -> Tensor:
+def gather(served: Describes, reference: Reference, text: str, condition: Condition, masked: Tensor | None = None) -> Tensor:
     """The evidence on one description, a row of `FEATURES` in fp64.
 
     Args:
@@ -77,10 +77,10 @@ def gather(served: Describes, reference: Reference, text: str, condition: Condit
         reference: What it is compared with.
         text: The description.
         condition: Its condition; a task vector in it counts for its rewordings too.
-        exclude: Experts that do not count, as when a task of the bank plays an unknown one.
+        masked: Experts (n,) that do not count, as when a task of the bank plays an unknown one.
     """
     conditioner = served.conditioner
-    best = condition.similarities.topk(min(_PRIOR, len(conditioner.names) - len(exclude))).values
+    best = condition.similarities.topk(min(_PRIOR, len(conditioner.names) - (0 if masked is None else int(masked.sum())))).values
     prior = torch.softmax(best / _TEMPERATURE, 0)
     spread = -(prior * prior.clamp_min(_TINY).log()).sum() / math.log(max(2, len(prior)))
     drawn = served.method.generate(condition, torch.Generator().manual_seed(0), _SAMPLES).float()
@@ -88,7 +88,7 @@ def gather(served: Describes, reference: Reference, text: str, condition: Condit
     length = code.norm().clamp_min(_TINY)
     others = [
         served.method.generate(
-            replace(conditioner(one, exclude=exclude), task_vector=condition.task_vector), torch.Generator().manual_seed(0)
+            replace(conditioner(one, masked=masked), task_vector=condition.task_vector), torch.Generator().manual_seed(0)
         ).float()
         for one in served.embedder.embed(rewordings(text))
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorag.errors import ConfigError
-from lorag.methods.base import FitData, Generator
+from lorag.methods.base import Generator
 from lorag.methods.baselines import Mean, Multitask, Nearest, RandomExpert, SgMixture, TopK
 from lorag.methods.house import House
 from lorag.methods.hypernet import Hypernet
@@ -13,8 +13,9 @@ from lorag.methods.kernel import Kernel
 from lorag.methods.regression import Mlp, Ridge
 from lorag.methods.sg_controls import SgRescaled, SgRidge
 from lorag.methods.sg_lora import SgLora
+from lorag.methods.training_set import TrainingSet
 
-__all__ = ["GENERATORS", "FitData", "Generator", "generator_type"]
+__all__ = ["GENERATORS", "Generator", "TrainingSet", "generator_type"]
 
 GENERATORS: dict[str, type[Generator]] = {
     method.name: method

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorag.base.layout import ModulePlace
+from lorag.base.runner import Runner
 from lorag.config import from_plain
 from lorag.errors import ConfigError, GeneratorError, LoragError
-from lorag.methods.functional import TaskLoss
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.cvae import ConditionReader
 from lorag.text.conditioning import Condition, Conditioner
 from lorag.text.embedding import Embedding
 
-__all__ = ["FitData", "Generator", "NetworkGenerator", "ReaderSettings", "Settings", "collate", "draw"]
+__all__ = ["Generator", "NetworkGenerator", "ReaderSettings", "Settings", "collate", "draw"]
 
 
 _MOST_LAYERS = 256
@@ -76,41 +76,6 @@ class ReaderSettings(Settings):
         )
 
 
-@dataclass(frozen=True)
-class FitData:
-    """What a generator is fitted on.
-
-    Attributes:
-        codes: Codes of the n experts (n, c).
-        deviations: Standard deviations over their late checkpoints (n, c).
-        embeddings: Embedded descriptions of each expert.
-        conditioner: Compares descriptions with the experts.
-        training: Indices that may be learned from.
-        validation: Indices of training tasks held out for early stopping; never tasks of the test split.
-        kin: For each task the experts that must not be seen while it plays an unseen task: itself, and where whole
-            sources of tasks are held out, all of its source.
-        zero: Code of the adapter that changes nothing (c,).
-        modules: Length of each adapted module's part of a code, in order.
-        functional: The base model's loss on the experts' tasks, if their examples are at hand.
-        without_expert: Indices, after the experts', of training tasks that have examples but no expert. `embeddings`, `kin` and
-            `functional` go on to them; they teach what learns through the base model, and nothing else.
-        places: Kind and depth of each adapted module, in order.
-    """
-
-    codes: Tensor
-    deviations: Tensor
-    embeddings: Sequence[Sequence[Embedding]]
-    conditioner: Conditioner
-    training: Sequence[int]
-    validation: Sequence[int]
-    kin: Sequence[Sequence[int]]
-    zero: Tensor
-    modules: Sequence[int]
-    functional: TaskLoss | None = None
-    without_expert: Sequence[int] = ()
-    places: Sequence[ModulePlace] = ()
-
-
 class Generator(abc.ABC):
     """Turns a condition into codes.
 
@@ -142,8 +107,17 @@ class Generator(abc.ABC):
         return cls(settings)
 
     @abc.abstractmethod
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
-        """Learns from a bank."""
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
+        """Learns from tasks.
+
+        Args:
+            data: Experts' codes, descriptions and examples.
+            loop: Runs the stages of training.
+            runner: The base model, for methods that learn from examples; None if there is none.
+
+        Raises:
+            GeneratorError: If the method needs experts or examples, and there are none.
+        """
 
     @abc.abstractmethod
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
@@ -215,8 +189,8 @@ def collate(embeddings: Sequence[Embedding], device: torch.device | None = None)
     return pooled.to(device), tokens.to(device), mask.to(device)
 
 
-def draw(data: FitData, rows: Sequence[int], loop: TrainingLoop) -> list[Embedding]:
-    """One description of each of some experts, at random."""
+def draw(data: TrainingSet, rows: Sequence[int], loop: TrainingLoop) -> list[Embedding]:
+    """One description of each of some tasks, at random."""
     picks = torch.randint(2**31, (len(rows),), generator=loop.rng).tolist()
     return [data.embeddings[i][pick % len(data.embeddings[i])] for i, pick in zip(rows, picks, strict=True)]
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData, Generator, Settings
+from lorag.methods.base import Generator, Settings
 from lorag.methods.data_parallel import Batch
-from lorag.methods.functional_training import require_tasks
+from lorag.methods.functional import code_losses, require_runner, validation_loss
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.text.conditioning import Condition, mixture, mixture_weights
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
@@ -25,8 +27,9 @@ class _Stored(Generator):
     codes: Tensor
     deviations: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Keeps codes and deviations of all experts."""
+        data.require_experts(self.name)
         self.codes, self.deviations = data.codes, data.deviations
 
     def tensors(self) -> dict[str, Tensor]:
@@ -47,8 +50,9 @@ class Mean(Generator):
     name = "mean"
     code: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Averages the codes."""
+        data.require_experts(self.name)
         self.code = data.codes.mean(0)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
@@ -91,26 +95,25 @@ class Multitask(Mean):
     settings: MultitaskSettings
     learns_from_tasks = True
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
-        """Trains one code, from the mean, with the base model's loss on all training tasks."""
-        settings, functional = self.settings, require_tasks(self.name, data)
-        module = _Code(data.codes[list(data.training)].mean(0))
-        training = torch.tensor([*data.training, *data.without_expert])
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
+        """Trains one code, from the mean of the experts or from no change, with the base model's loss on all training tasks."""
+        settings, runner = self.settings, require_runner(self.name, data, runner)
+        known = data.training_experts
+        module = _Code(data.codes[known].mean(0) if known else data.space.zero.cpu())
+        training = torch.tensor(list(data.training))
 
         def loss(_: nn.Module, step: int) -> Batch:
             chosen = training[torch.randint(len(training), (settings.tasks,), generator=loop.rng)].tolist()
 
             def losses(part: slice) -> Tensor:
-                return functional.losses(module().expand(len(chosen[part]), -1), chosen[part], settings.batch, f"multitask/{step}")
+                codes = module().expand(len(chosen[part]), -1)
+                return code_losses(runner, data, codes, chosen[part], settings.batch, f"multitask/{step}")
 
             return Batch(len(chosen), losses)
 
-        def validate(_: nn.Module) -> float:
-            indices = list(data.validation)
-            return functional.loss(module().expand(len(indices), -1), indices, 8, "validation")
-
+        validate = validation_loss(runner, data, lambda held: module().expand(len(held), -1))
         steps = LoopSettings(settings.steps, settings.learning_rate, weight_decay=0.0, validate_every=50)
-        loop.run(self.name, module, loss, validate if data.validation else None, steps)
+        loop.run(self.name, module, loss, (lambda _: validate()) if data.validation else None, steps)
         self.code = module().detach().cpu()
 
 

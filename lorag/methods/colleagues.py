@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.methods.base import FitData, collate, draw
+from lorag.methods.base import collate, draw
 from lorag.methods.data_parallel import Batch
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.code_networks import Blur, Reading, TokenNetwork
 from lorag.networks.expert_kernel import KernelHead
 from lorag.text.embedding import Embedding
@@ -44,7 +45,9 @@ class ColleagueSettings:
     batch: int = 64
 
 
-def teach_colleagues(name: str, network: TokenNetwork, blur: Blur, data: FitData, loop: TrainingLoop, settings: ColleagueSettings) -> None:
+def teach_colleagues(
+    name: str, network: TokenNetwork, blur: Blur, data: TrainingSet, loop: TrainingLoop, settings: ColleagueSettings
+) -> None:
     """Gives a trained network colleagues, trained one after the other; its first reader and its head stay as they are.
 
     They learn on the tasks that the first one learned on, and stop at the state that is best on held-out training tasks.
@@ -61,7 +64,7 @@ def teach_colleagues(name: str, network: TokenNetwork, blur: Blur, data: FitData
         return
     device = loop.accelerator.device
     network.to(device).requires_grad_(False).eval()
-    known = torch.tensor([*data.training, *data.without_expert])
+    known = torch.tensor(list(data.training))
     right = {i: _understood(network, data.embeddings[i][:_DESCRIPTIONS]) for i in [*known.tolist(), *data.validation]}
     apart, taught = _distance_of_codes(network.head), []
     for number in range(1, settings.count + 1):

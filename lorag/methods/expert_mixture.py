@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData
+from lorag.methods.training_set import TrainingSet
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import mixture
 
@@ -35,7 +35,7 @@ class ExpertMixture:
     temperature: float
 
     @classmethod
-    def of(cls, data: FitData, rows: Sequence[int], coordinates: PrincipalCodes, top: int, temperature: float) -> ExpertMixture:
+    def of(cls, data: TrainingSet, rows: Sequence[int], coordinates: PrincipalCodes, top: int, temperature: float) -> ExpertMixture:
         """Mixtures of the experts at some rows of a bank."""
         rows = list(rows)
         means = coordinates.to_coordinates(data.codes[rows])
@@ -46,25 +46,25 @@ class ExpertMixture:
         found = mixture(similarities[self.indices], self.means, self.deviations, top=self.top, temperature=self.temperature)
         return torch.cat([found.mean, found.variance])
 
-    def without(self, experts: Sequence[int]) -> ExpertMixture:
-        """The same without some experts of the bank, which are then no neighbours at any similarity.
+    def without(self, masked: Tensor) -> ExpertMixture:
+        """The same without the experts that are masked (n,), which are then no neighbours at any similarity.
 
         Raises:
             GeneratorError: If no other is left.
         """
-        keep = ~torch.isin(self.indices, torch.tensor(list(experts)))
+        keep = ~masked[self.indices]
         if not keep.any():
             raise GeneratorError("an expert has no neighbours to learn from", expected="experts that are not of its own source")
         return ExpertMixture(self.indices[keep], self.means[keep], self.deviations[keep], self.top, self.temperature)
 
-    def leave_one_out(self, data: FitData, rows: Sequence[int]) -> list[Tensor]:
-        """Conditions (d, 2 p) of each of the d descriptions of some experts, none of which sees itself or its kin.
+    def leave_group_out(self, data: TrainingSet, rows: Sequence[int]) -> list[Tensor]:
+        """Conditions (d, 2 p) of each of the d descriptions of some experts, none of which sees an expert of its group.
 
         Without this, training would always see a similarity of about 1, and use never does.
         """
         found = []
-        for row in rows:
-            others = self.without(data.kin[row])
+        for row, masked in zip(rows, data.masked(rows), strict=True):
+            others = self.without(masked)
             cosines = torch.stack([one.pooled for one in data.embeddings[row]]) @ data.conditioner.centroids.T
             found.append(torch.stack([others(each) for each in cosines]))
         return found

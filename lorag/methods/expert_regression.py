@@ -1,6 +1,6 @@
 """Regression over experts with a learned kernel: what a new description's code is, given the experts' and how alike they are.
 
-The kernel is learned by playing the unseen: in each step some experts are taken out, their codes are predicted from the others',
+The kernel is learned by leaving groups out: in each step some experts are taken out, their codes are predicted from the others',
 and the error teaches the reader which words ask for the same weights. The regression itself is solved anew each time and learns
 nothing by heart. (Learning through a solved regression: Bertinetto et al., arXiv 1805.08136.)
 """
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import FitData, ReaderSettings, collate, draw
+from lorag.methods.base import ReaderSettings, collate, draw
 from lorag.methods.data_parallel import Batch
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.expert_kernel import ExpertKernel
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.embedding import Embedding
@@ -87,7 +88,7 @@ class ExpertRegression:
         return self.kernel.embedding
 
     @classmethod
-    def learn(cls, name: str, settings: KernelSettings, values: Tensor, data: FitData, loop: TrainingLoop) -> ExpertRegression:
+    def learn(cls, name: str, settings: KernelSettings, values: Tensor, data: TrainingSet, loop: TrainingLoop) -> ExpertRegression:
         """Learns a kernel on the training experts, and stops at the state that is best on the held-out ones.
 
         Args:
@@ -105,8 +106,8 @@ class ExpertRegression:
         """
         device, values = loop.accelerator.device, values.to(loop.accelerator.device)
         with loop.seeded():
-            kernel = settings.kernel(data.embeddings[0][0].pooled.shape[-1]).to(device)
-        training, held = torch.tensor(list(data.training)), list(data.validation)
+            kernel = settings.kernel(data.embedding_size).to(device)
+        training, held = torch.tensor(data.training_experts), data.validation_experts
         counting = sorted(training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist())
 
         def loss(_: nn.Module, step: int) -> Batch:
@@ -137,13 +138,13 @@ class ExpertRegression:
 
     @classmethod
     def of(
-        cls, kernel: ExpertKernel, values: Tensor, data: FitData, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
+        cls, kernel: ExpertKernel, values: Tensor, data: TrainingSet, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
     ) -> ExpertRegression:
         """The regression on the experts at some rows of a bank, whose values (n, p) are given."""
         features = _features(kernel, data, rows, descriptions)
         return cls(kernel, torch.tensor(list(rows)), features, values[list(rows)].to(features))
 
-    def with_others(self, values: Tensor, data: FitData, rows: Sequence[int]) -> ExpertRegression:
+    def with_others(self, values: Tensor, data: TrainingSet, rows: Sequence[int]) -> ExpertRegression:
         """The regression of given values (n, p) on these experts and those at some more rows of the bank."""
         features = self.features
         if rows:
@@ -151,9 +152,9 @@ class ExpertRegression:
         indices, order = torch.cat([self.indices, torch.tensor(list(rows), dtype=torch.int64)]).sort()
         return ExpertRegression(self.kernel, indices, features[order.to(features.device)], values[indices.to(values.device)].to(features))
 
-    def __call__(self, embeddings: Sequence[Embedding], hidden: Tensor | None = None) -> Tensor:
-        """Values (b, p) for descriptions, without experts that are hidden (n,)."""
-        seen = torch.ones(len(self.indices), dtype=torch.bool) if hidden is None else ~hidden[self.indices]
+    def __call__(self, embeddings: Sequence[Embedding], masked: Tensor | None = None) -> Tensor:
+        """Values (b, p) for descriptions, without experts that are masked (n,)."""
+        seen = torch.ones(len(self.indices), dtype=torch.bool) if masked is None else ~masked[self.indices]
         with torch.no_grad():
             asked = _read(self.kernel, embeddings)
             if seen.all():
@@ -163,16 +164,16 @@ class ExpertRegression:
             seen = seen.to(self.features.device)
             return self.kernel.weights(asked, self.features[seen]) @ self.values[seen]
 
-    def left_out(self, embeddings: Sequence[Embedding], kin: Sequence[Sequence[int]]) -> Tensor:
-        """Values (b, p) for descriptions, each without the experts that are its kin.
+    def leave_group_out(self, embeddings: Sequence[Embedding], masked: Tensor) -> Tensor:
+        """Values (b, p) for descriptions, each without the experts (b, n) that are masked for it.
 
         In closed form: with A the inverse of the system and u = A k, experts E leave it by u − A[:, E] A[E, E]⁻¹ u[E].
         """
         inverse = self._solved()
         with torch.no_grad():
             weights = self.kernel.similarity(_read(self.kernel, embeddings), self.features) @ inverse
-            for row, own in zip(weights, kin, strict=True):
-                out = torch.isin(self.indices, torch.tensor(list(own))).nonzero()[:, 0].to(row.device)
+            for row, mask in zip(weights, masked[:, self.indices], strict=True):
+                out = mask.nonzero()[:, 0].to(row.device)
                 row -= inverse[:, out] @ torch.linalg.solve(inverse[out][:, out], row[out])
             return weights @ self.values
 
@@ -213,29 +214,32 @@ class ExpertRegression:
         return cls(kernel.requires_grad_(False).eval(), indices, features, values)
 
 
-def can_regress(data: FitData) -> bool:
-    """Whether the training experts differ and each has another that is no kin, from which it could be predicted."""
-    training = set(data.training)
-    codes = data.codes[list(data.training)]
-    return bool((codes != codes[:1]).any()) and not any(training <= set(data.kin[row]) for row in training)
+def can_regress(data: TrainingSet) -> bool:
+    """Whether the training experts differ and each has another of another group, from which it could be predicted."""
+    training = data.training_experts
+    codes = data.codes[training]
+    return bool((codes != codes[:1]).any()) and not bool(data.masked(training)[:, training].all(1).any())
 
 
-def regress_codes(name: str, settings: KernelSettings, data: FitData, loop: TrainingLoop, *, held: bool) -> tuple[ExpertRegression, Tensor]:
+def regress_codes(
+    name: str, settings: KernelSettings, data: TrainingSet, loop: TrainingLoop, *, held: bool
+) -> tuple[ExpertRegression, Tensor]:
     """A regression on the training experts' codes, and where `held` on the held-out ones' too, with the mean (c,) that it adds to."""
-    coordinates = PrincipalCodes.fit(data.codes[list(data.training)])
+    data.require_experts(name)
+    coordinates = PrincipalCodes.fit(data.codes[data.training_experts])
     learned = ExpertRegression.learn(name, settings, coordinates.to_coordinates(data.codes), data, loop)
-    more = list(data.validation) if held else []
+    more = data.validation_experts if held else []
     mean = data.codes[sorted([*learned.indices.tolist(), *more])].mean(0)
     return learned.with_others(data.codes - mean, data, more), mean
 
 
-def _others(data: FitData, drawn: Sequence[int], asked: Sequence[int]) -> list[int]:
-    """Those drawn that are no kin of anybody who is asked for."""
-    hidden = {i for row in asked for i in data.kin[row]}
-    return [i for i in drawn if i not in hidden]
+def _others(data: TrainingSet, drawn: Sequence[int], asked: Sequence[int]) -> list[int]:
+    """Those drawn that are of no group of those asked for."""
+    masked = data.masked(asked).any(0).tolist()
+    return [i for i in drawn if not masked[i]]
 
 
-def _features(kernel: ExpertKernel, data: FitData, rows: Sequence[int], descriptions: int) -> Tensor:
+def _features(kernel: ExpertKernel, data: TrainingSet, rows: Sequence[int], descriptions: int) -> Tensor:
     """Features (l, f) of the experts at some rows of a bank, each the mean over its first descriptions."""
     texts = [data.embeddings[i][:descriptions] for i in rows]
     flat = [one for own in texts for one in own]

@@ -1,56 +1,192 @@
-"""The loss of the frozen base model as a function of codes: its gradients reach whatever made the codes."""
+"""Functional training: the frozen base model's loss on tasks flows through generated codes into whatever made them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorag.base.objectives import Objective
 from lorag.base.objectives.base import training_examples
-from lorag.base.row_adapters import RowAdapters
-from lorag.spaces.weight_space import WeightSpace
+from lorag.base.runner import Runner
+from lorag.errors import GeneratorError
+from lorag.methods.base import draw
+from lorag.methods.data_parallel import Batch
+from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.tasks.suite import Task
+from lorag.text.embedding import Embedding
 
-__all__ = ["TaskLoss"]
+__all__ = [
+    "FunctionalSettings",
+    "code_losses",
+    "evenly",
+    "mean_loss",
+    "require_runner",
+    "task_vectors",
+    "train_functionally",
+    "validation_loss",
+]
+
+_LEAST = 0.02  # running loss below which a task counts as learned; it is still drawn now and then
+_NEWS = 0.3  # weight of a new loss in the running one
+_VALIDATED, _EXAMPLES = 64, 8  # held-out tasks of a validation, and examples of each
 
 
-class TaskLoss:
-    """Runs codes as adapters on tasks.
+# --- losses of codes --------------------------------------------------------------------------------------------------
+
+
+def require_runner(name: str, data: TrainingSet, runner: Runner | None) -> Runner:
+    """The base model, for a method that learns from tasks.
+
+    Raises:
+        GeneratorError: If there is no base model, or no examples.
+    """
+    if runner is None or not data.tasks:
+        raise GeneratorError(
+            f"{name} learns from examples of tasks, and there are none",
+            remedy="Give their suite with tasks=PATH, or, where the method can do without, settings.functional.steps=0.",
+        )
+    return runner
+
+
+def code_losses(runner: Runner, data: TrainingSet, codes: Tensor, indices: Sequence[int], count: int, seed: str) -> Tensor:
+    """Loss (b,) of code number i, of (b, c), on `count` training examples of task `indices[i]`; differentiable."""
+    return runner.losses(data.space.differentiable(codes), [data.tasks[i] for i in indices], count, seed)
+
+
+def mean_loss(runner: Runner, data: TrainingSet, codes: Tensor, indices: Sequence[int], count: int, seed: str, chunk: int = 32) -> float:
+    """Mean of `code_losses`, without gradients, in chunks that bound memory."""
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(indices), chunk):
+            part = slice(start, start + chunk)
+            total += code_losses(runner, data, codes[part], indices[part], count, seed).sum().item()
+    return total / len(indices)
+
+
+def validation_loss(runner: Runner, data: TrainingSet, predict: Callable[[Sequence[int]], Tensor]) -> Callable[[], float]:
+    """The loss of codes (b, c) that are predicted for held-out tasks; of many, 64 at even distances.
 
     Args:
-        rows: The frozen base model.
-        objective: How tasks are learned and scored.
-        space: Turns codes into what the base model runs.
-        tasks: The tasks of the bank's experts, in the bank's order.
+        runner: The base model.
+        data: The tasks.
+        predict: Codes for some tasks.
+    """
+    held = evenly(data.validation, _VALIDATED)
+
+    def loss() -> float:
+        with torch.no_grad():
+            codes = predict(held)
+        return mean_loss(runner, data, codes, held, _EXAMPLES, "validation")
+
+    return loss
+
+
+def evenly(indices: Sequence[int], most: int) -> list[int]:
+    """All indices, or `most` of them at even distances."""
+    count = min(most, len(indices))
+    return [indices[place * len(indices) // count] for place in range(count)]
+
+
+def task_vectors(runner: Runner, tasks: Sequence[Task], count: int = 32) -> Tensor:
+    """Task vectors (b, h): the bare base model's mean hidden state over `count` training inputs of each task.
+
+    ICM-LoRA's condition (arXiv 2501.17635), but from the base model without an adapter, as it must be at use.
+    """
+    return torch.stack([runner.hidden([one.input for one in training_examples(task)[:count]]).mean(0) for task in tasks])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FunctionalSettings:
+    """Length and width of functional training.
+
+    Attributes:
+        steps: Steps through the frozen base model; 0 leaves them out.
+        learning_rate: Their peak rate.
+        tasks: Tasks in a step, each with its own generated adapter.
+        examples: Training examples of each.
+        focus: Tasks are drawn in proportion to this power of their running loss, so that hard ones come more often; with 0
+            all are alike.
+        validate_every: Steps between validations.
     """
 
-    def __init__(self, rows: RowAdapters, objective: Objective, space: WeightSpace, tasks: Sequence[Task]) -> None:
-        self.rows, self.objective, self.space, self.tasks = rows, objective, space, tuple(tasks)
+    steps: int = 600
+    learning_rate: float = 1e-3
+    tasks: int = 32
+    examples: int = 4
+    focus: float = 0.5
+    validate_every: int = 100
 
-    def losses(self, codes: Tensor, indices: Sequence[int], count: int, seed: str) -> Tensor:
-        """Loss (b,) of code number i on `count` training examples of task `indices[i]`; differentiable."""
-        batch = self.objective.sample([self.tasks[i] for i in indices], count, seed)
-        with self.rows.use(self.space.differentiable(codes)) as model:
-            return self.objective.losses(model, batch)
 
-    def task_vectors(self, indices: Sequence[int], count: int = 32) -> Tensor:
-        """Task vectors (b, h): the bare base model's mean hidden state over `count` training inputs of each task.
+def train_functionally(
+    name: str,
+    network: nn.Module,
+    predict: Callable[[Sequence[int], Sequence[Embedding]], Tensor],
+    data: TrainingSet,
+    loop: TrainingLoop,
+    settings: FunctionalSettings,
+    runner: Runner | None,
+) -> float:
+    """Trains a network through the base model, and leaves it in the state that was best on held-out tasks.
 
-        ICM-LoRA's condition (arXiv 2501.17635), but from the base model without an adapter, as it must be at use.
-        """
-        found = []
-        for index in indices:
-            inputs = [example.input for example in training_examples(self.tasks[index])[:count]]
-            found.append(self.objective.hidden(self.rows.model, inputs).mean(0))
-        return torch.stack(found)
+    Args:
+        name: Names the stage.
+        network: What is trained.
+        predict: Codes (b, c) for tasks (indices) described by embeddings.
+        data: The tasks with their examples.
+        loop: Runs the stage.
+        settings: Its length.
+        runner: The base model.
 
-    def loss(self, codes: Tensor, indices: Sequence[int], count: int, seed: str, chunk: int = 32) -> float:
-        """Mean loss without gradients, in chunks that bound memory."""
-        total = 0.0
-        with torch.no_grad():
-            for start in range(0, len(indices), chunk):
-                part = slice(start, start + chunk)
-                total += self.losses(codes[part], indices[part], count, seed).sum().item()
-        return total / len(indices)
+    Returns:
+        The best validation loss.
+
+    Raises:
+        GeneratorError: If there is no base model, or no examples.
+    """
+    if settings.steps == 0:
+        return float("nan")
+    runner = require_runner(name, data, runner)
+    training = torch.tensor(list(data.training))
+    curriculum = _Curriculum(network, len(training))
+
+    def loss(_: nn.Module, step: int) -> Batch:
+        picks = curriculum.pick(settings.tasks, settings.focus, loop.rng)
+        rows = training[picks].tolist()
+        drawn = draw(data, rows, loop)
+
+        def losses(part: slice) -> Tensor:
+            return code_losses(runner, data, predict(rows[part], drawn[part]), rows[part], settings.examples, f"{name}/{step}")
+
+        return Batch(len(rows), losses, learned=functools.partial(curriculum.remember, picks))
+
+    validate = validation_loss(runner, data, lambda held: predict(held, [data.embeddings[i][0] for i in held]))
+    steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
+    return loop.run(f"{name} functional", curriculum, loss, (lambda _: validate()) if data.validation else None, steps)
+
+
+class _Curriculum(nn.Module):
+    """A network and its running loss on each task (n,), together so that an interrupted stage goes on with both."""
+
+    running: Tensor
+
+    def __init__(self, network: nn.Module, tasks: int) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("running", torch.ones(tasks, device=next(network.parameters()).device))
+
+    def pick(self, count: int, focus: float, rng: torch.Generator) -> Tensor:
+        """Draws `count` different tasks, or all if there are fewer, in proportion to a power of their losses."""
+        odds = self.running.cpu().clamp_min(_LEAST) ** focus
+        return torch.multinomial(odds, min(count, len(odds)), generator=rng)
+
+    def remember(self, picks: Tensor, losses: Tensor) -> None:
+        """Mixes new losses (b,) into the running ones."""
+        picks = picks.to(self.running.device)
+        self.running[picks] = torch.lerp(self.running[picks], losses.detach().to(self.running), _NEWS)

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lorag.base.layout import ModulePlace
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import FitData, NetworkGenerator, ReaderSettings, Settings
+from lorag.methods.base import NetworkGenerator, ReaderSettings, Settings
 from lorag.methods.colleagues import ColleagueSettings, teach_colleagues
 from lorag.methods.expert_regression import ExpertRegression, KernelSettings, can_regress, regress_codes
-from lorag.methods.functional_training import FunctionalSettings, require_tasks, train_functionally
+from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.reconstruction import reconstruct, start_network
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.code_networks import Blur, TokenNetwork, linear_head
 from lorag.networks.expert_attention import ExpertAttention
 from lorag.networks.expert_kernel import KernelHead
@@ -153,45 +155,42 @@ class House(NetworkGenerator):
         """Whether there are functional steps."""
         return self.settings.functional.steps > 0
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """A regression or reconstruction, functional training, then the colleagues' lessons; each stops early on held-out training tasks.
 
-        While attention learns, a task sees no expert of its kin, and validation tasks are nobody's experts: they play the
-        unseen. At use all experts count.
+        While attention learns, a task sees no expert of its group, and none that is held out. At use all experts count.
         """
+        if not self.learns_from_tasks or self.settings.source != "description":
+            data.require_experts(self.name)
         if self.learns_from_tasks:
-            require_tasks(self.name, data)  # before time is spent on reconstruction
-        self.experts, self.modules = len(data.codes), list(data.modules)
+            require_runner(self.name, data, runner)  # before time is spent on reconstruction
+        self.experts, self.modules = len(data.codes), list(data.space.parts)
         if self.network is None and self._shares_decoder(data):
-            self.kinds, self.depths = number_places(data.places)
+            self.kinds, self.depths = number_places(data.space.layout.places)
         learned = self._learn_kernel(data, loop)
         network = start_network(self, data, loop)
         if isinstance(network, _Sum) and network.attention is not None:
-            network.attention.hold(data.conditioner.centroids, data.codes, data.zero)
+            network.attention.hold(data.conditioner.centroids, data.codes, data.space.zero)
         if learned is not None and isinstance(network, _Sum) and network.reading is not None:
             _take_over(network.reading, *learned)
         elif self.settings.source == "description":
             reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
 
         def predict(rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
-            hidden = torch.zeros(len(rows), len(data.codes), dtype=torch.bool)
-            hidden[:, list(data.validation)] = True
-            for place, row in enumerate(rows):
-                hidden[place, list(data.kin[row])] = True
-            return self.predict(embeddings, hidden)
+            return self.predict(embeddings, data.masked(rows, validation=True))
 
-        train_functionally(self.name, network, predict, data, loop, self.settings.functional)
+        train_functionally(self.name, network, predict, data, loop, self.settings.functional, runner)
         network.eval()  # without functional steps nobody else ends the training mode, which blurs descriptions
         if isinstance(network, _Sum) and network.reading is not None and network.attention is None:
             teach_colleagues(self.name, network.reading, network.blur, data, loop, self.settings.colleagues)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
-        """One code, repeated. Attention passes over experts that the condition leaves out, as where a known task plays an unseen one."""
+        """One code, repeated. Attention passes over experts that the condition masks, as where a known task plays an unseen one."""
         with torch.inference_mode():
-            code = self.predict([condition.embedding], condition.left_out[None] if condition.left_out.any() else None)
+            code = self.predict([condition.embedding], condition.masked[None] if condition.masked.any() else None)
         return code.cpu().expand(count, -1).clone()
 
-    def _learn_kernel(self, data: FitData, loop: TrainingLoop) -> tuple[ExpertRegression, Tensor] | None:
+    def _learn_kernel(self, data: TrainingSet, loop: TrainingLoop) -> tuple[ExpertRegression, Tensor] | None:
         """The regression over the training experts from which the network starts, with their mean (c,); None if it does not."""
         s = self.settings
         if s.source != "description" or s.kernel_steps == 0 or self.kinds is not None or self.network is not None:
@@ -211,7 +210,7 @@ class House(NetworkGenerator):
         self.known = len(learned[0].indices)
         return learned
 
-    def _shares_decoder(self, data: FitData) -> bool:
+    def _shares_decoder(self, data: TrainingSet) -> bool:
         """Whether the code is made by one decoder for all modules.
 
         Raises:
@@ -220,14 +219,15 @@ class House(NetworkGenerator):
         asked = self.settings.decoder
         if asked == "flat" or self.settings.source == "experts":
             return False
-        possible = len(set(data.modules)) == 1 and len(data.places) == len(data.modules)
+        parts, places = data.space.parts, data.space.layout.places
+        possible = len(set(parts)) == 1 and len(places) == len(parts)
         if asked == "shared" and not possible:
             raise GeneratorError(
                 "modules cannot share a decoder",
-                got=f"parts of {min(data.modules)} to {max(data.modules)} elements, {len(data.places)} places",
+                got=f"parts of {min(parts)} to {max(parts)} elements, {len(places)} places",
                 expected="parts of one length, as in space=shared_subspace",
             )
-        return possible and (asked == "shared" or data.codes.shape[1] > _LONG)
+        return possible and (asked == "shared" or data.space.size > _LONG)
 
     def tensors(self) -> dict[str, Tensor]:
         """The network, where modules stand if they share a decoder, and the lengths of their parts if experts are attended to."""

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData, NetworkGenerator, Settings
-from lorag.methods.functional_training import FunctionalSettings, require_tasks, train_functionally
+from lorag.methods.base import NetworkGenerator, Settings
+from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.reconstruction import reconstruct, start_network
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.hypernet import ModuleNetwork
 
 __all__ = ["Hypernet"]
@@ -67,14 +69,16 @@ class Hypernet(NetworkGenerator):
         """Whether there are functional steps."""
         return self.settings.functional.steps > 0
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Reconstruction, then functional steps if there are any; each stops early on held-out training tasks."""
-        if self.learns_from_tasks:
-            require_tasks(self.name, data)  # before time is spent on reconstruction
-        self.parts = tuple(data.modules)
+        if not self.learns_from_tasks:
+            data.require_experts(self.name)
+        else:
+            require_runner(self.name, data, runner)  # before time is spent on reconstruction
+        self.parts = tuple(data.space.parts)
         network = start_network(self, data, loop)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
-        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional)
+        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
 
     def tensors(self) -> dict[str, Tensor]:
         """The network's parameters, its sizes, and the length of each module's part."""

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import FitData, Generator, Settings, draw
+from lorag.methods.base import Generator, Settings, draw
 from lorag.methods.data_parallel import Batch
-from lorag.methods.functional import TaskLoss
-from lorag.methods.functional_training import require_tasks
+from lorag.methods.functional import code_losses, mean_loss, require_runner, task_vectors
 from lorag.methods.latent import Diagnostics, gaussian_kl, negative_elbo
 from lorag.methods.set_training import SetSettings, train_on_sets
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.cvae import Gaussian, standard_normal
 from lorag.networks.fvae import FusionVae
 from lorag.spaces.principal_codes import PrincipalCodes
@@ -110,20 +111,21 @@ class IcmFusion(Generator):
 
     # --- fit -----------------------------------------------------------------------------------------------------
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Reconstruction, meta-training and training on sets through the base model; each stops early on held-out training tasks."""
-        settings, functional = self.settings, data.functional
-        if functional is None and (settings.meta_steps or settings.sets.steps or settings.condition == "examples"):
+        data.require_experts(self.name)
+        settings = self.settings
+        if (runner is None or not data.tasks) and (settings.meta_steps or settings.sets.steps or settings.condition == "examples"):
             raise GeneratorError(
                 f"{self.name} learns from the experts' tasks, and there are no examples of them",
                 remedy="Give their suite: tasks=PATH; or settings.meta_steps=0 settings.sets.steps=0 settings.condition=description.",
             )
-        device, rows = loop.accelerator.device, list(data.training)
+        device, rows, held = loop.accelerator.device, data.training_experts, data.validation_experts
         self.coordinates = PrincipalCodes.fit(data.codes[rows], settings.coordinates)
         x = self.coordinates.to_coordinates(data.codes).to(device)
         means = data.conditioner.centroids
-        if functional is not None and settings.condition == "examples":
-            means = functional.task_vectors(range(len(data.codes))).cpu()
+        if settings.condition == "examples":
+            means = task_vectors(require_runner(self.name, data, runner), data.tasks[: len(data.codes)]).cpu()
         self.centre = means[rows].mean(0)
         self.scale = (means[rows] - self.centre).square().mean().sqrt().clamp_min(1e-6)
         self.vectors = self.standardise(means)
@@ -156,34 +158,34 @@ class IcmFusion(Generator):
 
             def losses(part: slice) -> Tensor:
                 made = network(target[part], v[part], noise[part]).x
-                adapted = self.adapt(made, picks[part], require_tasks(self.name, data), f"{self.name}/{step}")
+                adapted = self.adapt(made, picks[part], data, require_runner(self.name, data, runner), f"{self.name}/{step}")
                 return negative_elbo(network(adapted, v[part], more[part]), target[part], settings.kl, each=True)
 
             return Batch(len(picks), losses)
 
         def decoded() -> Tensor:
             """Held-out experts, through their posterior's mean."""
-            held = list(data.validation)
             v = self.vectors[held].to(device)
             with torch.no_grad():
                 return network.decode(network.encode(x[held], v).mean, v)
 
         def error(_: nn.Module) -> float:
-            return F.mse_loss(decoded(), x[list(data.validation)]).item()
+            return F.mse_loss(decoded(), x[held]).item()
 
         def task_loss(_: nn.Module) -> float:
-            return require_tasks(self.name, data).loss(self.to_codes(decoded()), data.validation, 8, "validation")
+            return mean_loss(require_runner(self.name, data, runner), data, self.to_codes(decoded()), held, 8, "validation")
 
-        held = bool(data.validation)
         plain = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", network, reconstruction, error if held else None, plain)
         steps = LoopSettings(settings.meta_steps, settings.meta_learning_rate, validate_every=50)
         loop.run(f"{self.name} meta", network, meta, task_loss if held else None, steps)
-        train_on_sets(self.name, network, self.coordinates, vectors, data, loop, settings.sets)
+        train_on_sets(self.name, network, self.coordinates, vectors, data, loop, settings.sets, runner)
         self.network = network.requires_grad_(False).eval().cpu()
         posterior = self.encode(data.codes, self.vectors)
         self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
-        self.diagnostics = self._diagnose(Gaussian(posterior.mean[rows], posterior.log_variance[rows]), self.vectors[rows], data.zero)
+        self.diagnostics = self._diagnose(
+            Gaussian(posterior.mean[rows], posterior.log_variance[rows]), self.vectors[rows], data.space.zero.cpu()
+        )
 
     def _diagnose(self, posterior: Gaussian, vectors: Tensor, zero: Tensor) -> Diagnostics:
         """Whether the latents are used; norms count from the code `zero` (c,) of no change."""
@@ -195,7 +197,7 @@ class IcmFusion(Generator):
         kl = gaussian_kl(posterior, standard_normal(posterior.mean, network.latent)).mean(0)
         return Diagnostics(kl, posterior.mean.var(0, correction=0), torch.stack(spreads).mean().item())
 
-    def adapt(self, start: Tensor, indices: Sequence[int], functional: TaskLoss, seed: str) -> Tensor:
+    def adapt(self, start: Tensor, indices: Sequence[int], data: TrainingSet, runner: Runner, seed: str) -> Tensor:
         """Coordinates (b, p) after K gradient steps of each on its own task's loss.
 
         First order: the steps' gradients are constants, and what follows is differentiated as if they were a shift.
@@ -205,7 +207,7 @@ class IcmFusion(Generator):
         for step in range(self.settings.inner_steps):
             at = adapted if second else adapted.detach().requires_grad_()
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
-                losses = functional.losses(self.to_codes(at), indices, self.settings.examples, f"{seed}/{step}")
+                losses = code_losses(runner, data, self.to_codes(at), indices, self.settings.examples, f"{seed}/{step}")
                 (gradient,) = torch.autograd.grad(losses.sum(), at, create_graph=second)
             adapted = adapted - self.settings.inner_rate * gradient
         return adapted

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import FitData, ReaderSettings, collate, draw
+from lorag.methods.base import ReaderSettings, collate, draw
 from lorag.methods.data_parallel import Batch
 from lorag.methods.expert_regression import ExpertRegression, KernelSettings
+from lorag.methods.functional import task_vectors
 from lorag.methods.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.conv_cvae import ConvVae
 from lorag.networks.cvae import ConditionalVae
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
@@ -68,7 +71,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
     `stack="conv"` the published network. Repaired: reconstruction and target must have one shape; each task has its own
     condition; the task vector comes from the base model without an adapter; the normaliser comes from the training experts and never from
     a checkpoint of the task that is generated. Chosen, because not published: the samples of a task are its final code plus noise with
-    the deviations of its late checkpoints, of which `FitData` keeps no more; the network over codes, whose reader sees descriptions
+    the deviations of its late checkpoints, of which `TrainingSet` keeps no more; the network over codes, whose reader sees descriptions
     blurred in training; and early stopping by the squared error of z = 0 on held-out training tasks.
     """
 
@@ -125,17 +128,18 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         condition = s.reader(embedding, vector, width=s.width, features=s.hidden)
         return ConditionalVae(condition, elements, latent=self.latent, hidden=s.hidden, width=s.hidden)
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains the VAE on the training experts.
 
         Raises:
             GeneratorError: If task vectors are asked for, and there are no examples of the experts' tasks.
         """
-        s, training, held = self.settings, list(data.training), list(data.validation)
+        data.require_experts(self.name)
+        s, training, held = self.settings, data.training_experts, data.validation_experts
         known = data.codes[training]
-        self.coordinates = StandardCodes.fit(known, data.modules) if s.stack == "conv" else PrincipalCodes.fit(known, s.components)
-        vectors = self._fit_vectors(data)
-        embedding = data.embeddings[0][0].pooled.shape[-1] if self.reads else 0
+        self.coordinates = StandardCodes.fit(known, data.space.parts) if s.stack == "conv" else PrincipalCodes.fit(known, s.components)
+        vectors = self._fit_vectors(data, runner)
+        embedding = data.embedding_size if self.reads else 0
         self.sizes = (embedding, 0 if vectors is None else vectors.shape[1], self.coordinates.size)
         coordinates = self.coordinates.to_coordinates(data.codes)
         learned = ExpertRegression.learn(self.name, s.kernel, coordinates, data, loop) if self.regresses else None
@@ -147,7 +151,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             return self._inputs(embeddings, None if vectors is None else vectors[list(rows)], device)
 
         def starts(rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor | None:
-            return None if learned is None else learned.left_out(embeddings, [data.kin[i] for i in rows])
+            return None if learned is None else learned.leave_group_out(embeddings, data.masked(rows))
 
         def loss(module: nn.Module, step: int) -> Batch:
             rows = rows_of[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
@@ -178,7 +182,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         with torch.no_grad():
             texts = [data.embeddings[i][0] for i in training]
             h, start, x = network.read(*inputs(training, texts)), starts(training, texts), coordinates[training].to(device)
-            self.diagnostics = self.diagnose(x if start is None else x - start, h, data.zero, start)
+            self.diagnostics = self.diagnose(x if start is None else x - start, h, data.space.zero.cpu(), start)
         if learned is not None:
             self.regression = learned.with_others(coordinates, data, held)
 
@@ -206,7 +210,7 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             h = network.read(*self._inputs([condition.embedding], vector, device))
             start = None
             if self.regression is not None:
-                start = self.regression([condition.embedding], condition.left_out).to(device)
+                start = self.regression([condition.embedding], condition.masked).to(device)
             return self.sample(h, rng, count, self.settings.temperature, start).clone()
 
     def _inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:
@@ -214,20 +218,20 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         pooled, tokens, mask = collate(embeddings, device)
         return pooled if self.reads else pooled[:, :0], tokens, mask, None if vectors is None else vectors.to(device)
 
-    def _fit_vectors(self, data: FitData) -> Tensor | None:
+    def _fit_vectors(self, data: TrainingSet, runner: Runner | None) -> Tensor | None:
         """Normalised task vectors (n, v) of all experts, by mean and deviation of the training experts' alone."""
         if not self.sees:
             return None
-        if data.functional is None:
+        if runner is None or not data.tasks:
             raise GeneratorError(
                 f"{self.name} with condition={self.settings.condition} needs examples of the experts' tasks, and there are none",
                 remedy="Give their suite with tasks=PATH, or take settings.condition=description.",
             )
-        rows = sorted([*data.training, *data.validation])
-        found = data.functional.task_vectors(rows).detach().float().cpu().clone()
+        rows = sorted([*data.training_experts, *data.validation_experts])
+        found = task_vectors(runner, [data.tasks[i] for i in rows]).detach().float().cpu().clone()
         vectors = found.new_zeros(len(data.codes), found.shape[1])
         vectors[rows] = found
-        known = vectors[list(data.training)]
+        known = vectors[data.training_experts]
         self.vector_mean, spread = known.mean(0), known.std(0, correction=0)
         # What all tasks share to the last digit says nothing of any, and must not be divided by.
         self.vector_scale = torch.where(spread > 1e-6 * known.abs().amax(0), spread, torch.ones_like(spread))

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData, Generator
+from lorag.methods.base import Generator
 from lorag.methods.expert_regression import ExpertRegression, KernelSettings, regress_codes
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.text.conditioning import Condition
 
 __all__ = ["Kernel"]
@@ -25,15 +27,15 @@ class Kernel(Generator):
     regression: ExpertRegression | None = None
     mean: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Learns the kernel on the training experts; at use all experts count."""
         self.regression, self.mean = regress_codes(self.name, self.settings, data, loop, held=True)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
-        """One code, repeated. Experts that the condition leaves out do not count, as where a known task plays an unseen one."""
+        """One code, repeated. Experts that the condition masks do not count, as where a known task plays an unseen one."""
         if self.regression is None:
             raise GeneratorError(f"{self.name} is not fitted")
-        code = self.regression([condition.embedding], condition.left_out).cpu() + self.mean
+        code = self.regression([condition.embedding], condition.masked).cpu() + self.mean
         return code.expand(count, -1).clone()
 
     def tensors(self) -> dict[str, Tensor]:

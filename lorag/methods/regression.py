@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData, Generator, NetworkGenerator, Settings
+from lorag.methods.base import Generator, NetworkGenerator, Settings
 from lorag.methods.reconstruction import reconstruct
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.code_networks import PooledNetwork
 from lorag.text.conditioning import Condition
 
@@ -28,12 +30,13 @@ class Ridge(Generator):
     bias: Tensor
     centre: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Solves the regression in its dual form, so that the code's length costs one product.
 
         Rows are single descriptions; each expert's rows share one target.
         """
-        train = list(data.training)
+        data.require_experts(self.name)
+        train, held = data.training_experts, data.validation_experts
         x = torch.stack([one.pooled for i in train for one in data.embeddings[i]]).double()
         target = torch.cat([torch.full((len(data.embeddings[i]),), row) for row, i in enumerate(train)])
         y = data.codes[train].double()
@@ -45,14 +48,14 @@ class Ridge(Generator):
         best, self.weight = float("inf"), torch.zeros_like(moment).float()
         for penalty in _PENALTIES:
             weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), moment).float()
-            error = self._error(weight, data) if data.validation else _left_out(x, y, target, gram, moment, penalty)
+            error = self._error(weight, data, held) if held else _left_out(x, y, target, gram, moment, penalty)
             if error < best:
                 best, self.weight = error, weight
 
-    def _error(self, weight: Tensor, data: FitData) -> float:
-        pooled = torch.stack([torch.stack([one.pooled for one in data.embeddings[i]]).mean(0) for i in data.validation])
+    def _error(self, weight: Tensor, data: TrainingSet, held: Sequence[int]) -> float:
+        pooled = torch.stack([torch.stack([one.pooled for one in data.embeddings[i]]).mean(0) for i in held])
         guessed = (pooled - self.centre) @ weight + self.bias
-        return (guessed - data.codes[list(data.validation)]).square().mean().item()
+        return (guessed - data.codes[list(held)]).square().mean().item()
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The predicted code, repeated."""
@@ -128,6 +131,7 @@ class Mlp(NetworkGenerator):
         """The untrained perceptron."""
         return PooledNetwork(embedding, code, self.settings.width, self.settings.dropout)
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains it by reconstruction, stopping early on held-out training tasks."""
+        data.require_experts(self.name)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)

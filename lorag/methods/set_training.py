@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorag.methods.base import FitData
+from lorag.base.runner import Runner
 from lorag.methods.data_parallel import Batch
-from lorag.methods.functional_training import require_tasks
+from lorag.methods.functional import code_losses, require_runner
 from lorag.methods.support_examples import told_apart
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.fvae import FusionVae
 from lorag.spaces.principal_codes import PrincipalCodes
 
@@ -62,9 +63,10 @@ def train_on_sets(
     network: FusionVae,
     coordinates: PrincipalCodes,
     vectors: Callable[[Sequence[int], bool], Tensor],
-    data: FitData,
+    data: TrainingSet,
     loop: TrainingLoop,
     settings: SetSettings,
+    runner: Runner | None,
 ) -> None:
     """Trains an F-VAE on sets of tasks, and leaves it in the state that was best on sets of held-out ones.
 
@@ -76,14 +78,16 @@ def train_on_sets(
         data: The bank, with the tasks' examples.
         loop: Runs the stage.
         settings: Its length.
+        runner: The base model.
 
     Raises:
         GeneratorError: If there are no examples of the experts' tasks.
     """
     if not settings.steps:
         return
-    functional, device = require_tasks(name, data), loop.accelerator.device
-    apart = told_apart(functional.rows, functional.objective, functional.tasks[: len(data.codes)])
+    runner, device = require_runner(name, data, runner), loop.accelerator.device
+    training, held_out = data.training_experts, data.validation_experts
+    apart = told_apart(runner, data.tasks[: len(data.codes)])
     x = coordinates.to_coordinates(data.codes).to(device)
     network.directions = directions = _directions(coordinates).to(device)
     sizes = [2**power for power in range(max(1, settings.members).bit_length())]
@@ -94,18 +98,18 @@ def train_on_sets(
         latents = network.encode(x[rows], torch.cat(list(v))).sample(torch.cat(list(noise))).split(lengths)
         fused = [network.fuse(z, own, z.new_full((len(z),), 1 / len(z))) for z, own in zip(latents, v, strict=True)]
         codes = directions(network.decode(torch.stack([z for z, _ in fused]), torch.stack([own for _, own in fused])))
-        each = functional.losses(codes.repeat_interleave(torch.tensor(lengths, device=device), 0), rows, count, seed)
+        each = code_losses(runner, data, codes.repeat_interleave(torch.tensor(lengths, device=device), 0), rows, count, seed)
         return torch.stack([own.mean() for own in each.split(lengths)])
 
     def loss(_: nn.Module, step: int) -> Batch:
         size = sizes[int(torch.randint(len(sizes), (), generator=loop.rng))]
-        sets = [draw_set(data.training, apart, size, loop.rng) for _ in range(max(1, settings.tasks // size))]
+        sets = [draw_set(training, apart, size, loop.rng) for _ in range(max(1, settings.tasks // size))]
         v = [vectors(one, True).to(device) for one in sets]
         noise = [torch.randn(len(one), network.latent, generator=loop.rng).to(device) for one in sets]
         return Batch(len(sets), lambda part: losses(sets[part], v[part], noise[part], settings.examples, f"{name} sets/{step}"))
 
     rng = torch.Generator().manual_seed(0)
-    held = [[draw_set(data.validation, apart, size, rng) for _ in range(max(1, _CHECKED // size))] for size in sizes]
+    held = [[draw_set(held_out, apart, size, rng) for _ in range(max(1, _CHECKED // size))] for size in sizes]
 
     def validate(_: nn.Module) -> float:
         found = []
@@ -117,7 +121,7 @@ def train_on_sets(
         return torch.stack(found).mean().item()
 
     length = LoopSettings(settings.steps, settings.learning_rate, validate_every=settings.validate_every)
-    loop.run(f"{name} sets", network, loss, validate if data.validation else None, length)
+    loop.run(f"{name} sets", network, loss, validate if held_out else None, length)
 
 
 def _directions(coordinates: PrincipalCodes) -> nn.Linear:

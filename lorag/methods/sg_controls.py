@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import FitData, Generator
+from lorag.methods.base import Generator
 from lorag.methods.baselines import MixtureSettings, TopK
 from lorag.methods.expert_mixture import ExpertMixture
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition
 
@@ -36,9 +38,10 @@ class SgRidge(Generator):
     weight: Tensor
     bias: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Solves the regression, in fp64."""
-        s, training, held = self.settings, list(data.training), list(data.validation)
+        data.require_experts(self.name)
+        s, training, held = self.settings, data.training_experts, data.validation_experts
         self.coordinates = PrincipalCodes.fit(data.codes[training])
         known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
         x, y = self._rows(known, data, training)
@@ -56,9 +59,9 @@ class SgRidge(Generator):
         self.weight, self.bias = weight.float(), (mean - centre @ weight).float()
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 
-    def _rows(self, known: ExpertMixture, data: FitData, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _rows(self, known: ExpertMixture, data: TrainingSet, rows: list[int]) -> tuple[Tensor, Tensor]:
         """μ* of every description of some experts, and the coordinates to which it should lead, in fp64."""
-        conditions = known.leave_one_out(data, rows)
+        conditions = known.leave_group_out(data, rows)
         counts = torch.tensor([len(own) for own in conditions])
         targets = self.coordinates.to_coordinates(data.codes[rows]).repeat_interleave(counts, 0)
         return torch.cat(conditions)[:, : self.coordinates.size].double(), targets.double()
@@ -98,10 +101,10 @@ class SgRescaled(TopK):
     name = "sg_rescaled"
     zero: Tensor
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Keeps the experts, and where lengths count from."""
         super().fit(data, loop)
-        self.zero = data.zero
+        self.zero = data.space.zero.cpu()
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The rescaled merge, repeated."""

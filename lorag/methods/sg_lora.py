@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError
-from lorag.methods.base import FitData, ReaderSettings, collate
+from lorag.methods.base import ReaderSettings, collate
 from lorag.methods.baselines import MixtureSettings
 from lorag.methods.data_parallel import Batch
 from lorag.methods.expert_mixture import ExpertMixture
 from lorag.methods.latent import LatentGenerator, negative_elbo, squared_error
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.networks.cvae import LearnedPriorVae
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition
@@ -70,7 +72,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
     Ours is `condition="both"`: a softmax over neighbours' descriptions loses what the description itself says, so its tokens are
     read beside the merge, blurred in training, and the decoder adds a linear map of both.
 
-    A task's own expert, and what else is its kin, is never part of its merge in training. Experts held out for
+    An expert of a task's own group is never part of its merge in training. Experts held out for
     validation are neighbours of none while it trains, so that their codes enter no gradient; once the best state is
     chosen, all experts are neighbours.
     """
@@ -102,14 +104,15 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         reader = s.reader(embedding[0], 0, width=s.reading, features=s.features)
         return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width, reader=reader, features=s.features)
 
-    def fit(self, data: FitData, loop: TrainingLoop) -> None:
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains the VAE on the training experts, each conditioned on the others."""
-        s, training, held = self.settings, list(data.training), list(data.validation)
+        data.require_experts(self.name)
+        s, training, held = self.settings, data.training_experts, data.validation_experts
         self.coordinates = PrincipalCodes.fit(data.codes[training], s.components)
         known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
-        merges = known.leave_one_out(data, training)
+        merges = known.leave_group_out(data, training)
         coordinates = self.coordinates.size
-        embedding = (data.embeddings[0][0].pooled.shape[-1],) if self.reads else ()
+        embedding = (data.embedding_size,) if self.reads else ()
         self.sizes = (2 * coordinates, *embedding, coordinates)
         network, device = self.start(loop), loop.accelerator.device
 
@@ -130,7 +133,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
 
             return Batch(s.batch, losses)
 
-        unseen = known.leave_one_out(data, held)
+        unseen = known.leave_group_out(data, held)
         right = self.coordinates.to_coordinates(data.codes[held])
 
         def validate(_: nn.Module) -> float:
@@ -146,7 +149,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         network.eval()
         with torch.no_grad():
             h = network.read(*inputs(torch.stack([own[0] for own in merges]), [data.embeddings[i][0] for i in training]))
-        self.diagnostics = self.diagnose(known.means.to(device), h, data.zero)
+        self.diagnostics = self.diagnose(known.means.to(device), h, data.space.zero.cpu())
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:

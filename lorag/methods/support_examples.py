@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base.objectives import Objective
 from lorag.base.objectives.base import task_rng, training_examples
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.tasks.suite import Task, TaskSuite
 
@@ -49,7 +48,7 @@ def few_examples(task: Task, most: int, seed: int) -> Task:
     return replace(task, examples=tuple(task_rng(task, f"support/{seed}").sample(found, min(most, len(found)))))
 
 
-def told_apart(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> Tensor:
+def told_apart(runner: Runner, tasks: Sequence[Task]) -> Tensor:
     """Which pairs of tasks (n, n) their inputs tell apart; no task is told apart from itself.
 
     They are not if training inputs are the same, or if the base model's hidden states of them look like two samples of
@@ -60,7 +59,7 @@ def told_apart(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -
     means, noise, owners = [], [], defaultdict(list)
     for number, task in enumerate(tasks):
         inputs = [example.input for example in training_examples(task)]
-        states = objective.hidden(rows.model, inputs[:_PROBED]).double().cpu()
+        states = runner.hidden(inputs[:_PROBED]).double().cpu()
         means.append(states.mean(0))
         noise.append((states - means[-1]).square().sum() / max(1, len(states) - 1) / len(states))
         for text in set(inputs):
@@ -73,15 +72,15 @@ def told_apart(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -
     return apart.fill_diagonal_(False)
 
 
-def shared_inputs(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> list[tuple[str, str]]:
+def shared_inputs(runner: Runner, tasks: Sequence[Task]) -> list[tuple[str, str]]:
     """Pairs of tasks whose inputs do not tell them apart, by name."""
-    apart = told_apart(rows, objective, tasks)
+    apart = told_apart(runner, tasks)
     return [(one.name, other.name) for (i, one), (j, other) in itertools.combinations(enumerate(tasks), 2) if not apart[i, j]]
 
 
-def warn_of_shared_inputs(rows: RowAdapters, objective: Objective, tasks: Sequence[Task]) -> None:
+def warn_of_shared_inputs(runner: Runner, tasks: Sequence[Task]) -> None:
     """Warns that one adapter cannot tell apart tasks with the same kind of input."""
-    pairs = shared_inputs(rows, objective, tasks)
+    pairs = shared_inputs(runner, tasks)
     if pairs:
         shown = "; ".join(" and ".join(pair) for pair in pairs[:3])
         logger.warning("one adapter cannot tell apart tasks that share their inputs: %s (%d pairs)", shown, len(pairs))
@@ -127,8 +126,7 @@ def descend(groups: Sequence[tuple[Sequence[Tensor], float]], losses: Losses, st
 
 
 def learn_weights(
-    rows: RowAdapters,
-    objective: Objective,
+    runner: Runner,
     adapters: Sequence[LoraAdapter],
     tasks: Sequence[Task],
     *,
@@ -145,8 +143,7 @@ def learn_weights(
     (arXiv 2307.13269) searches for without gradients.
 
     Args:
-        rows: The base model.
-        objective: How tasks are learned.
+        runner: The base model.
         adapters: n experts.
         tasks: The tasks that the sum should solve.
         per_module: Whether each module has weights of its own.
@@ -159,9 +156,9 @@ def learn_weights(
     Returns:
         Weights (n, m) on the CPU.
     """
-    device = rows.model.device
+    device = runner.device
     support = [few_examples(task, examples, seed) for task in tasks]
-    count, names = len(adapters), rows.layout.names
+    count, names = len(adapters), runner.layout.names
     stacked = {
         name: (
             torch.cat([adapter.factors[name][0].float() for adapter in adapters])[None].to(device),
@@ -173,10 +170,9 @@ def learn_weights(
     weights = torch.full((count, len(names) if per_module else 1), 1 / count, device=device, requires_grad=True)
 
     def losses(draw: str, number: int) -> Tensor:
-        batch = objective.sample(support, number, f"weights/{seed}/{draw}")
         spread = weights.expand(-1, len(names)).repeat_interleave(ranks, 0)
-        with rows.use({name: (a, b * spread[:, index]) for index, (name, (a, b)) in enumerate(stacked.items())}) as model:
-            return objective.losses(model, batch)
+        weighted = {name: (a, b * spread[:, index]) for index, (name, (a, b)) in enumerate(stacked.items())}
+        return runner.losses(weighted, support, number, f"weights/{seed}/{draw}")
 
     descend([([weights], learning_rate)], losses, steps, worth)
     return weights.detach().expand(-1, len(names)).cpu()

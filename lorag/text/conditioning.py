@@ -34,7 +34,7 @@ class Condition:
 
     Attributes:
         embedding: The description's pooled and token vectors.
-        similarities: Cosine to each expert of the bank (n,); an excluded one has -1, and in a bank of more than 100,000 experts
+        similarities: Cosine to each expert of the bank (n,); a masked one has -1, and in a bank of more than 100,000 experts
             with an index of them (extra `faiss`) so has every one that is not among the 64 nearest.
         neighbours: The nearest experts and their cosines, best first.
         novelty: 1 - the best cosine; 0 only for the sole description of an expert.
@@ -48,8 +48,8 @@ class Condition:
     task_vector: Tensor | None = None
 
     @property
-    def left_out(self) -> Tensor:
-        """Which experts (n,) must not count, because they are excluded or were not compared."""
+    def masked(self) -> Tensor:
+        """Which experts (n,) must not count, because they are masked or were not compared."""
         return self.similarities <= -1.0
 
 
@@ -65,24 +65,27 @@ class Conditioner:
         self.names, self.centroids = tuple(names), centroids
 
     @classmethod
-    def fit(cls, names: Sequence[str], embeddings: Sequence[Sequence[Embedding]]) -> Conditioner:
-        """Averages the embeddings of each expert's descriptions."""
+    def fit(cls, names: Sequence[str], embeddings: Sequence[Sequence[Embedding]], size: int | None = None) -> Conditioner:
+        """Averages the embeddings of each expert's descriptions; `size` is the length e of vectors where there may be no expert."""
+        if not names and size is not None:
+            return cls(names, torch.zeros(0, size))
         means = torch.stack([torch.stack([one.pooled for one in own]).mean(0) for own in embeddings])
         return cls(names, torch.nn.functional.normalize(means, dim=-1))
 
-    def __call__(self, embedding: Embedding, *, exclude: Sequence[int] = (), keep: int = 8) -> Condition:
+    def __call__(self, embedding: Embedding, *, masked: Tensor | None = None, keep: int = 8) -> Condition:
         """Builds the condition of one description.
 
         Args:
             embedding: The description's.
-            exclude: Experts that must not be seen, such as a training task's own.
+            masked: Experts (n,) that must not be seen, such as those of a training task's own group; None masks none.
             keep: Number of neighbours listed.
         """
-        count = max(1, min(keep, len(self.names) - len(exclude)))
-        found = self._search_many(embedding.pooled, list(exclude), count)
-        similarities, cosines, places = self._compare(embedding.pooled, list(exclude), count) if found is None else found
+        left_out = [] if masked is None else masked.nonzero().flatten().tolist()
+        count = min(len(self.names), max(1, min(keep, len(self.names) - len(left_out))))
+        found = self._search_many(embedding.pooled, left_out, count)
+        similarities, cosines, places = self._compare(embedding.pooled, left_out, count) if found is None else found
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(cosines.tolist(), places.tolist(), strict=True))
-        return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()))
+        return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()) if count else 1.0)
 
     def _compare(self, pooled: Tensor, exclude: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cosine to every expert (n,), and the cosines and places of the nearest (f,)."""

@@ -18,12 +18,10 @@ from lorag.adapters.merging import MERGES
 from lorag.adapters.provenance import base_fields, parents, versions
 from lorag.bank.bank import AdapterBank
 from lorag.base.base_model import TASK_TYPES
-from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
 from lorag.generator.generator import LoraGenerator
 from lorag.generator.refine import refine
-from lorag.methods.functional import TaskLoss
 from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
 from lorag.networks.fused_latents import resolve_conflicts
@@ -165,16 +163,17 @@ def fuse_experts(
     if suite is not None:
         tasks = tasks_of(suite, names)
         rows, objective = generator.runtime()
-        warn_of_shared_inputs(rows, objective, tasks)
+        runner = Runner(rows.model, rows.layout, objective)
+        warn_of_shared_inputs(runner, tasks)
         support = [few_examples(task, examples, seed) for task in tasks]
         if rule == "learned":
-            device = rows.model.device
-            functional = TaskLoss(rows, objective, generator.space.to(device), support)
+            space = generator.space.to(runner.device)
             for parameter in (logits, exponent, turn):
                 parameter.requires_grad_()
 
             def losses(draw: str, count: int) -> Tensor:
-                return functional.losses(code().to(device).expand(len(names), -1), range(len(names)), count, f"fusion/{seed}/{draw}")
+                codes = code().to(runner.device).expand(len(names), -1)
+                return runner.losses(space.differentiable(codes), support, count, f"fusion/{seed}/{draw}")
 
             free = [logits] if counts is None else [logits, exponent]
             found = descend([(free, learning_rate), ([turn], learning_rate / size)], losses, steps, worth)
@@ -261,10 +260,9 @@ def fuse(
     if suite is not None:
         base = experts.base
         base.check()
-        rows = RowAdapters(base.model.load(device), base.layout)
-        objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
+        runner = Runner.open(base, device)
         own = tasks_of(suite, names)
-        warn_of_shared_inputs(rows, objective, own)
+        warn_of_shared_inputs(runner, own)
         if method == "cat":
-            weights = learn_weights(rows, objective, list(experts.adapters(names)), own, seed=seed)
+            weights = learn_weights(runner, list(experts.adapters(names)), own, seed=seed)
     return experts.fuse(names, method, rank=rank, weights=weights, rng=torch.Generator().manual_seed(seed))

@@ -1,6 +1,6 @@
 """Fit a gate: what the evidence on held-out training tasks meant, and on descriptions that no bank of text tasks serves.
 
-Held-out training tasks play unknown tasks that a bank can serve: their experts, and those of their kin, do not count while
+Held-out training tasks play unknown tasks that a bank can serve: their experts, and others of their group, do not count while
 evidence on them is gathered, and their gains are measured. Every number that is calibrated comes from a fit that saw
 no task of the same cluster. Nothing is trained again, and no task of a test split is looked at.
 """
@@ -53,7 +53,7 @@ def fit_gate(
     bank: AdapterBank,
     suite: TaskSuite | None,
     held: Sequence[int],
-    kin: Sequence[Sequence[int]],
+    groups: Sequence[int],
     *,
     unknown: Mapping[str, Sequence[str]] | None = None,
     settings: GateSettings | None = None,
@@ -66,7 +66,7 @@ def fit_gate(
         bank: The bank that it learned from.
         suite: The experts' tasks with examples; without it, gains are not estimated.
         held: Experts that the generator did not learn from, as indices into the bank.
-        kin: For each expert those that must not count while its task plays an unknown one.
+        groups: Group of each expert: none of its group counts while its task plays an unknown one.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for fitting.
         settings: How much is looked at.
         quiet: No progress bar.
@@ -89,13 +89,14 @@ def fit_gate(
         raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
     reference = Reference.of(generator.space, _some_codes(generator, bank))
     rows = [(i, text) for i in held for text in bank[names[i]].descriptions[: settings.wordings]]
-    evidence, codes, firsts = _look(generator, reference, [text for _, text in rows], [kin[i] for i, _ in rows], quiet)
+    of = torch.tensor(list(groups))
+    evidence, codes, firsts = _look(generator, reference, [text for _, text in rows], [of == groups[i] for i, _ in rows], quiet)
     listed = [text for texts in (unknown or unknown_tasks("fit")).values() for text in texts]
-    strange = _really_unknown(_look(generator, reference, listed, [()] * len(listed), quiet)[0], evidence)
-    groups = _clusters(generator.conditioner.centroids, held, kin)
-    group = [groups[i] for i, _ in rows]
+    strange = _really_unknown(_look(generator, reference, listed, [None] * len(listed), quiet)[0], evidence)
+    clusters = _clusters(generator.conditioner.centroids, held, groups)
+    group = [clusters[i] for i, _ in rows]
     novelty, threshold, facts = _fit_novelty(evidence, strange, group)
-    facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(groups.values()))}
+    facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(clusters.values()))}
     gain, gain_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
     if tasks:
         first = [next(place for place, (i, _) in enumerate(rows) if i == task) for task in held]
@@ -163,9 +164,10 @@ def add_gate(
     suite = None if tasks is None else find_tasks(tasks)
     more = None if tasks is None else find_split(tasks, WITHOUT_EXPERT)
     share, seed = float(config.get("validation", 0.1)), int(config.get("seed", 0))
-    kin, held = hold_out(experts, suite, more, kin=str(config.get("kin", "task")), validation=share, seed=seed)
+    split = hold_out(experts, suite, more, groups=str(config.get("groups", config.get("kin", "task"))), validation=share, seed=seed)
+    held, groups = [i for i in split.validation if i < len(experts)], split.groups[: len(experts)]
     listed = None if unknown is None else read_unknown(unknown, "fit")
-    generator.gate = fit_gate(generator, experts, suite, held, kin, unknown=listed, settings=settings, quiet=quiet)
+    generator.gate = fit_gate(generator, experts, suite, held, groups, unknown=listed, settings=settings, quiet=quiet)
     generator.save_pretrained(folder)
     return generator
 
@@ -180,16 +182,16 @@ def _some_codes(generator: LoraGenerator, bank: AdapterBank) -> Tensor:
 
 
 def _look(
-    generator: LoraGenerator, reference: Reference, texts: Sequence[str], hidden: Sequence[Sequence[int]], quiet: bool
+    generator: LoraGenerator, reference: Reference, texts: Sequence[str], masks: Sequence[Tensor | None], quiet: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Evidence (u, f) on descriptions, their codes (u, c), and their similarities to the experts (u, n)."""
     evidence, codes, similarities = [], [], []
     embedded = generator.embedder.embed(list(texts), quiet=quiet)
-    for text, one, exclude in progress_bar(
-        list(zip(texts, embedded, hidden, strict=True)), desc="gathering evidence", disable=quiet, leave=False
+    for text, one, masked in progress_bar(
+        list(zip(texts, embedded, masks, strict=True)), desc="gathering evidence", disable=quiet, leave=False
     ):
-        condition = generator.conditioner(one, exclude=exclude)
-        evidence.append(gather(generator, reference, text, condition, exclude))
+        condition = generator.conditioner(one, masked=masked)
+        evidence.append(gather(generator, reference, text, condition, masked))
         codes.append(generator.method.generate(condition, torch.Generator().manual_seed(0))[0].float())
         similarities.append(condition.similarities)
     return torch.stack(evidence), torch.stack(codes), torch.stack(similarities)
@@ -201,9 +203,10 @@ def _really_unknown(strange: Tensor, evidence: Tensor) -> Tensor:
     return strange[far] if far.any() else strange
 
 
-def _clusters(centroids: Tensor, held: Sequence[int], kin: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Cluster of each held-out task: k-means on the sphere, started at tasks far from each other; kin stay together."""
-    heads = sorted({min(set(kin[i]) & set(held) | {i}) for i in held})
+def _clusters(centroids: Tensor, held: Sequence[int], groups: Sequence[int]) -> dict[int, int]:
+    """Cluster of each held-out task: k-means on the sphere, started at tasks far from each other; groups stay together."""
+    first = {groups[i]: i for i in sorted(held, reverse=True)}
+    heads = sorted(first.values())
     points = centroids[heads]
     count = max(1, min(8, len(heads) // 3))
     centres = points[:1]
@@ -214,7 +217,7 @@ def _clusters(centroids: Tensor, held: Sequence[int], kin: Sequence[Sequence[int
         means = torch.stack([points[label == k].mean(0) if (label == k).any() else centres[k] for k in range(len(centres))])
         centres = torch.nn.functional.normalize(means, dim=-1)
     of = dict(zip(heads, (points @ centres.T).argmax(1).tolist(), strict=True))
-    return {i: of[min(set(kin[i]) & set(held) | {i})] for i in held}
+    return {i: of[first[groups[i]]] for i in held}
 
 
 # --- what it meant ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Make a bank ready for fitting: codes, embedded descriptions, who plays the unseen, and the base model's loss on its tasks."""
+"""Make a bank and a suite ready for fitting: codes, embedded descriptions, groups and split, and the base model for their examples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 
 from lorag.bank.bank import AdapterBank
 from lorag.bank.streaming import ExpertStream
-from lorag.base.objectives import make_objective
-from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.files.artifacts import embedded, read_json
-from lorag.methods import FitData
-from lorag.methods.functional import TaskLoss
+from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
 from lorag.spaces.weight_space import FlatFactors, SharedSubspace
 from lorag.tasks.suite import TaskSuite, connected
@@ -24,11 +22,11 @@ from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import TextEmbedder
 from lorag.text.misspelling import misspell_some
 
-__all__ = ["WITHOUT_EXPERT", "Prepared", "find_bank", "find_split", "find_tasks", "hold_out", "prepare"]
+__all__ = ["WITHOUT_EXPERT", "Prepared", "Split", "find_bank", "find_split", "find_tasks", "hold_out", "prepare"]
 
 # The split of a suite whose tasks have training examples but no expert.
 WITHOUT_EXPERT = "without_expert"
-_KIN = ("task", "texts", "source")
+_GROUPS = ("task", "texts", "source")
 
 
 def find_bank(name: str) -> AdapterBank:
@@ -57,8 +55,24 @@ class Prepared:
 
     bank: AdapterBank
     space: SharedSubspace | FlatFactors
-    data: FitData
+    data: TrainingSet
     embedder: TextEmbedder
+    runner: Runner | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which tasks are learned from, and which are held out.
+
+    Attributes:
+        groups: Group of each task, the number of its first member; the experts' tasks come first.
+        training: Tasks that may be learned from.
+        validation: Held-out tasks, whole groups.
+    """
+
+    groups: list[int]
+    training: list[int]
+    validation: list[int]
 
 
 def prepare(
@@ -71,7 +85,7 @@ def prepare(
     wordings: int = 0,
     typos: float = 0.0,
     validation: float = 0.1,
-    kin: str = "task",
+    groups: str = "task",
     seed: int = 0,
     suite: TaskSuite | None = None,
     without_expert: TaskSuite | None = None,
@@ -79,28 +93,28 @@ def prepare(
     dtype: str = "auto",
     quiet: bool = False,
 ) -> Prepared:
-    """Encodes a bank's experts and descriptions.
+    """Encodes a bank's experts and the descriptions of all tasks.
 
     Args:
-        bank: The training experts, and only they.
+        bank: The training experts, and only they; it may be empty where the weight space is given.
         embedder: Embeds descriptions.
         space: A fitted weight space; without one, `space_name` is fitted.
         space_name: "shared_subspace" or "flat_factors".
         k: Dimensions of a shared subspace.
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that get a typing error.
-        validation: Share of the experts held out for early stopping.
-        kin: What is hidden, or held out, together with a task's own expert: see `TrainConfig`.
+        validation: Share of the tasks held out for early stopping, of those with an expert and of the others alike.
+        groups: Which tasks make a group: see `TrainConfig`.
         seed: Chooses which.
-        suite: The experts' tasks; without it nothing runs the base model.
+        suite: The experts' tasks; without it there are no examples, and nothing runs the base model.
         without_expert: More training tasks, which have examples but no expert.
         device: Where the base model runs.
         dtype: In which precision.
         quiet: No progress bars.
     """
     bank.base.check()
-    if kin not in _KIN or kin != "task" and suite is None:
-        raise ConfigError("kin cannot be used", got=repr(kin), expected=" or ".join(_KIN), remedy="Other than task, it needs tasks=PATH.")
+    more = [] if suite is None else list(without_expert or ())
+    split = hold_out(bank, suite, without_expert, groups=groups, validation=validation, seed=seed)
     layout = bank.base.layout
     if space is None:
         if space_name == "shared_subspace":
@@ -114,56 +128,67 @@ def prepare(
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
         codes.append(late[-1])
         deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
-    more = list(without_expert or ())
     described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]
     texts = [misspell_some(own[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, own in enumerate(described)]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
     embeddings = [[next(flat) for _ in own] for own in texts]
-    kin_of = _kin([*bank.names, *(task.key for task in more)], suite, kin)
-    experts_kin, held = _unseen(kin_of, len(bank), validation, seed)
-    functional = None
+    runner, examples, near = None, [], space
     if suite is not None:
-        model = bank.base.model.load(device, dtype)
-        objective = make_objective(bank.base.objective, bank.base.model.tokenizer(), bank.base.settings)
         tasks = {task.key: task for task in suite}
         missing = [name for name in bank.names if name not in tasks]
         if missing:
             raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-        near = space.to(model.device, torch.float32)
-        functional = TaskLoss(RowAdapters(model, layout), objective, near, [*(tasks[name] for name in bank.names), *more])
-    data = FitData(
-        codes=torch.stack(codes),
-        deviations=torch.stack(deviations),
+        examples = [*(tasks[name] for name in bank.names), *more]
+        runner = Runner.open(bank.base, device, dtype)
+        near = space.to(runner.device, torch.float32)
+    data = TrainingSet(
+        space=near,
+        codes=torch.stack(codes) if codes else torch.zeros(0, space.size),
+        deviations=torch.stack(deviations) if deviations else torch.zeros(0, space.size),
         embeddings=embeddings,
-        conditioner=Conditioner.fit(bank.names, embeddings[: len(bank)]),
-        training=sorted(set(range(len(bank))) - set(held)),
-        validation=held,
-        kin=experts_kin,
-        zero=space.zero.cpu(),
-        modules=space.parts,
-        places=layout.places,
-        functional=functional,
-        # Kin of a held-out task would give it away.
-        without_expert=[i for i in range(len(bank), len(kin_of)) if functional is not None and not set(kin_of[i]) & set(held)],
+        groups=split.groups,
+        training=split.training,
+        validation=split.validation,
+        conditioner=Conditioner.fit(bank.names, embeddings[: len(bank)], embedder.size),
+        tasks=examples,
     )
-    return Prepared(bank, space, data, embedder)
+    return Prepared(bank, space, data, embedder, runner)
 
 
 def hold_out(
-    bank: AdapterBank, suite: TaskSuite | None, without_expert: TaskSuite | None, *, kin: str, validation: float, seed: int
-) -> tuple[list[list[int]], list[int]]:
-    """Kin of each expert, and the experts held out for validation: those that `prepare` finds with the same arguments."""
-    kin_of = _kin([*bank.names, *(task.key for task in without_expert or ())], suite, kin)
-    return _unseen(kin_of, len(bank), validation, seed)
+    bank: AdapterBank, suite: TaskSuite | None, without_expert: TaskSuite | None, *, groups: str, validation: float, seed: int
+) -> Split:
+    """Groups and split of a bank's tasks and of those without an expert: those that `prepare` finds with the same arguments.
+
+    The share is held out of the experts' groups and, apart from them, of the groups without any expert, so that tasks without an expert
+    change nothing about which experts are held out.
+
+    Raises:
+        ConfigError: If there is no such rule of grouping, or it needs a suite.
+    """
+    if groups not in _GROUPS or groups != "task" and suite is None:
+        raise ConfigError(
+            "groups cannot be used", got=repr(groups), expected=" or ".join(_GROUPS), remedy="Other than task, it needs tasks=PATH."
+        )
+    experts, rng = len(bank), torch.Generator().manual_seed(seed)
+    of = _groups([*bank.names, *(task.key for task in (without_expert or () if suite is not None else ()))], suite, groups)
+    members: dict[int, list[int]] = {}
+    for task, group in enumerate(of):
+        members.setdefault(group, []).append(task)
+    held: set[int] = set()
+    for whole in (False, True):
+        groups_of = [own for own in members.values() if (own[0] >= experts) == whole]
+        sizes = [len([i for i in own if whole or i < experts]) for own in groups_of]
+        most, count = int(validation * sum(sizes)), 0
+        for place in torch.randperm(len(groups_of), generator=rng).tolist():
+            if count + sizes[place] <= most:
+                held.update(groups_of[place])
+                count += sizes[place]
+    return Split(of, [i for i in range(len(of)) if i not in held], sorted(held))
 
 
-def _unseen(kin_of: Sequence[Sequence[int]], experts: int, validation: float, seed: int) -> tuple[list[list[int]], list[int]]:
-    experts_kin = [[i for i in group if i < experts] for group in kin_of]
-    return experts_kin, _held_out(experts_kin[:experts], validation, torch.Generator().manual_seed(seed))
-
-
-def _kin(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[list[int]]:
-    """For each task those that an unseen task like its own would not have beside it, itself among them."""
+def _groups(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[int]:
+    """Group of each task, the number of its first member: tasks that an unseen task like its own would not have beside it."""
     tasks = {task.key: task for task in suite or ()}
     marks: list[set[str]] = []
     for name in names:
@@ -173,16 +198,5 @@ def _kin(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[list[
         elif rule == "texts":
             found |= {example.input for example in tasks[name].split("train")}
         marks.append(found)
-    of = {index: group for group in connected(marks) for index in group}
+    of = {index: group[0] for group in connected(marks) for index in group}
     return [of[index] for index in range(len(names))]
-
-
-def _held_out(kin: Sequence[Sequence[int]], share: float, rng: torch.Generator) -> list[int]:
-    """Experts held out for validation: whole groups of kin, as many as fit into the share."""
-    groups = sorted({tuple(group) for group in kin})
-    most = int(share * len(kin))
-    held: list[int] = []
-    for place in torch.randperm(len(groups), generator=rng).tolist():
-        if len(held) + len(groups[place]) <= most:
-            held += groups[place]
-    return sorted(held)

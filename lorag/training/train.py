@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +14,17 @@ from torch import Tensor
 
 from lorag.adapters.provenance import public_name
 from lorag.base.base_model import device_of
+from lorag.base.runner import Runner
 from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.metrics import Metrics, check_trackers
 from lorag.generator.generator import LoraGenerator
-from lorag.methods import FitData, Generator, generator_type
+from lorag.methods import Generator, generator_type
 from lorag.methods.data_parallel import Shares, told
+from lorag.methods.functional import evenly, mean_loss, task_vectors
 from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
 from lorag.spaces.weight_space import FlatFactors, SharedSubspace
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.gate_fitting import fit_gate
@@ -52,10 +55,10 @@ class TrainConfig:
         rank: Rank of generated adapters.
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that are read with a typing error.
-        validation: Share of the experts held out for early stopping.
-        kin: What else is hidden, or held out, where a training task plays an unseen one: "task" nothing but its own expert,
-            "texts" experts of tasks that share training texts with it, "source" all of its source. As unseen tasks will be.
-        strength: Factor on generated ΔW; null chooses it on the held-out experts' tasks.
+        validation: Share of the tasks held out for early stopping.
+        groups: Which tasks make a group, of which one that plays an unseen task sees no expert, and which is held out as a whole:
+            "task" each alone, "texts" tasks that share training texts, "source" tasks of one source. As unseen tasks will be.
+        strength: Factor on generated ΔW; null chooses it on the held-out tasks.
         seed: Seed of everything.
         device: "auto", "cpu" or "cuda".
         dtype: Precision of the frozen base model in functional training.
@@ -65,6 +68,8 @@ class TrainConfig:
         mixed_precision: "no" or "bf16", in which losses are computed; null is what `accelerate launch` was told.
         trackers: Names among "tensorboard" and "trackio", which get the numbers that `metrics.jsonl` gets (extra `trackers`).
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"kin": "groups"}
 
     bank: str = "sandbox"
     out: str = "runs/generator"
@@ -78,7 +83,7 @@ class TrainConfig:
     wordings: int = 0
     typos: float = 0.15
     validation: float = 0.1
-    kin: str = "task"
+    groups: str = "task"
     strength: float | None = None
     seed: int = 0
     device: str = "auto"
@@ -92,9 +97,9 @@ def fit_generator(
     prepared: Prepared, method: Generator, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
 ) -> LoraGenerator:
     """Fits a method on a prepared bank and chooses its strength."""
-    method.fit(prepared.data, loop)
+    method.fit(prepared.data, loop, prepared.runner)
     if strength is None:
-        strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, loop.rng))
+        strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
     space = prepared.space
     rank = space.rank if isinstance(space, FlatFactors) else min(rank, space.k)
     return LoraGenerator(
@@ -113,32 +118,31 @@ def fit_generator(
 def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
     """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
     data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
-    if data.functional is not None and method.learns_from_tasks:
-        found |= {task.key: task.license for task in (data.functional.tasks[i] for i in data.without_expert)}
+    if method.learns_from_tasks:
+        found |= {data.tasks[i].key: data.tasks[i].license for i in data.training if i >= len(prepared.bank)}
     return found
 
 
-def tune_strength(method: Generator, data: FitData, rng: torch.Generator, most: int = 48) -> float:
+def tune_strength(method: Generator, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48) -> float:
     """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
 
     The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is
     asked. 1 without examples or held-out tasks.
     """
-    if data.functional is None or not data.validation:
+    if runner is None or not data.tasks or not data.validation:
         return 1.0
-    chosen = list(data.validation)[:most]
-    vectors = data.functional.task_vectors(chosen).cpu() if method.needs_task_vectors else [None] * len(chosen)
+    chosen = evenly(data.validation, most)
+    vectors = task_vectors(runner, [data.tasks[i] for i in chosen]).cpu() if method.needs_task_vectors else [None] * len(chosen)
     conditions = [
-        replace(data.conditioner(data.embeddings[i][-1], exclude=data.kin[i]), task_vector=vector)
-        for i, vector in zip(chosen, vectors, strict=True)
+        replace(data.conditioner(data.embeddings[i][-1], masked=mask), task_vector=vector)
+        for i, mask, vector in zip(chosen, data.masked(chosen), vectors, strict=True)
     ]
     codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
-    space: Any = data.functional.space  # of the two that `_scale` knows
-    device = data.functional.rows.model.device
+    space: Any = data.space  # of the two that `_scale` knows
     found: dict[float, float] = {}
     for strength in _STRENGTHS:
-        scaled = _scale(space, codes, strength).to(device)
-        asked = [data.functional.loss(scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
+        scaled = _scale(space, codes, strength).to(runner.device)
+        asked = [mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
         found[strength] = sum(asked) / len(asked)
     return min(found, key=lambda strength: found[strength])
 
@@ -195,7 +199,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         wordings=config.wordings,
         typos=config.typos,
         validation=config.validation,
-        kin=config.kin,
+        groups=config.groups,
         seed=config.seed,
         suite=suite,
         without_expert=find_split(config.tasks, WITHOUT_EXPERT) if config.tasks else None,
@@ -213,9 +217,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
     if not accelerator.is_main_process:
         return generator
-    if prepared.data.validation and not method.needs_task_vectors:
-        held, kin = prepared.data.validation, prepared.data.kin[: len(bank)]
-        generator.gate = fit_gate(generator, bank, suite, held, kin, quiet=quiet)
+    held = prepared.data.validation_experts
+    if held and not method.needs_task_vectors:
+        generator.gate = fit_gate(generator, bank, suite, held, prepared.data.groups[: len(bank)], quiet=quiet)
     generator.save_pretrained(out)
     loop.finish()
     return generator
