@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.base.names import locate
+from lorag.training.preparation import find_tasks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -69,6 +70,21 @@ def test_fusion(run):
     assert min(scores["each task's own expert"]) > 0.8 and max(scores["base model"]) < 0.2
     assert min(scores["cat, one adapter"]) > max(0.2, min(scores["mean, one adapter"]))
     assert LoraAdapter.from_pretrained(Path("runs/examples/fusion")).info["method"] == "cat"
+
+
+def test_arrow(run):
+    """PEFT's Arrow answers two tasks as their own experts do, with no router trained and none told."""
+    lines = [line for line in run("arrow").splitlines() if " Arrow: " in line]
+    answers = [line.split("wanted ")[1].split(", Arrow: ") for line in lines]
+    assert len(answers) == 2 and all(wanted == answer for wanted, answer in answers)
+
+
+def test_transformers_adapters(run):
+    """transformers alone answers with either adapter as the base model and PEFT do, and as the base model without."""
+    answers = dict(line.split(None, 1) for line in run("transformers_adapters").splitlines())
+    task = find_tasks("sandbox", "test")["legal-summarise-plain"].examples[0]
+    assert answers["summary"] == task.output
+    assert len(set(answers.values())) == 3 and answers["person"].startswith("Mara Thorne,")
 
 
 def test_serving(run, tmp_path):

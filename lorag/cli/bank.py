@@ -1,4 +1,4 @@
-"""Commands on banks: build, add, remove, list, check."""
+"""Commands on banks: build, add, remove, list, check, export."""
 
 from __future__ import annotations
 
@@ -221,3 +221,21 @@ def check(
     if severe:
         raise BankError(f"{severe} of {len(found)} experts have problems", remedy="The table says what to do.")
     typer.echo(f"{len(found)} experts, all sound" + (f"; {odd} worth a look" if odd else ""))
+
+
+@app.command("export")
+def export(
+    bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")],
+    out: Annotated[Path, typer.Option(help="A new folder; gets an adapter folder for each expert.")],
+    arrow: Annotated[bool, typer.Option("--arrow", help="For PEFT's Arrow routing: equal ranks and modules, the same ΔW.")] = False,
+    expert: Annotated[list[str] | None, typer.Option(help="An expert to be written; may be repeated. All by default.")] = None,
+) -> None:
+    """Write a bank's experts as adapter folders for PEFT's create_arrow_model."""
+    from lorag.bank.exporting import export_arrow
+    from lorag.training.preparation import find_bank
+
+    if not arrow:
+        raise typer.BadParameter("say for what: --arrow")
+    written = list(export_arrow(find_bank(bank), out, expert))
+    typer.echo(f"{out}: {len(written)} adapters of one rank")
+    typer.echo("next: create_arrow_model(base_model, [their folders], ArrowConfig(top_k=2))")

@@ -286,6 +286,16 @@ def test_refused_and_hostile_names(server, disk, world):
     assert not new and server.process.poll() is None
 
 
+def test_the_example_asks_as_people_do(server):
+    """With curl and with OpenAI's client, against a server that runs: two answers and a refusal."""
+    script = Path(__file__).resolve().parents[2] / "examples/vllm_plugin.py"
+    command = [str(BIN / "python"), str(script), f"http://127.0.0.1:{server.port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    curl, client, refused = done.stdout.strip().splitlines()
+    assert curl.startswith("curl    lorag:summarise legal text: ") and "Lena Marsh" in client and "nearest tasks" in refused
+
+
 def test_evicted_adapters_come_back(server, world):
     """More adapters than --max-cpu-loras, then the first again: the same answer."""
     _, _, _, tasks, prompts = world

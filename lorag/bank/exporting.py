@@ -1,0 +1,52 @@
+"""A bank's experts as adapter folders of one rank and one set of modules, as PEFT's Arrow routing needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch.nn.functional import pad
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.bank.bank import AdapterBank
+from lorag.errors import BankError, StorageError
+from lorag.files.artifacts import require_name
+from lorag.files.atomic import writing
+
+__all__ = ["export_arrow"]
+
+
+def export_arrow(bank: AdapterBank, out: str | Path, names: Sequence[str] | None = None) -> Iterator[Path]:
+    """Writes experts for `peft.tuners.lora.create_arrow_model`, which routes each token to the experts whose ΔW it excites most.
+
+    Arrow takes adapters of equal rank and modules only: smaller ones are filled up with zeros, and lora_alpha grows with the rank, so that
+    ΔW stays the same (Ostapenko et al., arXiv 2405.11157).
+
+    Args:
+        bank: The bank.
+        out: A new folder; gets a folder for each expert.
+        names: Which experts; all without.
+
+    Yields:
+        The folders, as they are finished.
+
+    Raises:
+        BankError: If an expert is not in the bank, or fewer than two are left.
+        StorageError: If `out` is not empty, or writing fails.
+    """
+    out, chosen = Path(out), [bank[name] for name in (bank.names if names is None else dict.fromkeys(names))]
+    if len(chosen) < 2:
+        raise BankError("there is nothing to route between", got=f"{len(chosen)} expert", expected="two or more")
+    with writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise StorageError(f"{out} is not an empty folder", remedy="Choose another one.")
+    rank = max(expert.rank for expert in chosen)
+    for expert in chosen:
+        yield _padded(bank.adapter(expert.name), rank).save_pretrained(out / require_name(expert.name))
+
+
+def _padded(adapter: LoraAdapter, rank: int) -> LoraAdapter:
+    """The same ΔW with a larger rank."""
+    more = rank - adapter.rank
+    factors = {name: (pad(a.float(), (0, 0, 0, more)), pad(b.float(), (0, more))) for name, (a, b) in adapter.factors.items()}
+    return LoraAdapter(adapter.layout, factors, adapter.scaling * rank, adapter.base_model, adapter.task_type, adapter.info)
