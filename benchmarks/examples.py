@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.experts import train_group
 from lorag.base.objectives import Objective
 from lorag.base.row_adapters import RowAdapters
@@ -47,7 +48,9 @@ class Setting:
         """Mean score on the test texts."""
         found = []
         for start in range(0, len(self.tests), CHUNK):
-            own = None if adapters is None else stack_adapters(adapters[start : start + CHUNK], self.rows.model.device)
+            own = None
+            if adapters is not None:
+                own = Factors.stack([one.factors for one in adapters[start : start + CHUNK]], self.rows.model.device)
             scores = self.objective.scores(self.rows, own, self.tests[start : start + CHUNK], limit=self.limit)
             found += [score[self.objective.metric] for score in scores]
         return sum(found) / len(found)

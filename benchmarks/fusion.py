@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import train_group
@@ -59,7 +60,7 @@ class World:
         rows, objective = self.generator.runtime()
         own = None
         if adapters is not None:
-            own = stack_adapters(list(adapters) * (len(tasks) // len(adapters)), rows.model.device)
+            own = Factors.stack([one.factors for one in adapters] * (len(tasks) // len(adapters)), rows.model.device)
         return [round(score[objective.metric], 4) for score in objective.scores(rows, own, tasks, limit=self.limit)]
 
 
@@ -155,7 +156,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     tasks = tasks_of(world.suite, names)
     few = few_examples(tasks[0], RARE, seed)
     expert = train_group(_runner(world), [few], 4, TRAINING)[0][-1]
-    expert = LoraAdapter(expert.layout, expert.factors, expert.alpha, world.bank.base.model.name)
+    expert = replace(expert, base_model=world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
     counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}
     others = list(world.bank.adapters(names[1:]))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.importing import Terms, import_adapters
@@ -80,7 +81,7 @@ def adapter(seed: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> Lor
         )
         for m in LAYOUT.modules
     }
-    return LoraAdapter(LAYOUT, factors, 2.0 * rank, "tiny-base", "CAUSAL_LM", {"description": f"do task {seed}", "seed": seed})
+    return LoraAdapter(LAYOUT, Factors(factors, 2.0), "tiny-base", "CAUSAL_LM", {"description": f"do task {seed}", "seed": seed})
 
 
 # --- valid folders ----------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def _training() -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.Generator
 
 def _whole(found: LoraAdapter) -> None:
     """What was accepted must be usable: of its layout, finite, and with finite norms."""
-    found.layout.check_factors(found.factors)
+    found.layout.check_factors(found.factors.tensors)
     if not all(value >= 0 and value < float("inf") for value in found.norms().values()):
         raise AssertionError("an accepted adapter has a norm that is no number")
     if not all(tensor.isfinite().all() for pair in found.factors.values() for tensor in pair):

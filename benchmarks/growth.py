@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.spaces.weight_space import SharedSubspace
 
@@ -58,7 +59,8 @@ def _times(sizes: dict[str, int], repeats: int) -> tuple[float, float]:
     rng = torch.Generator().manual_seed(0)
     experts = [
         LoraAdapter(
-            layout, {name: (torch.randn(rank, width, generator=rng), torch.randn(width, rank, generator=rng)) for name in layout.names}, 1.0
+            layout,
+            Factors({name: (torch.randn(rank, width, generator=rng), torch.randn(width, rank, generator=rng)) for name in layout.names}),
         )
         for _ in range(sizes["experts"])
     ]

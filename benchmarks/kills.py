@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -480,9 +480,7 @@ def make_world(root: Path) -> World:
     make_bank(world.bank, world.base, TRAINING[:10])
     for cell in TRAINING[10:16]:
         adapter = true_adapter(world.base.layout, *cell)
-        LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, world.base.model.name).save_pretrained(
-            root / "adapters" / name_of(*cell)
-        )
+        replace(adapter, base_model=world.base.model.name).save_pretrained(root / "adapters" / name_of(*cell))
     code, lines = finish(*start(lambda report: learn(world, root / "made", report)))
     if code:
         raise RuntimeError(f"training fails: {lines[-3:]}")

@@ -11,7 +11,8 @@ import copy
 import torch
 
 from benchmarks.machine import device, interleaved_seconds, synchronise
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective
@@ -39,7 +40,8 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     found: list[dict[str, str | float]] = []
     for n in counts:
         adapters = [_random_adapter(layout, seed) for seed in range(n)]
-        stacked = {name: (a.requires_grad_(), b.requires_grad_()) for name, (a, b) in stack_adapters(adapters, where).items()}
+        stacked = Factors.stack([adapter.factors for adapter in adapters], where)
+        stacked = {name: (a.requires_grad_(), b.requires_grad_()) for name, (a, b) in stacked.items()}
         batch = objective.sample(tasks[:n], ROWS, "0")
         singles = [objective.sample([task], ROWS, "0") for task in tasks[:n]]
         wrapped = adapters[0].apply_to(copy.deepcopy(model), name="a0")
@@ -70,4 +72,4 @@ def _random_adapter(layout: LoraLayout, seed: int) -> LoraAdapter:
         m.name: (torch.randn(RANK, m.in_features, generator=rng) * 0.05, torch.randn(m.out_features, RANK, generator=rng) * 0.05)
         for m in layout.modules
     }
-    return LoraAdapter(layout, factors, float(RANK))
+    return LoraAdapter(layout, Factors(factors))

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from benchmarks.generation import llama_8b
 from benchmarks.machine import peak_bytes
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.streaming import ExpertStream
 from lorag.base.base_model import BaseModel
@@ -66,7 +67,7 @@ def _expert(layout: LoraLayout, directions: Mapping[str, tuple[Tensor, Tensor]],
         columns = outer @ torch.randn(SHARED, RANK, generator=rng)
         columns += torch.randn(module.out_features, RANK, generator=rng) * 0.1 / module.out_features**0.5
         factors[module.name] = (rows * root[:, None], columns * root)
-    return LoraAdapter(layout, factors, float(RANK))
+    return LoraAdapter(layout, Factors(factors))
 
 
 def make_bank(folder: Path, count: int) -> AdapterBank:

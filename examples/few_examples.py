@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from lorag import LoraAdapter, generate_lora
-from lorag.adapters.adapter import stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.generator.generate import default_generator
 from lorag.generator.refine import refine
 from lorag.training.preparation import find_tasks
@@ -30,7 +30,7 @@ def main() -> None:
     rows, objective = generator.runtime()
 
     def show(name: str, adapter: LoraAdapter | None) -> None:
-        own = None if adapter is None else stack_adapters([adapter])
+        own = None if adapter is None else Factors.stack([adapter.factors])
         (score,) = objective.scores(rows, own, [rest], limit=29)
         print(f"{name:<44} exact match {score['exact_match']:.2f}, log-likelihood {score['log_likelihood']:6.2f}")
 
@@ -52,7 +52,7 @@ def fresh(like: LoraAdapter) -> LoraAdapter:
     for module in like.layout.modules:
         rows = (torch.rand(like.rank, module.in_features, generator=rng) * 2 - 1) / module.in_features**0.5
         factors[module.name] = (rows, torch.zeros(module.out_features, like.rank))
-    return LoraAdapter(like.layout, factors, float(like.rank), like.base_model, like.task_type)
+    return LoraAdapter(like.layout, Factors(factors), like.base_model, like.task_type)
 
 
 if __name__ == "__main__":

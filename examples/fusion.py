@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lorag import LoraAdapter
-from lorag.adapters.adapter import stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.base.runner import Runner
 from lorag.methods.support_examples import learn_weights
 from lorag.training.preparation import find_bank, find_tasks
@@ -25,7 +25,7 @@ def main(out: Path) -> None:
     tasks = find_tasks("sandbox", "train").select(EXPERTS)
 
     def show(name: str, adapters: list[LoraAdapter] | None) -> None:
-        own = None if adapters is None else stack_adapters(adapters)
+        own = None if adapters is None else Factors.stack([adapter.factors for adapter in adapters])
         found = runner.scores(own, list(tasks), limit=16)
         print(f"{name:<28}" + "".join(f"  {task.name} {score['exact_match']:.2f}" for task, score in zip(tasks, found, strict=True)))
 

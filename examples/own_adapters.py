@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorag import LoraAdapter, LoraGenerator, generate_lora
-from lorag.adapters.adapter import stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.adapters.sources import find_sources
 from lorag.bank.importing import Terms, import_adapters
 from lorag.bank.start import Start, start_bank
@@ -74,7 +74,7 @@ def scores(generator: LoraGenerator, adapter: LoraAdapter) -> dict[str, dict[str
     rows, objective = generator.runtime()
     nearest = find_bank("sandbox").adapter(adapter.info["neighbours"][0][0])
     task = find_tasks("sandbox", "test")[UNSEEN]
-    shown = {"base": None, "nearest": stack_adapters([nearest]), "generated": stack_adapters([adapter])}
+    shown = {"base": None, "nearest": Factors.stack([nearest.factors]), "generated": Factors.stack([adapter.factors])}
     return {name: objective.scores(rows, own, [task], limit=16)[0] for name, own in shown.items()}
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from lorag import AdapterBank, generate_lora
-from lorag.adapters.adapter import stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
 from lorag.base.base_model import BaseModel
@@ -81,14 +81,14 @@ def main(out: Path) -> None:
         adapter.save_pretrained(out / name)
         near = ", ".join(f"{expert} {cosine:.2f}" for expert, cosine in adapter.info["neighbours"])
         print(f"3. {text!r}: {near}")
-        for label, own in (("base", None), ("adapted", stack_adapters([adapter])), ("expert", expert_of(bank, name))):
+        for label, own in (("base", None), ("adapted", Factors.stack([adapter.factors])), ("expert", expert_of(bank, name))):
             (score,) = objective.scores(rows, own, [tasks[name]], limit=36)
             print(f"   {label:<8} accuracy on {name}: {score['accuracy']:.2f}")
 
 
 def expert_of(bank: AdapterBank, name: str) -> dict:
     """The task's own expert, stacked as the base model runs it."""
-    return stack_adapters([bank.adapter(name)])
+    return Factors.stack([bank.adapter(name).factors])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tiny base models of six architectures, random adapters and a word-level tokenizer: everything offline, on the CPU."""
 
+import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ from hub_standin import standin  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -162,7 +164,12 @@ def gauge(adapter: LoraAdapter, seed: int) -> LoraAdapter:
         turn = torch.linalg.qr(torch.randn(r, r, generator=rng, dtype=torch.float64))[0]
         g = turn * (0.3 + 3 * torch.rand(r, generator=rng, dtype=torch.float64))
         factors[name] = (torch.linalg.solve(g, rows.double()).float(), (columns.double() @ g).float())
-    return LoraAdapter(adapter.layout, factors, adapter.alpha, adapter.base_model, adapter.task_type, adapter.info)
+    return dataclasses.replace(adapter, factors=Factors(factors))
+
+
+def stack_adapters(adapters, device="cpu"):
+    """What RowAdapters runs: A (n, r, i) and B (n, o, r) of each module."""
+    return Factors.stack([adapter.factors for adapter in adapters], device)
 
 
 @pytest.fixture(scope="session")
@@ -196,7 +203,7 @@ def random_adapter() -> Callable[..., LoraAdapter]:
             )
             for m in layout.modules
         }
-        return LoraAdapter(layout, factors, alpha, "tiny-base", None, {"seed": seed})
+        return LoraAdapter(layout, Factors.with_alpha(factors, alpha), "tiny-base", None, {"seed": seed})
 
     return make
 

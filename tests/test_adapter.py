@@ -13,6 +13,7 @@ from conftest import output_of
 from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import CONFIG, PROVENANCE, WEIGHTS, LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, LayoutError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -293,22 +294,30 @@ def test_folder_without_config_is_refused(saved, llama_layout):
     _refused(saved, llama_layout, CONFIG, str(saved))
 
 
-def test_poisonous_adapters_cannot_be_made(llama_layout, random_adapter):
-    """The same rules hold on writing: no NaN, no odd alpha, no mixed ranks, no rank 0."""
+def test_poisonous_adapters_go_nowhere(llama_layout, random_adapter, tiny_models, tmp_path):
+    """The same rules hold on writing and applying: no NaN, no value beyond use, no odd alpha, no mixed ranks, no rank 0."""
     good = random_adapter(llama_layout)
+    tensors = good.factors.tensors
     first = llama_layout.names[0]
-    rows, columns = good.factors[first]
+    rows, columns = tensors[first]
     for alpha in (math.nan, math.inf, 0.0, 1e30, -1e30):
         with pytest.raises(AdapterError, match="lora_alpha"):
-            dataclasses.replace(good, alpha=alpha)
-    with pytest.raises(AdapterError, match=first):
-        dataclasses.replace(good, factors={**good.factors, first: (rows * math.nan, columns)})
+            Factors.with_alpha(tensors, alpha)
+        with pytest.raises(AdapterError, match="lora_alpha"):
+            dataclasses.replace(good, factors=Factors(tensors, alpha)).save_pretrained(tmp_path)
+    for spoiled in (rows * math.nan, rows / 0, rows * 1e12):
+        bad = dataclasses.replace(good, factors=Factors({**tensors, first: (spoiled, columns)}))
+        with pytest.raises(AdapterError, match=first):
+            bad.save_pretrained(tmp_path)
+        with pytest.raises(AdapterError, match=first):
+            bad.apply_to(tiny_models["llama"].build())
+    assert not list(tmp_path.iterdir())
     with pytest.raises(AdapterError, match="one rank"):
-        dataclasses.replace(good, factors={**good.factors, first: (rows[:2], columns[:, :2])})
+        dataclasses.replace(good, factors=Factors({**tensors, first: (rows[:2], columns[:, :2])}))
     with pytest.raises(AdapterError, match="rank"):
-        dataclasses.replace(good, factors={n: (a[:0], b[:, :0]) for n, (a, b) in good.factors.items()})
+        dataclasses.replace(good, factors=Factors({n: (a[:0], b[:, :0]) for n, (a, b) in tensors.items()}))
     with pytest.raises(LayoutError, match=first):
-        dataclasses.replace(good, factors={n: pair for n, pair in good.factors.items() if n != first})
+        dataclasses.replace(good, factors=Factors({n: pair for n, pair in tensors.items() if n != first}))
 
 
 # --- use --------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from toy_world import TRAINING, describe, make_bank, name_of, save_base, true_ad
 from typer.testing import CliRunner
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.exporting import export_arrow
 from lorag.cli.main import app
 from lorag.errors import BankError, StorageError
@@ -20,7 +21,7 @@ def bank(tmp_path, tiny_models, tokenizer):
     bank = make_bank(tmp_path / "bank", base, TRAINING[:2])
     wide = true_adapter(base.layout, *TRAINING[2])
     factors = {n: (torch.cat([a, a[:2]]), torch.cat([b / 2, b[:, :2]], 1)) for n, (a, b) in wide.factors.items()}
-    return bank.add([(name_of(*TRAINING[2]), describe(*TRAINING[2]), [LoraAdapter(base.layout, factors, 7.0)])])
+    return bank.add([(name_of(*TRAINING[2]), describe(*TRAINING[2]), [LoraAdapter(base.layout, Factors.with_alpha(factors, 7.0))])])
 
 
 def test_ranks_are_one_and_delta_w_the_same(bank, tmp_path):

@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
-from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError
+from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError, NonFiniteError
 from lorag.files import artifacts
 from lorag.files import tensors as tensor_files
 
@@ -37,7 +38,7 @@ def bank(tmp_path, random_adapter):
 
 
 def _equal(a, b):
-    return a.alpha == b.alpha and all(torch.equal(x, y) for n in LAYOUT.names for x, y in zip(a.factors[n], b.factors[n], strict=True))
+    return all(torch.equal(x, y) for n in LAYOUT.names for x, y in zip(a.factors[n], b.factors[n], strict=True))
 
 
 def _files(bank):
@@ -73,7 +74,8 @@ def test_small_precisions_stay_close(bank, tmp_path, precision, error):
     for scale in (1.0, 1e-3):
         name = f"{precision}-{scale:g}"
         late = [
-            dataclasses.replace(a, factors={n: (x * scale, y / scale) for n, (x, y) in a.factors.items()}) for a in bank.adapters(["one"])
+            dataclasses.replace(a, factors=Factors({n: (x * scale, y / scale) for n, (x, y) in a.factors.items()}))
+            for a in bank.adapters(["one"])
         ]
         small = AdapterBank.create(tmp_path / name, BASE).add([("one", ["task"], late)], precision=precision)
         back = AdapterBank.from_pretrained(small.folder).adapter("one")
@@ -93,7 +95,7 @@ def test_copy_keeps_entries_and_is_smaller(bank, tmp_path):
     for j in range(3):
         assert (copy.adapter("one", j).delta("layers.0.q") - bank.adapter("one", j).delta("layers.0.q")).norm() < 0.1
     with pytest.raises(DtypeOverflowError, match="overflow"):
-        huge = dataclasses.replace(bank.adapter("three"), factors={n: (a, b * 1e6) for n, (a, b) in bank.adapter("three").factors.items()})
+        huge = dataclasses.replace(bank.adapter("three"), factors=bank.adapter("three").factors.scaled(1e6))
         copy.add([("huge", ["task"], [huge])], precision="float16")
     assert "huge" not in AdapterBank.from_pretrained(copy.folder)
 
@@ -115,7 +117,7 @@ def test_descriptions_can_be_replaced(bank):
 
 def test_check_finds_what_is_wrong(bank, random_adapter):
     """check() reads every expert: a zero adapter is reported, the others are fine."""
-    zero = dataclasses.replace(random_adapter(LAYOUT), factors={n: (a, b * 0) for n, (a, b) in random_adapter(LAYOUT).factors.items()})
+    zero = random_adapter(LAYOUT).scaled(0.0)
     bank = bank.add([("zero", ["does nothing"], [zero])])
     found = {expert.name: problem for expert, problem in bank.check()}
     assert list(found) == ["one", "two", "three", "zero"]
@@ -166,16 +168,21 @@ def test_experts_that_cannot_be_added_leave_the_bank_as_it_was(bank, random_adap
 
 
 def test_adapters_that_do_not_fit_are_refused(bank, random_adapter, llama_layout):
-    """Another layout; ranks, alphas or numbers of checkpoints that differ within one shard."""
+    """Another layout; ranks or numbers of checkpoints that differ within one shard; values that are no numbers. Other alphas fit."""
     plain, before = random_adapter(LAYOUT), _files(bank)
     other = dataclasses.replace(LAYOUT, modules=LAYOUT.modules[::-1])
     for late in ([random_adapter(llama_layout)], [random_adapter(other)]):
         with pytest.raises(BankError, match="layout"):
             bank.add([("new", ["task"], late)])
-    for more in ([random_adapter(LAYOUT, rank=3)], [random_adapter(LAYOUT, alpha=1.0)], [plain, plain]):
-        with pytest.raises(BankError, match="share rank, alpha"):
+    for more in ([random_adapter(LAYOUT, rank=3)], [plain, plain]):
+        with pytest.raises(BankError, match="share rank"):
             bank.add([("new", ["task"], [plain]), ("newer", ["task"], more)])
+    with pytest.raises(NonFiniteError, match="layers"):
+        bank.add([("new", ["task"], [dataclasses.replace(plain, factors=plain.factors.scaled(float("nan")))])])
     assert _files(bank) == before
+    quiet = random_adapter(LAYOUT, alpha=1.0, seed=1)
+    mixed = bank.add([("new", ["task"], [plain]), ("newer", ["task"], [quiet])])
+    assert _equal(mixed.adapter("new"), plain) and _equal(mixed.adapter("newer"), quiet)
 
 
 def test_a_folder_holds_one_base(bank):
@@ -345,6 +352,8 @@ ADD = """
 import sys, time
 import torch
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 folder, who = sys.argv[1:]
 base = AdapterBank.from_pretrained(folder).base
@@ -356,7 +365,7 @@ for number in range(5):
     if who == "killed" and number == 2:
         import lorag.bank.bank, os
         lorag.bank.bank.write_manifest = lambda *_: os._exit(9)
-    bank.add([(f"{who}-{number}", ["task"], [LoraAdapter(base.layout, factors, 2.0)])])
+    bank.add([(f"{who}-{number}", ["task"], [LoraAdapter(base.layout, Factors(factors))])])
 """
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
@@ -260,7 +261,7 @@ def test_a_bank_of_another_base_takes_nothing(refused, tmp_path, peft_folder, ll
 def test_check_finds_an_expert_that_does_nothing(refused, lorag, tmp_path, sandbox_base):
     """Exit code 1, and its name."""
     zero = {m.name: (torch.ones(2, m.in_features), torch.zeros(m.out_features, 2)) for m in sandbox_base.layout.modules}
-    AdapterBank.create(tmp_path, sandbox_base).add([("idle", ["do nothing"], [LoraAdapter(sandbox_base.layout, zero, 2.0)])])
+    AdapterBank.create(tmp_path, sandbox_base).add([("idle", ["do nothing"], [LoraAdapter(sandbox_base.layout, Factors(zero))])])
     code, out, err = lorag("bank", "check", tmp_path)
     assert code == 1 and "idle" in out and err.startswith("lorag: ")
 

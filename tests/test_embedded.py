@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment before transformers is imported
+from conftest import (
+    WORDS,  # noqa: F401 - the conftest sets the offline environment before transformers is imported
+    stack_adapters,
+)
 from peft import PeftModel
 
 from lorag import generate_lora
-from lorag.adapters.adapter import stack_adapters
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import make_objective
 from lorag.base.row_adapters import RowAdapters

@@ -1,5 +1,6 @@
 """The scripts in examples/: each runs as it stands, offline, and what it prints says that it did its job."""
 
+import dataclasses
 import re
 import runpy
 import sys
@@ -100,6 +101,5 @@ def test_serving(run, tmp_path):
 
     script = runpy.run_path(str(EXAMPLES / "serving.py"))
     adapter = LoraAdapter.from_pretrained(folder)
-    wide = {name: (rows.repeat(2, 1) / 2, columns.repeat(1, 2)) for name, (rows, columns) in adapter.factors.items()}
-    wider = LoraAdapter(adapter.layout, wide, 32.0, adapter.base_model, adapter.task_type).save_pretrained(tmp_path / "wide")
+    wider = dataclasses.replace(adapter, factors=adapter.factors.padded(32)).save_pretrained(tmp_path / "wide")
     assert script["vllm_command"]("base", wider, "name")[-2:] == ["--max-lora-rank", "32"]

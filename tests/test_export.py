@@ -14,6 +14,7 @@ from toy_world import save_base, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.export import export_merged, export_portable, merge_into
+from lorag.adapters.factors import Factors
 from lorag.base.base_model import BaseModel, kind_of
 from lorag.base.layout import LoraLayout
 from lorag.cli import main as cli
@@ -100,7 +101,7 @@ def test_nothing_is_merged_that_is_not_finite(tiny_models, random_adapter):
     model = tiny.build().half()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match=names[-1]):
-        merge_into(model, dataclasses.replace(adapter, factors=huge))
+        merge_into(model, dataclasses.replace(adapter, factors=Factors(huge)))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -111,7 +112,7 @@ def test_a_weight_in_two_places_is_not_merged(tmp_path):
     )
     model = transformers.LlamaForCausalLM(config)
     layout = LoraLayout(("lm_head",), LoraLayout.from_model(model, ["lm_head"]).modules)
-    adapter = LoraAdapter(layout, {"lm_head": (torch.ones(2, 16), torch.ones(30, 2))}, 2.0)
+    adapter = LoraAdapter(layout, Factors({"lm_head": (torch.ones(2, 16), torch.ones(30, 2))}))
     with pytest.raises(BaseModelError, match="embed_tokens"):
         merge_into(model, adapter)
 

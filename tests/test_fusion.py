@@ -6,10 +6,10 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WORDS, gauge
+from conftest import WORDS, gauge, stack_adapters
 from toy_world import COLOURS, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base, true_adapter
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.cli import main as cli
@@ -285,7 +285,7 @@ def _decoded(generator, name):
     index = generator.conditioner.names.index(name)
     code = generator.method.decode(generator.method.latents[index][None], generator.method.vectors[index][None])
     (factors,) = generator.space.decode(code, generator.rank)
-    return LoraAdapter(generator.base.layout, factors, float(generator.rank))
+    return LoraAdapter(generator.base.layout, factors)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -14,6 +14,7 @@ import lorag.generator.files as generator_files
 import lorag.generator.generate as generation_module
 import lorag.training.gate_fitting as gate_fitting
 import lorag.training.train as training
+from lorag.adapters.factors import Factors
 from lorag.cli.main import app
 from lorag.errors import BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
 from lorag.evaluation.gate import format_gate, measure_gate
@@ -422,7 +423,7 @@ def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
     TASKS = make_suite(TRAINING[:3]).tasks
     rows = type("Rows", (), {"model": type("M", (), {"device": "cpu"})})
     monkeypatch.setattr(LoraGenerator, "runtime", lambda self: (rows, Objective()))
-    monkeypatch.setattr("lorag.training.gains.stack_adapters", lambda adapters, _: "experts" if adapters[0].rank == 4 else "made")
+    monkeypatch.setattr(Factors, "stack", staticmethod(lambda parts, _: "experts" if parts[0].rank == 4 else "made"))
     names = [task.key for task in TASKS] + [TASKS[1].key]
     found = gains_of(gated, torch.zeros(4, gated.space.size), names, bank, {task.key: task for task in TASKS}, 2)
     assert torch.isnan(found[0]) and found[1:].tolist() == pytest.approx([0.5, 0.5, 0.5])

@@ -11,13 +11,12 @@ import zlib
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, stack_adapters
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_bases import picture, save_tiny
 
-from lorag.adapters.adapter import stack_adapters
 from lorag.base.base_model import BaseModel, kind_of
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective

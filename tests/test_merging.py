@@ -8,6 +8,7 @@ from conftest import gauge
 from toy_world import other_form, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.adapters.merging import MERGES, merge
 from lorag.errors import AdapterError
 
@@ -138,7 +139,7 @@ def test_lego_averages_the_units_of_a_cluster(llama_layout):
                 rows[unit, 2 * unit], rows[unit, 2 * unit + 1] = math.cos(turn), math.sin(turn)
                 columns[2 * unit, unit], columns[2 * unit + 1, unit] = size * math.cos(turn), size * math.sin(turn)
             factors[m.name] = (rows, columns)
-        return LoraAdapter(llama_layout, factors, 2.0)
+        return LoraAdapter(llama_layout, Factors(factors))
 
     angle = 0.4
     merged = merge([units(0.0), units(angle)], "lego", rank=2)
@@ -183,7 +184,7 @@ def test_gauge_rank_and_alpha_do_not_matter(llama_layout, method):
 def test_a_merged_adapter_is_portable_and_knows_its_origin(experts, method, tmp_path):
     """Scaling 1, finite, of the asked rank at most, saved and read again; `info` names rule, settings and base."""
     merged = _merge(experts, method, rank=5)
-    assert merged.scaling == 1 and merged.rank == 5 and merged.base_model == "tiny-base"
+    assert merged.factors.scaling == 1 and merged.rank == 5 and merged.base_model == "tiny-base"
     read = LoraAdapter.from_pretrained(merged.save_pretrained(tmp_path), merged.layout)
     assert _distance(read, merged) < 1e-6
     assert read.info["method"] == method and set(read.info["settings"]) == set(MERGES[method].defaults)
@@ -192,7 +193,7 @@ def test_a_merged_adapter_is_portable_and_knows_its_origin(experts, method, tmp_
 
 def test_experts_that_change_nothing_are_merged(llama_layout, experts):
     """An adapter with B = 0 is a valid expert, alone and beside others, for every rule."""
-    nothing = LoraAdapter(llama_layout, {n: (a, b * 0) for n, (a, b) in experts[0].factors.items()}, 4.0)
+    nothing = experts[0].scaled(0.0)
     for method in MERGES:
         assert not any(_merge([nothing, nothing], method).norms().values())
         assert any(_merge([nothing, experts[0]], method).norms().values())
@@ -222,6 +223,6 @@ def test_adapters_that_do_not_belong_together_are_refused(experts, random_adapte
         merge([])
     with pytest.raises(AdapterError, match="different layouts"):
         merge([experts[0], random_adapter(tiny_models["qwen2"].layout())])
-    strange = LoraAdapter(experts[0].layout, experts[0].factors, 4.0, "another-base")
+    strange = LoraAdapter(experts[0].layout, experts[0].factors, "another-base")
     with pytest.raises(AdapterError, match="another-base"):
         merge([experts[0], strange])

@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, WORDS
+from conftest import EOS, WORDS, stack_adapters
 
-from lorag.adapters.adapter import stack_adapters
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import OBJECTIVES, make_objective, take
 from lorag.base.objectives.language_model import rouge_l

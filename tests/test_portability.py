@@ -34,7 +34,7 @@ def _change(folder, **changes):
 def saved(llama_layout, random_adapter, tmp_path):
     """A folder as lorag writes it, of a base model on the hub."""
     adapter = random_adapter(llama_layout)
-    folder = LoraAdapter(llama_layout, adapter.factors, 8.0, "toys/base-lm", "CAUSAL_LM").save_pretrained(tmp_path / "a")
+    folder = LoraAdapter(llama_layout, adapter.factors, "toys/base-lm", "CAUSAL_LM").save_pretrained(tmp_path / "a")
     return folder
 
 

@@ -251,7 +251,7 @@ def test_a_readme_of_one_s_own_stays(llama_layout, random_adapter, tmp_path):
     adapter = random_adapter(llama_layout)
     adapter.save_pretrained(tmp_path)
     before = (tmp_path / CARD).read_text()
-    LoraAdapter(llama_layout, adapter.factors, 2.0, "other/base").save_pretrained(tmp_path)
+    LoraAdapter(llama_layout, adapter.factors, "other/base").save_pretrained(tmp_path)
     assert (tmp_path / CARD).read_text() != before
     (tmp_path / CARD).write_text("mine")
     adapter.save_pretrained(tmp_path)
@@ -335,7 +335,7 @@ def test_a_bank_is_started_from_hub_ids(standin, hosted, toy, tmp_path, capsys):
     """`lorag bank add user/name` fetches adapters with their description.txt, and of the base model the config alone; ΔW is the same."""
     for number, name in enumerate(NAMES[:2]):
         adapter = toy.adapter(name)
-        stated = LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, "toys/base-lm", "CAUSAL_LM")
+        stated = LoraAdapter(adapter.layout, adapter.factors, "toys/base-lm", "CAUSAL_LM")
         folder = stated.save_pretrained(tmp_path / name)
         files = {file: (folder / file).read_bytes() for file in ("adapter_config.json", "adapter_model.safetensors")}
         standin.put(f"me/{name}", {**files, "description.txt": f"task {number}\n".encode(), "training_args.bin": b"\x80\x04."})

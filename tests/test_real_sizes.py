@@ -234,7 +234,7 @@ def test_streamed_experts_are_those_of_the_bank(prepared, tmp_path, precision):
     """Module by module, over shards of other ranks and precisions, in the bank's order: the final checkpoint of each."""
     bank, base = prepared.bank, prepared.bank.base
     copy = bank.copy_to(tmp_path / "copy", bank.names[:4], precision)
-    other = dataclasses.replace(bank.adapter(bank.names[5]), alpha=11.0)
+    other = bank.adapter(bank.names[5]).scaled(2.75)
     copy = copy.add([("other", ["other"], [other])])
     stream = ExpertStream(copy)
     for module in base.layout.names:

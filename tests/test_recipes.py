@@ -251,9 +251,9 @@ def _adapters(base, kind, targets, names, folder, random_adapter, base_name):
     layout = LoraLayout.from_model(model, targets)
     for seed, name in enumerate(names):
         adapter = random_adapter(layout, rank=16 if seed % 2 else 4, alpha=32.0, seed=seed)
-        LoraAdapter(
-            layout, adapter.factors, adapter.alpha, base_name, {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM"}[kind]
-        ).save_pretrained(folder / name)
+        LoraAdapter(layout, adapter.factors, base_name, {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM"}[kind]).save_pretrained(
+            folder / name
+        )
         for extra in ("README.md", "lorag.json"):  # as somebody else's adapter, which says little of itself
             (folder / name / extra).unlink(missing_ok=True)
     return folder

@@ -1,11 +1,14 @@
 """A few examples: they improve an adapter, one of them does no harm, and examples that cannot be used are named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import stack_adapters
 from toy_world import WordEmbedder, describe, make_bank, make_suite, save_base
 
-from lorag.adapters.adapter import stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.objectives import make_objective
 from lorag.base.row_adapters import RowAdapters
@@ -93,7 +96,7 @@ def test_the_rate_follows_the_size_of_the_factors(world):
     pairs = [(text, f"not {answer}") for text, answer in _pairs(tasks[0], 4)]  # that it does not answer already
     for scale in (1.0, 0.1):  # factors of a tenth: ΔW of a hundredth
         factors = {name: (a * scale, b * scale) for name, (a, b) in adapters[0].factors.items()}
-        start = type(adapters[0])(adapters[0].layout, factors, adapters[0].alpha)
+        start = replace(adapters[0], factors=Factors(factors))
         changes.append(delta_error(refine(rows, objective, start, pairs, 5), start))
     assert 0.3 < changes[1] / changes[0] < 3
     given = refine(rows, objective, adapters[0], pairs, 5, learning_rate=1e-6)

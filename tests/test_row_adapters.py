@@ -5,10 +5,9 @@ import dataclasses
 import peft
 import pytest
 import torch
-from conftest import output_of
+from conftest import output_of, stack_adapters
 from torch.func import functional_call
 
-from lorag.adapters.adapter import stack_adapters
 from lorag.base.base_model import BaseModel
 from lorag.base.row_adapters import Cores, RowAdapters
 from lorag.errors import BaseModelError, LayoutError

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, stack_adapters
 from toy_world import make_suite, save_base, true_adapter
 
-from lorag.adapters.adapter import stack_adapters
 from lorag.base.objectives import make_objective, take
 from lorag.base.runner import Runner
 from lorag.errors import BaseModelError, ConfigError, LayoutError

@@ -18,8 +18,8 @@ from lorag.bank.build import BankConfig, build_bank
 from lorag.bank.experts import ExpertConfig
 from lorag.config import load_config
 from lorag.errors import ArtifactError, ConfigError, MissingDependencyError, StorageError
-from lorag.files.metrics import METRICS, TRACKERS, Metrics, check_trackers, read_metrics
 from lorag.files import metrics as metrics_module
+from lorag.files.metrics import METRICS, TRACKERS, Metrics, check_trackers, read_metrics
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.progress import Lines, progress_bar
 from lorag.training.train import TrainConfig, train

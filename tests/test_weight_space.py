@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import GeneratorError
 from lorag.spaces.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
@@ -41,8 +42,8 @@ def _near(a, b, relative=1e-5):
     return torch.linalg.norm(a.double() - b.double()) <= relative * torch.linalg.norm(b.double())
 
 
-def _adapter_of(factors, rank):
-    return LoraAdapter(LAYOUT, factors, float(rank))
+def _adapter_of(factors):
+    return LoraAdapter(LAYOUT, factors)
 
 
 # --- gauge, rank, alpha ------------------------------------------------------------------------------------------------
@@ -87,10 +88,8 @@ def test_codes_are_free_of_rank_and_alpha(space, random_adapter, seed, more, alp
     """Zero rows and columns, or another alpha that the factors make up for, leave the code unchanged."""
     adapter = random_adapter(LAYOUT, rank=3, alpha=6.0, seed=seed)
     pad = torch.nn.functional.pad
-    factors = {
-        n: (pad(a, (0, 0, 0, more)), pad(b * (adapter.scaling * (3 + more) / alpha), (0, more))) for n, (a, b) in adapter.factors.items()
-    }
-    assert _near(space.encode(LoraAdapter(LAYOUT, factors, alpha)), space.encode(adapter))
+    factors = {n: (pad(a, (0, 0, 0, more)), pad(b * ((3 + more) / alpha), (0, more))) for n, (a, b) in adapter.factors.items()}
+    assert _near(space.encode(LoraAdapter(LAYOUT, Factors.with_alpha(factors, alpha))), space.encode(adapter))
 
 
 @pytest.mark.parametrize(("one", "other"), [("layers.2.q", "layers.10.q"), ("layers.2.v", "layers.10.v"), ("layers.1.v", "layers.2.v")])
@@ -98,7 +97,7 @@ def test_swapped_layers_change_the_code(space, random_adapter, one, other):
     """An adapter whose layers 2 and 10 trade places is another adapter, and only their parts of the code change."""
     adapter = random_adapter(LAYOUT)
     factors = {**adapter.factors, one: adapter.factors[other], other: adapter.factors[one]}
-    changed = (space.cores(dataclasses.replace(adapter, factors=factors)) - space.cores(adapter)).flatten(1).norm(dim=1)
+    changed = (space.cores(dataclasses.replace(adapter, factors=Factors(factors))) - space.cores(adapter)).flatten(1).norm(dim=1)
     assert {LAYOUT.names[i] for i in changed.nonzero().flatten()} == {one, other}
     assert changed[changed > 0].min() > 0.1
 
@@ -109,7 +108,7 @@ def test_swapped_projections_change_the_code(random_adapter):
     adapter = random_adapter(square)
     space = SharedSubspace.fit(lambda: [random_adapter(square, seed=i) for i in range(4)], square, 8)
     factors = {**adapter.factors, "layers.1.q": adapter.factors["layers.1.v"], "layers.1.v": adapter.factors["layers.1.q"]}
-    assert not _near(space.encode(dataclasses.replace(adapter, factors=factors)), space.encode(adapter), 0.05)
+    assert not _near(space.encode(dataclasses.replace(adapter, factors=Factors(factors))), space.encode(adapter), 0.05)
 
 
 # --- round trips and energy -------------------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ def test_adapters_inside_the_span_come_back(random_adapter, seed, rank):
     inside = [random_adapter(LAYOUT, rank=rank, alpha=2.0 * rank, seed=seed + i) for i in range(4)]
     space = SharedSubspace.fit(lambda: iter(inside), LAYOUT, 4 * rank)
     for adapter in inside:
-        back = _adapter_of(space.decode(space.encode(adapter)[None], rank)[0], rank)
+        back = _adapter_of(space.decode(space.encode(adapter)[None], rank)[0])
         assert back.rank == rank
         assert all(_near(back.delta(n), adapter.delta(n), 1e-4) for n in LAYOUT.names)
         assert space.energy(adapter) == pytest.approx(1.0, abs=1e-5)
@@ -145,7 +144,7 @@ def test_energy_accounts_for_everything(space, random_adapter, seed):
     assert space.energy(adapter) == pytest.approx(kept / whole, rel=1e-5)
     assert 0.0 <= space.energy(adapter) <= 1.0
     assert 0.05 < space.energy(adapter) < 0.95  # of a stranger: neither all nor nothing
-    nothing = dataclasses.replace(adapter, factors={n: (a, b * 0) for n, (a, b) in adapter.factors.items()})
+    nothing = dataclasses.replace(adapter, factors=adapter.factors.scaled(0.0))
     assert space.energy(nothing) == 1.0
 
 
@@ -212,14 +211,14 @@ def test_modules_on_which_all_experts_agree(random_adapter, size):
         own = random_adapter(LAYOUT, seed=i)
         rows, columns = gauge(common, i).factors[equal]
         factors = {**own.factors, equal: (rows, columns * size), zero: (own.factors[zero][0], own.factors[zero][1] * 0)}
-        return dataclasses.replace(own, factors=factors)
+        return dataclasses.replace(own, factors=Factors(factors))
 
     space = SharedSubspace.fit(lambda: (expert(i) for i in range(5)), LAYOUT, 8)
     codes = torch.stack([space.encode(expert(i)) for i in range(5)]).view(5, len(LAYOUT), -1)
     assert codes.isfinite().all()
     for name in (zero, equal):
         assert codes[:, LAYOUT.names.index(name)].abs().max() < 1e-3
-    back = _adapter_of(space.decode(codes[:1].flatten(1), 4)[0], 4)
+    back = _adapter_of(space.decode(codes[:1].flatten(1), 4)[0])
     assert _near(back.delta(equal), expert(0).delta(equal), 1e-4)
     assert back.delta(zero).abs().max() < 1e-6
 
@@ -229,7 +228,7 @@ def test_a_bank_of_one_and_of_none(random_adapter):
     one = random_adapter(LAYOUT)
     space = SharedSubspace.fit(lambda: [one], LAYOUT, 16)
     assert space.encode(one).abs().max() < 1e-4
-    assert _near(_adapter_of(space.decode(torch.zeros(1, space.size), 4)[0], 4).delta("layers.10.q"), one.delta("layers.10.q"), 1e-4)
+    assert _near(_adapter_of(space.decode(torch.zeros(1, space.size), 4)[0]).delta("layers.10.q"), one.delta("layers.10.q"), 1e-4)
     for fit in (SharedSubspace.fit, FlatFactors.fit):
         with pytest.raises(GeneratorError, match="at least one expert"):
             fit(lambda: [], LAYOUT)
@@ -244,7 +243,7 @@ def test_long_banks_are_compressed_without_loss(random_adapter):
         for seed in range(110):  # of 40 columns each; the buffer holds 16·4 + 4096
             basis = turn[:, :4] if seed < 105 else turn[:, 4:8]
             rows, columns = random_adapter(small, rank=40, seed=seed).factors["q"]
-            yield LoraAdapter(small, {"q": (rows @ basis @ basis.T, basis @ (basis.T @ columns))}, 4.0)
+            yield LoraAdapter(small, Factors({"q": (rows @ basis @ basis.T, basis @ (basis.T @ columns))}))
 
     space = SharedSubspace.fit(experts, small, 4)
     energies = [space.energy(expert) for expert in experts()]
@@ -262,7 +261,7 @@ def test_flat_factors_round_trip(experts, random_adapter):
     codes = torch.stack([space.encode(expert) for expert in experts])
     assert codes.mean(0).abs().max() < 1e-4
     for expert, factors in zip(experts, space.decode(codes, 5), strict=True):
-        back = LoraAdapter(LAYOUT, factors, 5.0)
+        back = _adapter_of(factors)
         assert all(_near(back.delta(n), expert.delta(n)) for n in LAYOUT.names)
         assert torch.allclose(factors["layers.10.v"][0][: expert.rank], expert.factors["layers.10.v"][0], atol=1e-5)
     with pytest.raises(GeneratorError, match="fixed rank"):

@@ -7,6 +7,7 @@ import torch
 from conftest import WORDS, gauge
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
@@ -69,15 +70,14 @@ def true_adapter(layout: LoraLayout, colour: str, animal: str) -> LoraAdapter:
             rows, columns = torch.randn(2, module.in_features, generator=rng), torch.randn(module.out_features, 2, generator=rng)
             parts.append((rows * 0.2, columns * 0.2))
         factors[module.name] = (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
-    return LoraAdapter(layout, factors, 4.0)
+    return LoraAdapter(layout, Factors(factors))
 
 
 def other_form(adapter: LoraAdapter, seed: int) -> LoraAdapter:
     """The same ΔW in another gauge, in rank 6 instead of 4, with another alpha."""
     turned = gauge(adapter, seed)
     padded = {n: (torch.cat([a, a[:2]]), torch.cat([b, torch.zeros(len(b), 2)], 1)) for n, (a, b) in turned.factors.items()}
-    scaling = adapter.scaling / 3
-    return LoraAdapter(adapter.layout, {n: (a, b * 3) for n, (a, b) in padded.items()}, scaling * 6)
+    return LoraAdapter(adapter.layout, Factors({n: (a, b * 3) for n, (a, b) in padded.items()}, 1 / 3))
 
 
 def make_bank(folder: Path, base: BankBase, cells, change=None) -> AdapterBank:
@@ -87,8 +87,7 @@ def make_bank(folder: Path, base: BankBase, cells, change=None) -> AdapterBank:
     for number, cell in enumerate(cells):
         adapter = true_adapter(base.layout, *cell)
         adapter = gauge(adapter, number) if change is None else change(adapter, number)
-        earlier = {n: (a, b * 0.98) for n, (a, b) in adapter.factors.items()}
-        experts.append((name_of(*cell), describe(*cell), [LoraAdapter(base.layout, earlier, adapter.alpha), adapter]))
+        experts.append((name_of(*cell), describe(*cell), [adapter.scaled(0.98), adapter]))
     return bank.add(experts)
 
 

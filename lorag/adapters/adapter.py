@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorag import __version__
-from lorag.adapters.checks import CONFIG, KEY, MAX_RANK, PROVENANCE, WEIGHTS, Factors, check_alpha
+from lorag.adapters.checks import CONFIG, KEY, PROVENANCE, WEIGHTS
+from lorag.adapters.factors import Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.model_card import CARD, adapter_card, own_card, write_card
 from lorag.adapters.portability import Facts, check_portability
@@ -25,28 +25,25 @@ from lorag.adapters.push import push_files, require_public
 from lorag.adapters.reading import AdapterParts, read_folder
 from lorag.base.base_model import BaseModel, kind_of
 from lorag.base.layout import LoraLayout
-from lorag.errors import AdapterError, BaseModelError, LayoutError, NonFiniteError, NormRangeError, RankRangeError
+from lorag.errors import AdapterError, BaseModelError, LayoutError
 from lorag.files.artifacts import replace_together, write_json
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from torch import nn
 
-__all__ = ["Factors", "LoraAdapter"]
-
-_LARGEST = 1e9  # of any value: with it products, and their squares, stay far from the largest fp32 and fp64
+__all__ = ["LoraAdapter"]
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter with ΔW = (alpha / rank) · B · A for each module.
+    """A LoRA adapter: what it changes, by how much, and where it comes from.
 
     Attributes:
         layout: The modules that it changes.
-        factors: A (r, i) and B (o, r) for each module of the layout.
-        alpha: PEFT's lora_alpha; one for the whole adapter.
+        factors: ΔW = B·A of each module of the layout.
         base_model: Name or path of its base model.
         task_type: PEFT's task type, such as CAUSAL_LM, or None.
         info: What is known of its origin; written to lorag.json.
@@ -54,62 +51,37 @@ class LoraAdapter:
 
     layout: LoraLayout
     factors: Factors
-    alpha: float
     base_model: str | None = None
     task_type: str | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.layout.check_factors(self.factors)
-        ranks = {rows.shape[0] for rows, _ in self.factors.values()}
-        if len(ranks) != 1 or not 1 <= next(iter(ranks)) <= MAX_RANK:
-            raise RankRangeError("an adapter must have one rank", got=sorted(ranks), expected=f"one rank from 1 to {MAX_RANK}")
-        check_alpha(self.alpha, "lora_alpha")
-        for name, pair in self.factors.items():
-            for factor, tensor in zip("AB", pair, strict=True):
-                largest = tensor.abs().amax()  # NaN if one value is
-                if not torch.isfinite(largest):
-                    raise NonFiniteError(
-                        f"factor {factor} of {name} holds NaN or infinite values",
-                        remedy="Train or export the adapter again; it would poison the base model.",
-                    )
-                if largest > _LARGEST:
-                    raise NormRangeError(
-                        f"factor {factor} of {name} holds absurdly large values",
-                        got=f"{largest.item():.3g}",
-                        expected=f"at most {_LARGEST:g}",
-                    )
+        self.layout.check_factors(self.factors.tensors)
+        self.factors.check_rank()
 
     @property
     def rank(self) -> int:
         """Rank r, the same for every module."""
-        return next(iter(self.factors.values()))[0].shape[0]
+        return self.factors.rank
 
     @property
-    def scaling(self) -> float:
-        """The factor alpha / r."""
-        return self.alpha / self.rank
+    def alpha(self) -> float:
+        """PEFT's lora_alpha, as files state it; one for the whole adapter."""
+        return self.factors.alpha
 
     def delta(self, module: str) -> Tensor:
         """ΔW (o, i) of one module, in fp32."""
-        rows, columns = self.factors[module]
-        return self.scaling * columns.float() @ rows.float()
+        return self.factors.delta(module)
 
     def norms(self) -> dict[str, float]:
-        """‖ΔW‖_F of each module, computed from the factors' Gram matrices."""
-        found = {}
-        for name, (rows, columns) in self.factors.items():
-            rows, columns = rows.double(), columns.double()
-            square = ((columns.T @ columns) * (rows @ rows.T)).sum().clamp_min(0)
-            found[name] = abs(self.scaling) * math.sqrt(square.item())
-        return found
+        """‖ΔW‖_F of each module."""
+        return self.factors.norms()
 
     def scaled(self, strength: float) -> LoraAdapter:
         """The adapter with ΔW multiplied by `strength`."""
         if not (math.isfinite(strength) and 0 <= strength <= 100):
             raise AdapterError("strength cannot be used", got=strength, expected="a number from 0 to 100")
-        factors = {name: (rows, columns * strength) for name, (rows, columns) in self.factors.items()}
-        return LoraAdapter(self.layout, factors, self.alpha, self.base_model, self.task_type, self.info)
+        return replace(self, factors=self.factors.scaled(strength))
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -123,22 +95,12 @@ class LoraAdapter:
             The folder.
 
         Raises:
+            AdapterError: If a value is not finite, or absurdly large.
             StorageError: If writing fails; an adapter that was there before is then intact.
         """
-        from peft import LoraConfig
-
         folder = Path(folder)
-        target = list(self.layout.target_modules)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
-            target_modules=target,
-            fan_in_fan_out=self.layout.fan_in_fan_out,
-            base_model_name_or_path=self.base_model,
-            task_type=self.task_type,
-            inference_mode=True,
-        ).to_dict()
-        config["target_modules"] = sorted(target)
+        config = self._config(base_model_name_or_path=self.base_model).to_dict()
+        config["target_modules"] = sorted(self.layout.target_modules)
         config["peft_type"] = "LORA"
 
         def write(staging: Path) -> None:
@@ -151,6 +113,22 @@ class LoraAdapter:
         replace_together(folder, write, CONFIG)  # PEFT reads no folder without its config
         return folder
 
+    def _config(self, **more: Any) -> LoraConfig:  # noqa: ANN401 - PEFT's own settings
+        """PEFT's config of the adapter; its values are looked at, since they are about to leave."""
+        from peft import LoraConfig
+
+        self.factors.check_values()
+        alpha = check_alpha(self.alpha, "lora_alpha")
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=alpha if alpha % 1 else int(alpha),  # type: ignore[arg-type]  # PEFT takes floats too
+            target_modules=list(self.layout.target_modules),
+            fan_in_fan_out=self.layout.fan_in_fan_out,
+            task_type=self.task_type,
+            inference_mode=True,
+            **more,
+        )
+
     def _card(self, config: Mapping[str, Any]) -> str:
         facts = Facts(config, {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in self.state_dict().items()})
         fits = [f"{verdict.target}: {verdict.line()}" for verdict in check_portability(facts)]
@@ -161,7 +139,7 @@ class LoraAdapter:
         """Tensors under the names that PEFT writes."""
         return {
             KEY.format(module=name, factor=factor): tensor
-            for name, pair in self.factors.items()
+            for name, pair in self.factors.tensors.items()
             for factor, tensor in zip("AB", pair, strict=True)
         }
 
@@ -198,9 +176,7 @@ class LoraAdapter:
     @classmethod
     def from_parts(cls, parts: AdapterParts, layout: LoraLayout) -> LoraAdapter:
         """The adapter of what was read from a folder."""
-        return cls(
-            layout, parts.factors, parts.alpha, parts.config.get("base_model_name_or_path"), parts.config.get("task_type"), parts.info
-        )
+        return cls(layout, parts.factors, parts.config.get("base_model_name_or_path"), parts.config.get("task_type"), parts.info)
 
     def push_to_hub(self, repository: str, *, base_model: str | None = None, private: bool = True, readme: str | None = None) -> str:
         """Publishes the adapter, as `save_pretrained` writes it, and returns the commit's address.
@@ -218,9 +194,8 @@ class LoraAdapter:
         named = self.base_model if base_model is None else base_model
         if named is not None:
             require_public(named, "Give base_model=HUB_ID, or --base-model, under which others find it.")
-        published = LoraAdapter(self.layout, self.factors, self.alpha, named, self.task_type, self.info)
         with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
-            folder = published.save_pretrained(Path(staging))
+            folder = replace(self, base_model=named).save_pretrained(Path(staging))
             card = (folder / CARD).read_text(encoding="utf-8")
             names = (CONFIG, WEIGHTS, PROVENANCE)
             return push_files(folder, names, card, repository, kind="adapter", private=private, readme=readme)
@@ -239,22 +214,16 @@ class LoraAdapter:
             The PeftModel, in evaluation mode.
 
         Raises:
+            AdapterError: If a value is not finite, or absurdly large.
             BaseModelError: If the model has other modules or sizes than the adapter.
         """
-        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+        from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
         if model is None:
             if self.base_model is None:
                 raise BaseModelError("the adapter names no base model", remedy="Pass the model to apply_to.")
             model = BaseModel(self.base_model, kind_of(self.base_model, task_type=self.task_type)).load()
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
-            target_modules=list(self.layout.target_modules),
-            fan_in_fan_out=self.layout.fan_in_fan_out,
-            task_type=self.task_type,
-            inference_mode=True,
-        )
+        config = self._config()
         bare = model.get_base_model() if isinstance(model, PeftModel) else model
         self.check_base(bare)  # before PEFT wraps anything: a refused model stays as it was
         if isinstance(model, PeftModel):
@@ -287,18 +256,3 @@ class LoraAdapter:
             own = "has" if first in found.modules else "lacks"
             got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
             raise BaseModelError(what, got=got, expected=expected)
-
-
-def stack_adapters(adapters: Sequence[LoraAdapter], device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
-    """Stacks adapters of one layout, of any ranks: A (n, r, i) and B (n, o, r) in fp32, padded, scaling in B."""
-    rank = max(adapter.rank for adapter in adapters)
-    stacked = {}
-    for name in adapters[0].layout.names:
-        rows, columns = [], []
-        for adapter in adapters:
-            a, b = adapter.factors[name]
-            pad = rank - adapter.rank
-            rows.append(nn.functional.pad(a.float(), (0, 0, 0, pad)))
-            columns.append(nn.functional.pad(b.float() * adapter.scaling, (0, pad)))
-        stacked[name] = (torch.stack(rows).to(device), torch.stack(columns).to(device))
-    return stacked

@@ -9,34 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from lorag.adapters.factors import MAX_RANK, check_alpha
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import (
-    AlphaRangeError,
     BaseMismatchError,
     ExtraTensorError,
     FactorShapeError,
     FormatVersionError,
     MissingPrefixError,
     MissingTensorError,
-    NonFiniteError,
     PeftTypeError,
     RankRangeError,
     UnsupportedLoraError,
 )
 from lorag.files.tensors import TensorSpec
 
-__all__ = ["CONFIG", "KEY", "MAX_RANK", "PROVENANCE", "WEIGHTS", "Factors", "Match", "Scalings", "check_alpha", "check_config", "match"]
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, i), B (o, r)
+__all__ = ["CONFIG", "KEY", "PROVENANCE", "WEIGHTS", "Match", "Scalings", "check_config", "match"]
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "lorag.json"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
-MAX_RANK = 4096
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_MAX_ALPHA = 1e6
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 # Settings that change what the weights mean; lorag reads plain LoRA only.
 _PLAIN = {
@@ -99,15 +92,6 @@ class Match:
     found: Mapping[str, tuple[str, str]]
     missing: tuple[str, ...]
     extra: Mapping[str, tuple[str, str]]
-
-
-def check_alpha(alpha: object, where: str) -> float:
-    """Returns a lora_alpha that is a finite number other than 0, of sane size."""
-    if isinstance(alpha, float) and not math.isfinite(alpha):
-        raise NonFiniteError(f"{where} is NaN or infinite", got=alpha, expected="a number")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) <= _MAX_ALPHA:
-        raise AlphaRangeError(f"{where} cannot be used", got=repr(alpha)[:40], expected=f"a number other than 0, at most {_MAX_ALPHA:g}")
-    return float(alpha)
 
 
 def _check_rank(rank: object, where: str) -> int:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors, Pair, Svd, balanced, thin_svd
 from lorag.adapters.provenance import parents_of
 from lorag.errors import AdapterError
 
 __all__ = ["MERGES", "check_mergeable", "merge"]
 
-Product = tuple[Tensor, Tensor]  # rows (q, i) and columns (o, q) of ΔW = columns·rows, in fp64
-Svd = tuple[Tensor, Tensor, Tensor]  # left (o, q), values (q,), right (i, q)
 _NEGLIGIBLE = 1e-6  # of the largest singular value: what rounding leaves of a rank that is not there
 
 
@@ -29,26 +28,25 @@ class _Module:
     """One module of all experts, and what a rule may need.
 
     Attributes:
-        products: ΔW of each expert, scaling in the columns.
+        pairs: A (r, i) and B (o, r) of each expert, in fp64.
         weights: One for each expert (n,).
         rank: Rank of the merged adapter.
         rng: Randomness, for rules that draw.
     """
 
-    products: Sequence[Product]
+    pairs: Sequence[Pair]
     weights: Tensor
     rank: int
     rng: torch.Generator | None
 
-    def weighted(self) -> Product:
-        """Σ w ΔW by concatenation: exact, and never an o x i matrix."""
-        rows = torch.cat([rows for rows, _ in self.products])
-        columns = torch.cat([columns * w for (_, columns), w in zip(self.products, self.weights, strict=True)], 1)
-        return rows, columns
+    def weighted(self, factor: float = 1.0) -> Svd:
+        """SVD of Σ w ΔW times a factor, by concatenation: exact, and never an o x i matrix."""
+        columns = [b * w for (_, b), w in zip(self.pairs, self.weights, strict=True)]
+        return thin_svd(torch.cat([a for a, _ in self.pairs]), torch.cat(columns, 1) * factor)
 
     def dense(self) -> list[Tensor]:
         """ΔW (o, i) of each expert times its weight, in fp32."""
-        return [(columns * w).float() @ rows.float() for (rows, columns), w in zip(self.products, self.weights, strict=True)]
+        return [(b * w).float() @ a.float() for (a, b), w in zip(self.pairs, self.weights, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -62,25 +60,14 @@ class _Rule:
     narrow: bool = False  # whether the default rank is the experts' largest instead of the sum of their ranks
 
 
-def _thin_svd(product: Product) -> Svd:
-    """SVD of columns·rows through two QRs: the only dense decomposition is of a q x q matrix."""
-    rows, columns = product
-    q_out, r_out = torch.linalg.qr(columns)
-    q_in, r_in = torch.linalg.qr(rows.T)
-    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    return q_out @ left, values, q_in @ right.T
-
-
 def _mean(module: _Module) -> Svd:
     """Weighted mean of ΔW, uniform without weights."""
-    rows, columns = module.weighted()
-    return _thin_svd((rows, columns / module.weights.sum()))
+    return module.weighted(1 / module.weights.sum().item())
 
 
 def _sum(module: _Module, coefficient: float = 1.0) -> Svd:
     """Σ w ΔW times a coefficient: task arithmetic, and the concatenation of LoRA Soups."""
-    rows, columns = module.weighted()
-    return _thin_svd((rows, columns * coefficient))
+    return module.weighted(coefficient)
 
 
 def _ties(module: _Module, density: float, coefficient: float, drop: float = 0.0) -> Svd:
@@ -117,20 +104,20 @@ def _lego(module: _Module) -> Svd:
     the SVD of its ΔW, whose units have no gauge but a sign; the sign is left out of distances.
     """
     found = []
-    for product, weight in zip(module.products, module.weights, strict=True):
-        left, values, right = _thin_svd((product[0], product[1] * weight))
+    for (a, b), weight in zip(module.pairs, module.weights, strict=True):
+        left, values, right = thin_svd(a, b * weight)
         real = values > _NEGLIGIBLE * values.max()
         root = values[real].sqrt()
         found.append(torch.cat([left[:, real] * root, right[:, real] * root]).T)
     units = torch.cat(found)
-    out = len(module.products[0][1])
+    out = len(module.pairs[0][1])
     if not len(units):  # no expert changes this module
-        return _thin_svd((module.products[0][0] * 0, module.products[0][1] * 0))
+        return module.weighted(0.0)
     count = min(module.rank, len(units))
     centres = _cluster(units, count)
     # Variance expansion: each unit adds to the output's variance; an expert has len(units) / n of them.
     centres = centres * (len(units) / len(found) / count) ** 0.25  # both halves: their product gets the square root
-    return _thin_svd((centres[:, out:], centres[:, :out].T))
+    return thin_svd(centres[:, out:], centres[:, :out].T)
 
 
 def _cluster(units: Tensor, count: int, iterations: int = 50) -> Tensor:
@@ -217,7 +204,7 @@ def merge(
         **settings: The method's own, as named above.
 
     Returns:
-        The merged adapter, of scaling 1. Its `info` names method, experts, settings, and the share of ‖ΔW‖² that the
+        The merged adapter. Its `info` names method, experts, settings, and the share of ‖ΔW‖² that the
         rank kept.
 
     Raises:
@@ -232,7 +219,7 @@ def merge(
         raise AdapterError(f"{method} draws at random and has nothing to draw from", remedy="Pass rng=torch.Generator().manual_seed(0).")
     shares = _weights(adapters, rule, weights)
     if rule.draws:  # what is drawn for an expert must not depend on where it stands in the list
-        sizes = [sum(norm**2 for norm in adapter.norms().values()) for adapter in adapters]
+        sizes = [adapter.factors.norm() for adapter in adapters]
         order = sorted(range(len(adapters)), key=lambda index: sizes[index])
         adapters, shares = [adapters[index] for index in order], shares[order]
     ranks = [adapter.rank for adapter in adapters]
@@ -240,12 +227,12 @@ def merge(
     if wanted < 1:
         raise AdapterError("rank cannot be used", got=rank, expected="1 or more")
     wanted = min(wanted, max(min(module.in_features, module.out_features) for module in layout.modules))
-    factors, kept, whole = {}, 0.0, 0.0
+    tensors, kept, whole = {}, 0.0, 0.0
     for index, module in enumerate(layout.modules):
-        products = [_product(adapter, module.name) for adapter in adapters]
-        left, strengths, right = rule.merge(_Module(products, shares[:, index], wanted, rng), **values)
+        pairs = [adapter.factors.pair(module.name, torch.float64) for adapter in adapters]
+        left, strengths, right = rule.merge(_Module(pairs, shares[:, index], wanted, rng), **values)
         kept, whole = kept + strengths[:wanted].square().sum().item(), whole + strengths.square().sum().item()
-        factors[module.name] = _balanced((left, strengths, right), wanted)
+        tensors[module.name] = balanced((left, strengths, right), wanted)
     info = {
         "method": method,
         "experts": [adapter.info.get("expert") for adapter in adapters],
@@ -254,7 +241,7 @@ def merge(
         "parents": parents_of([adapter.info for adapter in adapters], shares.mean(1).tolist()),
     }
     first = adapters[0]
-    return LoraAdapter(layout, factors, float(wanted), first.base_model, first.task_type, info)
+    return LoraAdapter(layout, Factors(tensors), first.base_model, first.task_type, info)
 
 
 def _settings(method: str, rule: _Rule, given: Mapping[str, float]) -> dict[str, float]:
@@ -283,16 +270,3 @@ def _weights(adapters: Sequence[LoraAdapter], rule: _Rule, given: Sequence[float
     if negative or not found.isfinite().all():
         raise AdapterError("weights must be finite, and but for sums not negative", got=str(given)[:80])
     return found
-
-
-def _product(adapter: LoraAdapter, module: str) -> Product:
-    rows, columns = (factor.double() for factor in adapter.factors[module])
-    return rows, columns * adapter.scaling
-
-
-def _balanced(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, i) and B (o, r) of the best approximation, singular values shared evenly, padded with zeros to the rank."""
-    left, values, right = (part[..., :rank].double() for part in svd)
-    root, pad = values.sqrt(), (0, rank - len(values))
-    rows, columns = torch.nn.functional.pad(right * root, pad).T, torch.nn.functional.pad(left * root, pad)
-    return rows.float().contiguous(), columns.float().contiguous()

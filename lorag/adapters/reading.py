@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Factors, Match, Scalings, check_config, match
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Scalings, check_config, match
+from lorag.adapters.factors import Factors, Pair, check_values
 from lorag.base.layout import LoraLayout
-from lorag.errors import AdapterError, ArtifactError, DtypeOverflowError, FormatVersionError, NonFiniteError, StorageError
+from lorag.errors import AdapterError, ArtifactError, FormatVersionError, StorageError
 from lorag.files.artifacts import finish_replacing, read_json
 from lorag.files.plain import require_plain
 from lorag.files.tensors import TensorSpec, read_header
@@ -25,7 +26,6 @@ _MAX_CONFIG, _MAX_PROVENANCE = 2**20, 4 * 2**20
 _MAX_HEADER, _HEADER_OF_MODULE = 4 * 2**20, 1024
 _PIECE = 2**18  # values looked at in one go
 _MOST_GRAM = 512
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 _PROVENANCE_FORMATS = (None, 1)
 
 
@@ -34,8 +34,7 @@ class AdapterParts:
     """What a PEFT folder holds, folded.
 
     Attributes:
-        factors: A (r, i) and B (o, r) for each module of the layout; those of missing modules are zero.
-        alpha: lora_alpha that goes with them.
+        factors: Of each module of the layout; those of missing modules are zero.
         config: adapter_config.json.
         info: lorag.json, or nothing.
         missing: Modules of the layout without tensors.
@@ -44,7 +43,6 @@ class AdapterParts:
     """
 
     factors: Factors
-    alpha: float
     config: Mapping[str, Any]
     info: Mapping[str, Any]
     missing: tuple[str, ...] = ()
@@ -97,13 +95,12 @@ def read_folder(
     outside = sum(squares[name] for name in matched.extra) if squares is not None else 0.0
     if check_norm is not None and inside is not None:
         check_norm(inside**0.5)
-    pairs = _load(weights, matched)
-    factors, alpha = _fold(pairs, scalings, layout)
+    factors = _fold(_load(weights, matched), scalings, layout)
     share = outside / (inside + outside) if inside is not None and outside else None if matched.extra else 0.0
-    return AdapterParts(factors, alpha, config, info, matched.missing, tuple(matched.extra), share)
+    return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share)
 
 
-def _load(path: Path, matched: Match) -> Factors:
+def _load(path: Path, matched: Match) -> dict[str, Pair]:
     with safe_open(path, framework="pt") as file:
         return {name: (file.get_tensor(a), file.get_tensor(b)) for name, (a, b) in matched.found.items()}
 
@@ -136,22 +133,12 @@ def _pieces(file: safe_open, spec: TensorSpec, key: str, axis: int) -> Iterator[
 
 
 def _look_at(path: Path, file: safe_open, spec: TensorSpec, module: str, keys: tuple[str, str]) -> float | None:
-    """Looks at every value of A and B: no NaN, no infinity, none that fp32 cannot hold. Returns ‖B·A‖², or None for a huge rank."""
+    """Looks at every value of A and B, piece by piece. Returns ‖B·A‖², or None for a huge rank."""
     rank = spec[keys[0]][1][0]
     grams = [torch.zeros(rank, rank, dtype=torch.float64) for _ in "AB"] if rank <= _MOST_GRAM else None
     for side, (factor, key) in enumerate(zip("AB", keys, strict=True)):
         for piece in _pieces(file, spec, key, 1 - side):
-            if not torch.isfinite(piece).all():
-                raise NonFiniteError(
-                    f"{path}: factor {factor} of {module[:160]} holds NaN or infinite values",
-                    remedy="Train or export the adapter again; it would poison the base model.",
-                )
-            if spec[key][0] == "F64" and piece.abs().max() > _FLOAT32_MAX:
-                raise DtypeOverflowError(
-                    f"{path}: factor {factor} of {module[:160]} overflows float32",
-                    got=f"{piece.abs().max().item():.3g}",
-                    expected=f"at most {_FLOAT32_MAX:.3g}",
-                )
+            check_values(piece, f"{path}: factor {factor} of {module[:160]}")
             if grams is not None:
                 values = piece.double() if side else piece.double().T
                 grams[side] += values.T @ values
@@ -171,23 +158,14 @@ def _squares(path: Path, spec: TensorSpec, matched: Match, scalings: Scalings) -
     return known if len(known) == len(found) else None
 
 
-def _fold(pairs: Factors, scalings: Scalings, layout: LoraLayout) -> tuple[Factors, float]:
-    """Brings mixed ranks and scalings to one rank and one alpha; ΔW stays the same."""
+def _fold(pairs: Mapping[str, Pair], scalings: Scalings, layout: LoraLayout) -> Factors:
+    """Brings mixed ranks and scalings to one rank and one scaling; ΔW stays the same."""
     used = {scalings.of(name) for name in pairs}
     if len(used) == 1 and len(pairs) == len(layout):
-        rank, scaling = used.pop()
-        return {name: pairs[name] for name in layout.names}, scaling * rank
+        return Factors({name: pairs[name] for name in layout.names}, used.pop()[1])
     rank = max(scalings.of(name)[0] for name in pairs)
-    folded: Factors = {}
+    folded: dict[str, Pair] = {}
     for module in layout.modules:
-        own = pairs.get(module.name, (torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)))
-        rows, columns = own[0].float(), own[1].float() * scalings.of(module.name)[1]
-        if not torch.isfinite(columns).all():
-            raise DtypeOverflowError(
-                f"factor B of {module.name} overflows float32 when its scaling is folded in",
-                got=f"values up to {own[1].abs().max().item():.3g} times {scalings.of(module.name)[1]:.3g}",
-                expected=f"at most {_FLOAT32_MAX:.3g}",
-            )
-        pad = rank - rows.shape[0]
-        folded[module.name] = (torch.nn.functional.pad(rows, (0, 0, 0, pad)), torch.nn.functional.pad(columns, (0, pad)))
-    return folded, float(rank)
+        pair = pairs.get(module.name, (torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)))
+        folded |= Factors({module.name: pair}, scalings.of(module.name)[1]).padded(rank)
+    return Factors(folded)

@@ -169,7 +169,7 @@ class AdapterBank:
         factors = self._shards.read(expert, checkpoint)
         info = {"expert": name, "descriptions": list(expert.descriptions), "license": expert.license}
         model = self.base.model
-        return LoraAdapter(self.base.layout, factors, expert.alpha, model.name, TASK_TYPES[model.kind], info)
+        return LoraAdapter(self.base.layout, factors, model.name, TASK_TYPES[model.kind], info)
 
     def adapters(self, names: Sequence[str] | None = None) -> Iterator[LoraAdapter]:
         """Reads final checkpoints one at a time."""
@@ -215,9 +215,9 @@ class AdapterBank:
             raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(PRECISIONS))
         if not experts or not all(late for _, _, late in experts):
             raise BankError("there is nothing to add", got="no expert, or one without a checkpoint")
-        shapes = {(adapter.rank, adapter.alpha, len(late)) for _, _, late in experts for adapter in late}
+        shapes = {(adapter.rank, len(late)) for _, _, late in experts for adapter in late}
         if len(shapes) != 1:
-            raise BankError("experts of one shard must share rank, alpha and number of checkpoints", got=sorted(shapes))
+            raise BankError("experts of one shard must share rank and number of checkpoints", got=sorted(shapes))
         for name, descriptions, late in experts:
             require_name(name, "an expert's name")
             if not descriptions:
@@ -225,6 +225,7 @@ class AdapterBank:
             for adapter in late:
                 if adapter.layout != self.base.layout:
                     raise BankError(f"adapter {name!r} does not fit the bank's layout", remedy="A bank has one base model and layout.")
+                adapter.factors.check_values()
         names = [name for name, _, _ in experts]
         if len(set(names)) != len(names):
             raise BankError("an expert's name is given twice", got=max(names, key=names.count))
@@ -235,7 +236,7 @@ class AdapterBank:
                 name=name,
                 descriptions=tuple(check_description(text) for text in descriptions),
                 rank=late[-1].rank,
-                alpha=late[-1].alpha,
+                alpha=float(late[-1].rank),
                 checkpoints=len(late),
                 file=file,
                 index=index,
@@ -268,12 +269,12 @@ class AdapterBank:
         return bank
 
     def copy_to(self, folder: str | Path, names: Sequence[str], precision: str) -> AdapterBank:
-        """Writes a new bank of some experts in another precision, one shard for each rank and alpha."""
+        """Writes a new bank of some experts in another precision, one shard for each rank and number of checkpoints."""
         bank = AdapterBank.create(folder, self.base)
-        groups: dict[tuple[int, float, int], list[Expert]] = {}
+        groups: dict[tuple[int, int], list[Expert]] = {}
         for name in names:
             expert = self[name]
-            groups.setdefault((expert.rank, expert.alpha, expert.checkpoints), []).append(expert)
+            groups.setdefault((expert.rank, expert.checkpoints), []).append(expert)
         for members in groups.values():
             parts = [(e.name, e.descriptions, [self.adapter(e.name, i) for i in range(e.checkpoints)]) for e in members]
             details = {e.name: {"suite": e.suite, "license": e.license, "score": e.score, "examples": e.examples} for e in members}
@@ -293,8 +294,7 @@ class AdapterBank:
             problem = None
             try:
                 for index in range(expert.checkpoints):
-                    norms = self.adapter(expert.name, index).norms()
-                    if not any(norms.values()):
+                    if not self.adapter(expert.name, index).factors.norm():
                         problem = "changes nothing: all of its products are zero"
             except LoragError as error:
                 problem = str(error)

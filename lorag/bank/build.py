@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.base_model import BaseModel
@@ -224,5 +225,5 @@ def _train(order: _Order, group: _Group) -> _Made:
 def _score(runner: Runner, tasks: Sequence[Task], late: Sequence[Sequence[LoraAdapter]], config: ExpertConfig) -> list[float | None]:
     if not config.test_limit or not all(task.split("test") for task in tasks):
         return [None] * len(tasks)
-    stacked = stack_adapters([own[-1] for own in late], runner.device)
+    stacked = Factors.stack([own[-1].factors for own in late], runner.device)
     return [score[runner.objective.metric] for score in runner.scores(stacked, tasks, limit=config.test_limit)]

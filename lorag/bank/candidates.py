@@ -14,7 +14,6 @@ from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.adapters.sources import Source
 from lorag.bank.admission import check_base, check_norm
-from lorag.bank.index import norm_of
 from lorag.base.bank_base import BankBase
 from lorag.errors import LoragError, StorageError
 
@@ -97,7 +96,7 @@ def read_candidate(common: tuple[BankBase, Terms, Callable[[float, object], None
         check = partial(check_base, base, folder, terms.base_aliases)
         parts = read_folder(folder, base.layout, allow_missing=True, ignore_extra=terms.ignore_extra, check=check, check_norm=check_size)
         adapter = LoraAdapter.from_parts(parts, base.layout)
-        check_size(norm_of(adapter))
+        check_size(adapter.factors.norm())
         texts, origin, licence = terms.descriptions, "--description", parts.info.get("license")
         if not texts and source.descriptions:
             texts, origin, licence = source.descriptions, "the list", licence or stated_licence(folder)

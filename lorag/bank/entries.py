@@ -20,7 +20,7 @@ class Expert:
         name: Its name, unique in the bank.
         descriptions: What its task is, in one or more wordings.
         rank: Rank r of its factors.
-        alpha: lora_alpha of each of its checkpoints.
+        alpha: lora_alpha of its stored factors; the rank in banks that this version writes, whose factors hold the scaling.
         checkpoints: Number of checkpoints, the final one last.
         file: Shard that holds it.
         index: Its place in the shard.

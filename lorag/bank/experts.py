@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors, Pair
 from lorag.base.layout import LoraLayout
 from lorag.base.runner import Runner
 from lorag.progress import Bar
@@ -54,7 +55,7 @@ class ExpertConfig:
     seed: int = 0
 
 
-def _initial(layout: LoraLayout, rank: int, seed: int, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+def _initial(layout: LoraLayout, rank: int, seed: int, scale: float) -> Factors:
     """One expert's start: A as PEFT draws it (Kaiming uniform with a = √5) times a scale, B zero."""
     rng = torch.Generator().manual_seed(seed)
     factors = {}
@@ -62,7 +63,7 @@ def _initial(layout: LoraLayout, rank: int, seed: int, scale: float) -> dict[str
         bound = scale / math.sqrt(module.in_features)
         rows = (torch.rand(rank, module.in_features, generator=rng) * 2 - 1) * bound
         factors[module.name] = (rows, torch.zeros(module.out_features, rank))
-    return factors
+    return Factors(factors)
 
 
 def train_group(
@@ -92,8 +93,9 @@ def train_group(
     layout, device = runner.layout, runner.device
     if start is None:
         seeds = [zlib.crc32(f"{config.seed}/{task.name}".encode()) for task in tasks]
-        start = [LoraAdapter(layout, _initial(layout, rank, seed, config.initial_scale), float(rank)) for seed in seeds]
-    trained = {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in stack_adapters(start, device).items()}
+        start = [LoraAdapter(layout, _initial(layout, rank, seed, config.initial_scale)) for seed in seeds]
+    stacked = Factors.stack([adapter.factors for adapter in start], device)
+    trained = {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in stacked.items()}
     parameters = [tensor for pair in trained.values() for tensor in pair]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     warmup = max(1, config.steps // 10)
@@ -109,7 +111,7 @@ def train_group(
         _clip_each(parameters, 1.0)
         optimizer.step()
         if step in kept:
-            for late, adapter in zip(checkpoints, _snapshot(trained, layout, rank), strict=True):
+            for late, adapter in zip(checkpoints, _snapshot(trained, layout), strict=True):
                 late.append(adapter)
         if progress is not None:
             progress.update()
@@ -129,10 +131,10 @@ def _clip_each(parameters: Sequence[Tensor], limit: float) -> None:
         gradient.mul_(factor.view(-1, 1, 1))
 
 
-def _snapshot(trained: dict[str, tuple[Tensor, Tensor]], layout: LoraLayout, rank: int) -> list[LoraAdapter]:
-    """Copies a stack into adapters of scaling 1 (the stack has the scaling in B)."""
+def _snapshot(trained: dict[str, Pair], layout: LoraLayout) -> list[LoraAdapter]:
+    """Copies a stack into adapters."""
     count = len(next(iter(trained.values()))[0])
     return [
-        LoraAdapter(layout, {n: (a[i].detach().cpu().clone(), b[i].detach().cpu().clone()) for n, (a, b) in trained.items()}, float(rank))
+        LoraAdapter(layout, Factors({n: (a[i].detach().cpu().clone(), b[i].detach().cpu().clone()) for n, (a, b) in trained.items()}))
         for i in range(count)
     ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch.nn.functional import pad
-
-from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
 from lorag.errors import BankError, StorageError
 from lorag.files.artifacts import require_name
@@ -42,11 +40,5 @@ def export_arrow(bank: AdapterBank, out: str | Path, names: Sequence[str] | None
             raise StorageError(f"{out} is not an empty folder", remedy="Choose another one.")
     rank = max(expert.rank for expert in chosen)
     for expert in chosen:
-        yield _padded(bank.adapter(expert.name), rank).save_pretrained(out / require_name(expert.name))
-
-
-def _padded(adapter: LoraAdapter, rank: int) -> LoraAdapter:
-    """The same ΔW with a larger rank."""
-    more = rank - adapter.rank
-    factors = {name: (pad(a.float(), (0, 0, 0, more)), pad(b.float(), (0, more))) for name, (a, b) in adapter.factors.items()}
-    return LoraAdapter(adapter.layout, factors, adapter.scaling * rank, adapter.base_model, adapter.task_type, adapter.info)
+        adapter = bank.adapter(expert.name)
+        yield replace(adapter, factors=adapter.factors.padded(rank)).save_pretrained(out / require_name(expert.name))

@@ -20,10 +20,9 @@ from lorag.bank.admission import DUPLICATE, check_norm
 from lorag.bank.bank import AdapterBank
 from lorag.bank.candidates import Candidate, Terms, plausible, read_candidate
 from lorag.bank.descriptions import DescriptionIndex, same_words
-from lorag.bank.index import BankIndex, norm_of, stamp
+from lorag.bank.index import BankIndex, stamp
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.parallel import Backend
-from lorag.spaces.shared_bases import cosine
 from lorag.text.embedding import TextEmbedder
 
 __all__ = ["Imported", "Terms", "import_adapters"]
@@ -115,8 +114,8 @@ class _Import:
         if not taken:
             return False
         if name in self.bank and tuple(text.strip() for text in texts) == self.bank[name].descriptions:
-            stored = self.bank.adapter(name)
-            if cosine(adapter, stored) > 1 - 1e-5 and abs(norm_of(stored) / norm_of(adapter) - 1) < 1e-2:
+            stored, given = self.bank.adapter(name).factors, adapter.factors
+            if given.cosine(stored) > 1 - 1e-5 and abs(stored.norm() / given.norm() - 1) < 1e-2:
                 return True
         raise BankError("the bank already has an expert of this name", got=name, remedy="Choose another with --name, or remove that one.")
 
@@ -127,11 +126,11 @@ class _Import:
         return len(self.waiting) >= _RUN or values >= _RUN_VALUES
 
     def write(self) -> Iterator[Imported]:
-        """Writes what waits, a shard for each rank and alpha, then compares each with the experts before it."""
+        """Writes what waits, a shard for each rank, then compares each with the experts before it."""
         waiting, self.waiting = self.waiting, []
-        groups: dict[tuple[int, float], list[tuple[Imported, LoraAdapter, tuple[str, ...], str]]] = {}
+        groups: dict[int, list[tuple[Imported, LoraAdapter, tuple[str, ...], str]]] = {}
         for entry in waiting:
-            groups.setdefault((entry[1].rank, entry[1].alpha), []).append(entry)
+            groups.setdefault(entry[1].rank, []).append(entry)
         refused: dict[str, LoragError] = {}
         for group in groups.values():
             try:

@@ -23,7 +23,7 @@ from lorag.errors import ArtifactError, FormatVersionError, LoragError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.progress import progress_bar
-from lorag.spaces.shared_bases import RunningSpan, cosine, reduced
+from lorag.spaces.shared_bases import RunningSpan
 
 __all__ = ["BankIndex", "stamp"]
 
@@ -54,20 +54,15 @@ def _sketch(adapter: LoraAdapter) -> Tensor:
     """Sketch (d,): entry j is Σ_m ε_mj u_jᵀ ΔW_m v_j, so that the product of two sketches has the mean ⟨ΔW, ΔW'⟩."""
     total = torch.zeros(_PROBES)
     for module, signs in zip(adapter.layout.modules, _signs(len(adapter.layout)), strict=True):
-        rows, columns = (factor.float() for factor in adapter.factors[module.name])
-        left, right = _probes("out", module.out_features) @ columns, _probes("in", module.in_features) @ rows.T
+        a, b = adapter.factors[module.name]
+        left, right = _probes("out", module.out_features) @ b, _probes("in", module.in_features) @ a.T
         total += signs * (left * right).sum(1)
-    return adapter.scaling * total
+    return total
 
 
 def stamp(bank: AdapterBank, expert: Expert) -> str:
     """Names an expert's stored weights."""
     return f"{str(bank.files[expert.file]['sha256'])[:16]}:{expert.index}"
-
-
-def norm_of(adapter: LoraAdapter) -> float:
-    """‖ΔW‖_F over all modules."""
-    return sum(norm**2 for norm in adapter.norms().values()) ** 0.5
 
 
 class BankIndex:
@@ -100,10 +95,10 @@ class BankIndex:
 
     def _take(self, name: str, mark: str, adapter: LoraAdapter) -> None:
         for module, (out_span, in_span) in zip(self.layout.modules, self._spans, strict=True):
-            left, values, right = reduced(adapter, module.name)
+            left, values, right = adapter.factors.svd(module.name)
             out_span.add(left * values)
             in_span.add(right * values)
-        self.norms[name], self._stamps[name], self._sketches[name] = norm_of(adapter), mark, self._sketch(adapter)
+        self.norms[name], self._stamps[name], self._sketches[name] = adapter.factors.norm(), mark, self._sketch(adapter)
         self._since += 1
         if self._spans[0][0].waiting >= _MOST_WAITING:
             self._refit()
@@ -149,10 +144,10 @@ class BankIndex:
             self._bases = [(out_span.basis(_K), in_span.basis(_K)) for out_span, in_span in self._spans]
         kept = 0.0
         for name, (u_out, u_in) in zip(self.layout.names, self._bases, strict=True):
-            rows, columns = (factor.double() for factor in adapter.factors[name])
-            kept += ((u_out.T @ columns) @ (rows @ u_in)).square().sum().item()
-        whole = norm_of(adapter) ** 2
-        return min(1.0, adapter.scaling**2 * kept / whole) if whole else 1.0
+            a, b = adapter.factors.pair(name, torch.float64)
+            kept += ((u_out.T @ b) @ (a @ u_in)).square().sum().item()
+        whole = adapter.factors.norm() ** 2
+        return min(1.0, kept / whole) if whole else 1.0
 
     def nearest(self, adapter: LoraAdapter, bank: AdapterBank, *, but: str | None = None) -> list[tuple[str, float]]:
         """The experts whose ΔW have the largest cosine with an adapter's, best first.
@@ -163,13 +158,13 @@ class BankIndex:
             but: An expert to leave out, such as the adapter itself.
         """
         names = [name for name in self._stamps if name != but]
-        whole = norm_of(adapter)
+        whole = adapter.factors.norm()
         if not names or not whole:
             return []
         sizes = torch.tensor([self.norms[name] for name in names]).clamp_min(1e-30)
         estimates = torch.stack([self._sketches[name] for name in names]) @ self._sketch(adapter) / (whole * sizes)
         candidates = [names[i] for i in estimates.topk(min(_CANDIDATES, len(names))).indices.tolist()]
-        found = [(name, cosine(adapter, bank.adapter(name))) for name in candidates if name in bank]
+        found = [(name, adapter.factors.cosine(bank.adapter(name).factors)) for name in candidates if name in bank]
         return sorted(found, key=lambda pair: -pair[1])
 
     # --- its file ------------------------------------------------------------------------------------------------

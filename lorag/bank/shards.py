@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.checks import Factors
+from lorag.adapters.factors import Factors
 from lorag.bank.entries import Expert
 from lorag.base.layout import LoraLayout
 from lorag.errors import BankError, DtypeOverflowError
@@ -33,7 +33,7 @@ def quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:
-    """A shard's tensors: A (n, checkpoints, r, i) and B (n, checkpoints, o, r) of each module, by its number.
+    """A shard's tensors: A (n, checkpoints, r, i) and B (n, checkpoints, o, r) of each module, by its number, with ΔW = B·A.
 
     Raises:
         DtypeOverflowError: If a value overflows the precision.
@@ -41,7 +41,7 @@ def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter
     tensors: dict[str, Tensor] = {}
     for number, module in enumerate(layout.names):
         for side, factor in enumerate("AB"):
-            values = torch.stack([torch.stack([a.factors[module][side].float() for a in late]) for late in experts])
+            values = torch.stack([torch.stack([a.factors[module][side] for a in late]) for late in experts])
             key = f"{number}.{factor}"
             stored = values if precision == "int8" else values.to(PRECISIONS[precision])
             if not torch.isfinite(stored).all():
@@ -91,7 +91,7 @@ class ShardReader:
         self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
 
     def read(self, expert: Expert, checkpoint: int) -> Factors:
-        """A (r, i) and B (o, r) of each module of one checkpoint, counted from either end."""
+        """One checkpoint's factors, in fp32 or fp16, their values checked; checkpoints are counted from either end."""
         if expert.file not in self._open:
             shard = safe_open(resolve_inside(self._folder, expert.file), framework="pt")
             self._open[expert.file] = shard, frozenset(shard.keys())
@@ -105,4 +105,5 @@ class ShardReader:
             value: Tensor = shard.get_slice(key)[expert.index, late]
             return value.float() * shard.get_slice(f"{key}.scale")[expert.index, late].float() if f"{key}.scale" in keys else value
 
-        return {module: (read(f"{i}.A"), read(f"{i}.B")) for i, module in enumerate(self._layout.names)}
+        tensors = {module: (read(f"{i}.A"), read(f"{i}.B")) for i, module in enumerate(self._layout.names)}
+        return Factors.with_alpha(tensors, expert.alpha).check_values()

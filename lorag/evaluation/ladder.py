@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import Objective, make_objective
 from lorag.base.row_adapters import RowAdapters
@@ -57,7 +58,7 @@ class _Run:
             part = tasks[start : start + _CHUNK]
             own = None
             if adapters is not None:
-                own = stack_adapters(adapters[start : start + _CHUNK], self.rows.model.device)
+                own = Factors.stack([adapter.factors for adapter in adapters[start : start + _CHUNK]], self.rows.model.device)
             scores = self.objective.scores(self.rows, own, part, limit=self.limit, seed=seed)
             found += [score[self.objective.metric] for score in scores]
         return found

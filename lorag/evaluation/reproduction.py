@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.generator.generator import LoraGenerator
 
@@ -21,21 +20,11 @@ __all__ = ["Reproduction", "bank_bytes", "delta_error", "generator_bytes"]
 def delta_error(adapter: LoraAdapter, expert: LoraAdapter) -> float:
     """‖ΔW − ΔW_expert‖_F / ‖ΔW_expert‖_F over all modules, without a matrix of the base model's size.
 
-    The difference of B₁A₁ and B₂A₂ is one product of stacked factors, and ‖BA‖² = tr(BᵀB AAᵀ) needs their Gram matrices only.
     Beside an expert that changes nothing, anything else has an error of 1.
     """
-    apart = whole = 0.0
-    for name in expert.layout.names:
-        (rows, columns), (own_rows, own_columns) = ([factor.double() for factor in one.factors[name]] for one in (adapter, expert))
-        columns, own_columns = columns * adapter.scaling, own_columns * expert.scaling
-        apart += _square(torch.cat([rows, own_rows]), torch.cat([columns, -own_columns], 1))
-        whole += _square(own_rows, own_columns)
-    return (apart / whole) ** 0.5 if whole else float(apart > 0)
-
-
-def _square(rows: torch.Tensor, columns: torch.Tensor) -> float:
-    """‖B A‖²_F of A (r, i) and B (o, r)."""
-    return ((columns.T @ columns) * (rows @ rows.T)).sum().clamp_min(0).item()
+    apart = Factors.concatenated([adapter.factors, expert.factors], [1.0, -1.0]).norm()
+    whole = expert.factors.norm()
+    return apart / whole if whole else float(apart > 0)
 
 
 def bank_bytes(bank: AdapterBank, names: Sequence[str]) -> int:

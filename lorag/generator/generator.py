@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -171,7 +172,7 @@ class LoraGenerator:
             for plan in plans:
                 adapter = plan.adapter
                 if adapter is None:
-                    adapter = LoraAdapter(self.base.layout, next(decoded), float(self.rank)).scaled(plan.factor)
+                    adapter = LoraAdapter(self.base.layout, next(decoded)).scaled(plan.factor)
                 yield self._finished(plan, adapter.scaled(strength), seed, strength, examples, refine_steps)
 
     def _plan(self, description: str, seed: int, examples: Sequence[tuple[str, str]], on_unknown: str, bank: AdapterBank | None) -> _Plan:
@@ -211,7 +212,7 @@ class LoraGenerator:
         if refine_steps and plan.served != "fallback":
             started, adapter = adapter, refine(*self.runtime(), adapter, examples, refine_steps, seed)
             refine_steps = 0 if adapter is started else refine_steps
-        norms, model = adapter.norms(), self.base.model
+        norms, model = adapter.factors.norms(), self.base.model
         info: dict[str, Any] = {
             "description": plan.description.strip(),
             "method": self.method.name if plan.served in ("generated", "reconstruction") else plan.served,
@@ -226,12 +227,12 @@ class LoraGenerator:
             "base_model": base_fields(model, self.base.identity, self.base.layout),
             "embedder": public_name(self.embedder.name),
             "parents": parents(self.conditioner.names, self.licenses, None if plan.shares is None else plan.shares.tolist()),
-            "norm": round(sum(norm**2 for norm in norms.values()) ** 0.5, 6),
+            "norm": round(math.hypot(*norms.values()), 6),
             "norms": {name: round(norm, 6) for name, norm in norms.items()},
             "versions": versions(),
         }
         info["license"] = licence_of(info).name
-        return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, model.name, TASK_TYPES[model.kind], info)
+        return replace(adapter, base_model=model.name, task_type=TASK_TYPES[model.kind], info=info)
 
     def check_bank(self, bank: AdapterBank | None) -> None:
         """Raises a BankError if a bank is not the one that the generator learned from."""

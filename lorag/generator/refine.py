@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.objectives import Objective
 from lorag.base.row_adapters import RowAdapters
@@ -64,7 +65,7 @@ def refine(
             base model: the smaller, the more steps there are, and the larger, by a square root, the more examples.
 
     Returns:
-        The refined adapter, of scaling 1; the very same adapter if it answers all examples word for word already.
+        The refined adapter; the very same adapter if it answers all examples word for word already.
 
     Raises:
         TaskError: If an encoder's examples hold too few classes to learn from.
@@ -115,13 +116,9 @@ def _train(
     if learning_rate is None:
         learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
     config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
-    refined = [
-        late[-1] for late in train_group(Runner(rows.model, rows.layout, objective), tasks, adapters[0].rank, config, start=adapters)
-    ]
-    return [
-        LoraAdapter(start.layout, end.factors, end.alpha, start.base_model, start.task_type)
-        for start, end in zip(adapters, refined, strict=True)
-    ]
+    runner = Runner(rows.model, rows.layout, objective)
+    refined = [late[-1] for late in train_group(runner, tasks, adapters[0].rank, config, start=adapters)]
+    return [replace(start, factors=end.factors, info={}) for start, end in zip(adapters, refined, strict=True)]
 
 
 def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
@@ -129,11 +126,13 @@ def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAd
     if not objective.word_for_word:
         return [False] * len(tasks)
     known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
-    scores = objective.scores(rows, stack_adapters(adapters, rows.model.device), known, limit=max(len(task.examples) for task in known))
+    stacked = Factors.stack([adapter.factors for adapter in adapters], rows.model.device)
+    scores = objective.scores(rows, stacked, known, limit=max(len(task.examples) for task in known))
     return [score[objective.metric] == 1 for score in scores]
 
 
 def _size(adapters: Sequence[LoraAdapter]) -> float:
     """Root mean square of all factors as they are trained, scaling folded in."""
-    values = torch.cat([factor.flatten() for pair in stack_adapters(adapters).values() for factor in pair])
+    stacked = Factors.stack([adapter.factors for adapter in adapters])
+    values = torch.cat([factor.flatten() for pair in stacked.values() for factor in pair])
     return values.square().mean().sqrt().item()

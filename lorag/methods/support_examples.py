@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.objectives.base import task_rng, training_examples
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError
@@ -159,13 +160,8 @@ def learn_weights(
     device = runner.device
     support = [few_examples(task, examples, seed) for task in tasks]
     count, names = len(adapters), runner.layout.names
-    stacked = {
-        name: (
-            torch.cat([adapter.factors[name][0].float() for adapter in adapters])[None].to(device),
-            torch.cat([adapter.factors[name][1].float() * adapter.scaling for adapter in adapters], 1)[None].to(device),
-        )
-        for name in names
-    }
+    summed = Factors.concatenated([adapter.factors for adapter in adapters])
+    stacked = Factors.stack([summed], device)
     ranks = torch.tensor([adapter.rank for adapter in adapters], device=device)
     weights = torch.full((count, len(names) if per_module else 1), 1 / count, device=device, requires_grad=True)
 

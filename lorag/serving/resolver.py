@@ -8,13 +8,12 @@ import logging
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.base.base_model import BaseModel
 from lorag.base.names import same_model
@@ -175,9 +174,8 @@ class AdapterResolver:
             shown = description if self.settings.log_texts else alias(description)
             logger.warning("%s: no task of the bank is like it; served as on_unknown=%s says", shown, self.settings.on_unknown)
         if adapter.info["gate"]["served"] == "fallback":  # all of them change nothing: one folder serves them
-            factors = {name: (torch.zeros_like(a[:1]), torch.zeros_like(b[:, :1])) for name, (a, b) in adapter.factors.items()}
             info = {"method": "fallback", "base_model": adapter.info["base_model"], "license": adapter.info["license"]}
-            return LoraAdapter(adapter.layout, factors, 1.0, adapter.base_model, adapter.task_type, info)
+            return replace(adapter, factors=Factors.zeros(adapter.layout), info=info)
         if adapter.rank > self.settings.max_rank:
             raise ServedNameError("the adapter's rank is too large", got=adapter.rank, expected=f"at most {self.settings.max_rank}")
         return adapter

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.base.row_adapters import Stacked
 from lorag.base.runner import Runner
@@ -263,7 +264,7 @@ class LoraRouter:
         distinct = list(dict.fromkeys(keys))
         device, longest = self.runner.device if self.runner is not None else "cpu", max(sizes.values())
         by_key = {route.key: route for route in routes}
-        stacked = stack_adapters([self.adapter(by_key[key]) for key in distinct], device)
+        stacked = Factors.stack([self.adapter(by_key[key]).factors for key in distinct], device)
         if len(distinct) * longest <= _PADDING * len(texts):
             inputs: list[str] = []
             kept = []
@@ -291,9 +292,7 @@ class LoraRouter:
             return self.generator.generate(route.description, bank=self.bank)
         names = [name for name, _ in route.experts]
         if not names:  # the base model, among rows that have adapters: one that changes nothing
-            layout = self.bank.base.layout
-            nothing = {m.name: (torch.zeros(1, m.in_features), torch.zeros(m.out_features, 1)) for m in layout.modules}
-            return LoraAdapter(layout, nothing, 1.0)
+            return LoraAdapter(self.bank.base.layout, Factors.zeros(self.bank.base.layout))
         if len(names) == 1:
             return self.bank.adapter(names[0])
         return self.bank.fuse(names, "cat", weights=[weight for _, weight in route.experts], rank=self.generator.rank)

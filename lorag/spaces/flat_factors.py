@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.checks import Factors
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout
 from lorag.errors import GeneratorError
 
@@ -79,13 +79,9 @@ class FlatFactors:
         """Code (c,) of an adapter."""
         if adapter.rank > self.rank:
             raise GeneratorError("an adapter's rank exceeds the weight space's", got=adapter.rank, expected=f"at most {self.rank}")
-        parts = []
-        for name in self.layout.names:
-            rows, columns = adapter.factors[name]
-            pad = self.rank - adapter.rank
-            parts.append(torch.nn.functional.pad(rows.float(), (0, 0, 0, pad)).flatten())
-            parts.append(torch.nn.functional.pad(columns.float() * adapter.scaling, (0, pad)).flatten())
-        return (torch.cat(parts) - self.mean) / self.scale
+        padded = adapter.factors.padded(self.rank)
+        values = torch.cat([factor.flatten() for name in self.layout.names for factor in padded[name]])
+        return (values - self.mean) / self.scale
 
     def differentiable(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Factors A (b, r, i) and B (b, o, r) of codes (b, c)."""
@@ -104,7 +100,7 @@ class FlatFactors:
         if rank != self.rank:
             raise GeneratorError("flat factors have a fixed rank", got=rank, expected=self.rank)
         stacked = self.differentiable(codes.detach())
-        return [{name: (rows[i], columns[i]) for name, (rows, columns) in stacked.items()} for i in range(len(codes))]
+        return [Factors({name: (a[i], b[i]) for name, (a, b) in stacked.items()}) for i in range(len(codes))]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FlatFactors:
         """The same space on a device; it has no bases, and its normaliser stays in fp32 whatever the dtype."""

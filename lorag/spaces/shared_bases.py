@@ -6,40 +6,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import GeneratorError
 
-__all__ = ["RunningSpan", "Span", "cosine", "reduced", "weighted_columns"]
+__all__ = ["RunningSpan", "Span", "weighted_columns"]
 
 _EXACT = 32  # times k: up to this length a Gram matrix takes less time than compressing, and loses nothing
 _FULL, _KEPT = 8, 4  # times k: columns at which a buffer is compressed, and those that are left
-
-
-def reduced(adapter: LoraAdapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of one ΔW from its factors: left (o, r), singular values (r,), right (i, r), in fp64; r is at most o and i.
-
-    QR first, so that the only dense decomposition is of an r x r matrix.
-    """
-    rows, columns = adapter.factors[module]
-    q_out, r_out = torch.linalg.qr(columns.double())
-    q_in, r_in = torch.linalg.qr(rows.double().T)
-    core = adapter.scaling * r_out @ r_in.T  # r x r, or smaller where r exceeds a side of the module
-    left, values, right = torch.linalg.svd(core, full_matrices=core.shape[0] == core.shape[1])
-    return q_out @ left, values, q_in @ right.T
-
-
-def cosine(one: LoraAdapter, other: LoraAdapter) -> float:
-    """Cosine of the ΔW of two adapters of one layout, all modules together, from Gram matrices; 0 where one changes nothing."""
-
-    def product(a: LoraAdapter, b: LoraAdapter) -> float:
-        total = 0.0
-        for module in a.layout.names:
-            (rows_a, columns_a), (rows_b, columns_b) = (tuple(f.double() for f in x.factors[module]) for x in (a, b))
-            total += ((columns_a.T @ columns_b) * (rows_a @ rows_b.T)).sum().item()
-        return a.scaling * b.scaling * total
-
-    size = (product(one, one) * product(other, other)) ** 0.5
-    return product(one, other) / size if size else 0.0
 
 
 def weighted_columns(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

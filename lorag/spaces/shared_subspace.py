@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.checks import Factors
+from lorag.adapters.factors import Factors, Pair
 from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
 from lorag.errors import GeneratorError
@@ -44,8 +44,8 @@ class _OneByOne:
 
     def factors(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
         for adapter in self.adapters():
-            rows, columns = adapter.factors[module]
-            yield rows[None], columns.double()[None] * adapter.scaling
+            a, b = adapter.factors.pair(module, torch.float64)
+            yield a[None], b[None]
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class SharedSubspace:
         found = []
         precise = torch.float64 if self.bases_in[0].dtype == torch.float32 else torch.float32  # bases in bf16 are not worth more
         for module, u_in, u_out in zip(self.layout.modules, self.bases_in, self.bases_out, strict=True):
-            rows, columns = (factor.to(u_in.device, precise) for factor in adapter.factors[module.name])
-            found.append(adapter.scaling * (u_out.to(precise).T @ columns) @ (rows @ u_in.to(precise)))
+            a, b = (factor.to(u_in.device) for factor in adapter.factors.pair(module.name, precise))
+            found.append((u_out.to(precise).T @ b) @ (a @ u_in.to(precise)))
         return torch.stack(found).float()
 
     def encode(self, adapter: LoraAdapter) -> Tensor:
@@ -166,7 +166,7 @@ class SharedSubspace:
 
     def energy(self, adapter: LoraAdapter) -> float:
         """Share of ‖ΔW‖² over all modules that lies in the bases, from 0 to 1."""
-        whole = sum(norm**2 for norm in adapter.norms().values())
+        whole = adapter.factors.norm() ** 2
         return min(1.0, float(self.cores(adapter).double().square().sum() / whole)) if whole else 1.0
 
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
@@ -182,12 +182,12 @@ class SharedSubspace:
             left, values, right = torch.linalg.svd(self.restore(code))
             root = values[:, :rank].sqrt()
             halves.append((right[:, :rank] * root[:, :, None], left[:, :, :rank] * root[:, None, :]))
-        found: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in halves]
+        found: list[dict[int, Pair]] = [{} for _ in halves]
         for places, u_in, u_out in self._pieces():
             for pairs, (rows, columns) in zip(found, halves, strict=True):
                 both = zip(torch.bmm(rows[places], u_in.mT), torch.bmm(u_out, columns[places]), strict=True)
                 pairs.update(zip(places, both, strict=True))
-        return [{name: pairs[place] for place, name in enumerate(self.layout.names)} for pairs in found]
+        return [Factors({name: pairs[place] for place, name in enumerate(self.layout.names)}) for pairs in found]
 
     def _pieces(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Numbers of g modules of one shape, with U_in (g, i, k) and U_out (g, o, k) in fp32: never all of a large space."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.checks import Factors
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
 from lorag.errors import GeneratorError
@@ -53,7 +53,7 @@ class WeightSpace(Protocol):
         ...
 
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
-        """Factors for ΔW = B·A (scaling 1) of each code (b, c)."""
+        """Factors of a rank for each code (b, c)."""
         ...
 
     def differentiable(self, codes: Tensor) -> Cores | dict[str, tuple[Tensor, Tensor]]:

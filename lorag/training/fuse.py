@@ -6,7 +6,7 @@ One adapter serves several tasks only if their inputs tell them apart: of two ta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ def fuse_experts(
         (factors,) = generator.space.decode(code(), rank or generator.rank)
         learned = shares().tolist()
     base = generator.base.model
-    adapter = LoraAdapter(generator.base.layout, factors, float(rank or generator.rank), base.name, TASK_TYPES[base.kind])
+    adapter = LoraAdapter(generator.base.layout, factors, base.name, TASK_TYPES[base.kind])
     if refine_steps:
         pairs = [(example.input, example.output) for task in support for example in task.examples]
         adapter = refine(*generator.runtime(), adapter, pairs, refine_steps, seed)
@@ -198,7 +198,7 @@ def fuse_experts(
     }
     if found is not None:
         info["settings"] |= {"worth": worth, "steps": steps, "support_loss": [round(value, 4) for value in found]}
-    return LoraAdapter(adapter.layout, adapter.factors, adapter.alpha, adapter.base_model, adapter.task_type, info)
+    return replace(adapter, info=info)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

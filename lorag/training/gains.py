@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.generator.generator import LoraGenerator
 from lorag.tasks.suite import Task
@@ -28,11 +28,8 @@ def score_codes(generator: LoraGenerator, codes: Tensor | None, tasks: Sequence[
         if codes is not None:
             part_strengths = strengths[start : start + _CHUNK]
             decoded = generator.space.decode(codes[start : start + _CHUNK], generator.rank)
-            layout, rank = generator.base.layout, float(generator.rank)
-            own = stack_adapters(
-                [LoraAdapter(layout, factors, rank).scaled(factor) for factors, factor in zip(decoded, part_strengths, strict=True)],
-                rows.model.device,
-            )
+            scaled = [factors.scaled(strength) for factors, strength in zip(decoded, part_strengths, strict=True)]
+            own = Factors.stack(scaled, rows.model.device)
         found += [score[objective.metric] for score in objective.scores(rows, own, part, limit=limit)]
     return torch.tensor(found, dtype=torch.float64)
 
@@ -63,7 +60,7 @@ def gains_of(
     floor = score_codes(generator, None, mine, limit, ())
     ceiling: list[float] = []
     for start in range(0, len(distinct), _CHUNK):
-        experts = stack_adapters([bank.adapter(name) for name in distinct[start : start + _CHUNK]], rows.model.device)
+        experts = Factors.stack([bank.adapter(name).factors for name in distinct[start : start + _CHUNK]], rows.model.device)
         ceiling += [s[objective.metric] for s in objective.scores(rows, experts, mine[start : start + _CHUNK], limit=limit)]
     place = torch.tensor([distinct.index(name) for name in names])
     made = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))

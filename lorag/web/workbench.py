@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
@@ -188,7 +189,7 @@ class Workbench:
             label = "base" if one is None else one.label
             progress(number / (len(distinct) + 1), f"answering: {label}")
             with self._lock, torch.inference_mode():
-                own = nullcontext(rows.model) if one is None else rows.use(stack_adapters([one.adapter], rows.model.device))
+                own = nullcontext(rows.model) if one is None else rows.use(Factors.stack([one.adapter.factors], rows.model.device))
                 with own as model:
                     columns.append((label, tuple(_answer(objective, model, texts, choices))))
         return Answers(tuple(texts), tuple(columns))
@@ -236,7 +237,7 @@ class Workbench:
 
 def _same(one: LoraAdapter, other: LoraAdapter) -> bool:
     pairs = zip(one.factors.values(), other.factors.values(), strict=True)
-    return one.alpha == other.alpha and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+    return one.rank == other.rank and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
 def _checked(what: str, texts: Sequence[str], least: int) -> list[str]:

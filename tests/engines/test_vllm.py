@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout
 from lorag.base.names import locate
 from lorag.files.artifacts import embedded
@@ -74,7 +75,7 @@ def _adapters(model, folder):
             m.name: (torch.randn(8, m.in_features, generator=rng) * size, torch.randn(m.out_features, 8, generator=rng) * size)
             for m in layout.modules
         }
-        found.append(str(LoraAdapter(layout, factors, 16.0, SMOLLM2, "CAUSAL_LM").save_pretrained(folder / f"adapter{number}")))
+        found.append(str(LoraAdapter(layout, Factors(factors, 2.0), SMOLLM2, "CAUSAL_LM").save_pretrained(folder / f"adapter{number}")))
     return found
 
 
