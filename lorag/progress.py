@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -9,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 from tqdm.auto import tqdm
 
-__all__ = ["Bar", "Lines", "progress_bar"]
+__all__ = ["Bar", "Lines", "progress_bar", "quiet_loading"]
 
 T = TypeVar("T")
 _FIRST, _EVERY = 10.0, 30.0  # seconds until the first line, and between lines
@@ -122,3 +124,18 @@ def progress_bar(
     if disable or sys.stderr.isatty() or tqdm.__module__ == "tqdm.auto":
         return tqdm(iterable, desc=desc, total=total, initial=initial, disable=disable, leave=leave)
     return Lines(iterable, desc=desc, total=total, initial=initial, leave=leave)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers' bars for reading local shards off the terminal; ours are for work that takes time."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

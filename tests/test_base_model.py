@@ -1,11 +1,19 @@
 """Base models: every kind's adapters load in PEFT and leave the model usable as its users use it."""
 
+import json
+
+import pytest
 import torch
 from conftest import output_of
+from safetensors.torch import load_file, save_file
 
 from lorag.bank.bank import AdapterBank
 from lorag.base.bank_base import BankBase
 from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.weights import precisions, weights_identity
+from lorag.errors import ArtifactError, BaseModelError
+from lorag.files.artifacts import sha256
 
 KIND_OF = {"llama": "causal_lm", "qwen2": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "encoder", "clip": "two_towers"}
 
@@ -28,3 +36,100 @@ def test_an_expert_of_every_kind_runs_through_peft(tiny, random_adapter, tmp_pat
 def test_every_kind_has_a_task_type():
     """A kind without an entry would break every bank of it; None, no task type, is an entry."""
     assert set(TASK_TYPES) == set(KINDS) == {*KIND_OF.values(), "image_seq2seq"}
+
+
+# --- what identifies weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tiny_models, tmp_path):
+    """A tiny Llama in one file."""
+    tiny_models["llama"].build().save_pretrained(tmp_path / "one")
+    return tmp_path / "one"
+
+
+def _divide(folder, target, pieces):
+    """The same model in another number of files."""
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors, reverse=True)
+    places = {name: f"model-{index % pieces + 1:05}-of-{pieces:05}.safetensors" for index, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == file}, target / file, {"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return target
+
+
+def test_another_division_into_files_is_the_same_base(stored, tmp_path):
+    """One file, two or five: one identity, and the weights load alike."""
+    one = BaseModel(str(stored), "causal_lm")
+    for pieces in (2, 5):
+        many = BaseModel(str(_divide(stored, tmp_path / str(pieces), pieces)), "causal_lm")
+        assert many.identity() == one.identity()
+        assert torch.equal(many.load("cpu").lm_head.weight, one.load("cpu").lm_head.weight)
+
+
+@pytest.mark.parametrize("change", ["value", "name", "dtype", "shape", "missing"])
+def test_any_change_of_any_tensor_in_any_file_is_another_base(stored, tmp_path, change):
+    """In the last shard too: a bit, a name, a type, a shape, a tensor fewer."""
+    folder = _divide(stored, tmp_path / "many", 3)
+    before = weights_identity(folder)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensor = tensors.pop(name)
+    if change == "value":
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] += 1e-3
+    tensor = tensor.to(torch.bfloat16) if change == "dtype" else tensor.reshape(1, -1) if change == "shape" else tensor
+    if change != "missing":
+        tensors[f"{name}_" if change == "name" else name] = tensor
+    save_file(tensors, file, {"format": "pt"})
+    assert weights_identity(folder) not in (before, None)
+
+
+def test_a_shard_that_is_missing_or_holds_anothers_tensor_is_named(stored, tmp_path):
+    """Neither is passed over: it would identify another model."""
+    folder = _divide(stored, tmp_path / "many", 3)
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    save_file({**load_file(last), **dict(list(load_file(first).items())[:1])}, last, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=f"{last.name} repeats a tensor"):
+        weights_identity(folder)
+    last.unlink()
+    with pytest.raises(ArtifactError, match=f"{last.name} cannot be read.*complete"):
+        weights_identity(folder)
+
+
+def test_identities_of_lorag_0_1_still_hold(stored, tmp_path):
+    """The first file's sha256, as banks and generators stored it: accepted for these weights, refused for others."""
+    base = BaseModel(str(stored), "causal_lm")
+    old = "sha256:" + sha256(stored / "model.safetensors")[:16]
+    assert base.has_identity(old) and base.has_identity(base.identity())
+    assert not base.has_identity("sha256:0123456789abcdef") and not base.has_identity("tensors:0123456789abcdef")
+    layout = base_layout(base)
+    before, now = (BankBase(base, identity, layout, "causal_lm", {}) for identity in (old, base.identity()))
+    assert before.same(now) and now.same(before) and not before.same(BankBase(base, old, layout, "causal_lm", {"max_length": 9}))
+    before.check()
+    AdapterBank.create(tmp_path / "bank", before)
+    assert AdapterBank.create(tmp_path / "bank", now).base == before
+    with pytest.raises(BaseModelError, match="has changed"):
+        BankBase(base, "tensors:0123456789abcdef", layout, "causal_lm", {}).check()
+
+
+def base_layout(base):
+    """Query projections."""
+    return LoraLayout.from_model(base.skeleton(), ["q_proj"])
+
+
+def test_precisions_are_each_tensor_s(stored, tmp_path):
+    """As stored, also where a model mixes them, in 8-bit floats too."""
+    tensors = load_file(stored / "model.safetensors")
+    names = sorted(tensors)
+    tensors[names[0]] = tensors[names[0]].to(torch.bfloat16)
+    tensors[names[1]] = tensors[names[1]].to(torch.float8_e4m3fn)
+    save_file(tensors, stored / "model.safetensors", {"format": "pt"})
+    found = precisions(stored)
+    assert set(found) == set(names)
+    assert (found[names[0]], found[names[1]], {found[name] for name in names[2:]}) == ("BF16", "F8_E4M3", {"F32"})
+    assert weights_identity(stored).startswith("tensors:")

@@ -159,3 +159,17 @@ def test_factors_that_do_not_fit_name_the_module(llama_layout, random_adapter):
     ):
         with pytest.raises(LayoutError, match=first):
             llama_layout.check_factors(wrong)
+
+
+def test_a_model_that_its_config_alone_does_not_build(tiny_models):
+    """A wrapper around a model, changed after it was built: its modules count, not what its class and config would make."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner, width):
+            super().__init__()
+            self.inner, self.more = inner, torch.nn.Linear(32, width)
+
+    model = tiny_models["llama"].build()
+    del model.model.layers[1]
+    layout = LoraLayout.from_model(Wrapper(model, 5), ["q_proj", "more"])
+    assert layout.modules == (ModuleShape("inner.model.layers.0.self_attn.q_proj", 32, 32), ModuleShape("more", 32, 5))

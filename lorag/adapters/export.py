@@ -17,10 +17,11 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
 from lorag.adapters.model_card import merged_card, write_card
 from lorag.adapters.provenance import base_fields, licence_of, versions
-from lorag.base.base_model import DTYPES, TASK_TYPES, BaseModel, kind_of, quiet_loading, stored_config
+from lorag.base.base_model import DTYPES, TASK_TYPES, BaseModel, kind_of, stored_config
 from lorag.errors import AdapterError, BaseModelError, StorageError
 from lorag.files.artifacts import write_json
 from lorag.files.atomic import writing
+from lorag.progress import quiet_loading
 
 __all__ = ["export_merged", "export_portable", "merge_into"]
 
@@ -156,7 +157,8 @@ def _check_identity(adapter: LoraAdapter, base: BaseModel, now: str) -> None:
     """The digest of the weights that the adapter was made for, if one is known, must be that of the weights at hand."""
     stated = adapter.info.get("base_model")
     then = stated.get("identity") if isinstance(stated, dict) else None
-    if isinstance(then, str) and then.split(":")[0] == now.split(":")[0] == "sha256" and then != now:
+    local = not now.startswith("revision:")
+    if local and isinstance(then, str) and then.startswith(("sha256:", "tensors:")) and not base.has_identity(then):
         raise BaseModelError(
             f"{base.name} is not the base model that the adapter was made for", got=now, expected=then[:40], remedy="Give the right one."
         )

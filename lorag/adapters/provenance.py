@@ -11,6 +11,7 @@ from lorag import __version__
 from lorag.adapters.licences import UNKNOWN, Derived, derive
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.names import packaged
 
 __all__ = ["base_fields", "licence_of", "parents", "parents_of", "public_name", "versions"]
 
@@ -30,13 +31,19 @@ def public_name(name: str) -> str:
 
 
 def base_fields(model: BaseModel, identity: str, layout: LoraLayout) -> dict[str, Any]:
-    """What identifies the base model: name, kind, revision, digest, and the fingerprint of the adapted modules."""
+    """What identifies the base model: name, kind, revision, digest, and the fingerprint of the adapted modules.
+
+    Where a package carries other weights than the hub has, also which: their format and the sha256 of the file.
+    """
+    one = packaged(model.name)
+    stored = {"weights": {"format": one.format, "sha256": one.sha256}} if one and one.format and one.identity == identity else {}
     return {
         "name": public_name(model.name),
         "kind": model.kind,
         "revision": model.revision,
         "identity": identity,
         "layout": layout.fingerprint,
+        **stored,
     }
 
 

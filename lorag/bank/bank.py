@@ -64,7 +64,7 @@ class AdapterBank:
         folder = Path(folder)
         if (folder / _MANIFEST).exists():
             bank = cls.from_pretrained(folder)
-            if bank.base != base:
+            if not bank.base.same(base):
                 raise BankError(
                     f"{folder} holds a bank of another base",
                     got=f"{bank.base.model.name}, {len(bank.base.layout)} modules, {bank.base.objective}",

@@ -36,7 +36,7 @@ class BankConfig:
         out: Folder of the bank.
         tasks: Task suite.
         split: Split of the suite's splits.json; null takes all tasks.
-        base: Base model: "sandbox-lm", a hub id or a folder.
+        base: Base model: "sandbox-lm", "smollm2-135m-instruct", a hub id, a folder or a GGUF file.
         kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" or "image_seq2seq".
         revision: Revision of the base model on the hub.
         objective: A registered objective.

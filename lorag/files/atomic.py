@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["finish_replacing", "flush_folder", "replace_together", "sweep", "write_atomically", "write_bytes", "writing"]
+__all__ = ["finish_replacing", "flush_folder", "replace_together", "sweep", "write_atomically", "write_bytes", "write_folder", "writing"]
 
 _JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
 _ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
@@ -67,6 +67,31 @@ def write_bytes(path: Path, data: bytes) -> None:
         sibling.write_bytes(data)
 
     write_atomically(path, write)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on an empty temporary sibling of the folder `path`, which must not exist, and renames it into place.
+
+    Raises:
+        StorageError: If the system fails; there is no folder then.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name[:40]}."
+        sweep(path.parent, prefix)
+        sibling = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".tmp"))
+        try:
+            write(sibling)
+            for file in sibling.iterdir():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                file.chmod(0o644)
+            sibling.chmod(0o755)
+            flush_folder(sibling)
+            sibling.rename(path)
+        finally:
+            shutil.rmtree(sibling, ignore_errors=True)
+        flush_folder(path.parent)
 
 
 def replace_together(folder: Path, write: Callable[[Path], None], last: str) -> None:

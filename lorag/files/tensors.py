@@ -18,7 +18,7 @@ from lorag.files.artifacts import parse_json
 from lorag.files.atomic import write_bytes
 from lorag.files.plain import looks_like, require_plain
 
-__all__ = ["TensorSpec", "load_tensors", "read_header", "save_tensors"]
+__all__ = ["TensorSpec", "load_tensors", "read_header", "save_tensors", "tensor_bytes"]
 
 _MAX_HEADER = 8 * 2**20
 _MAX_TENSORS = 40_000
@@ -26,16 +26,19 @@ _MAX_AXES = 8
 _MAX_ELEMENTS = 2**48  # also of tensors without elements, whose other axes may say anything
 _DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 
+_MORE_DTYPES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}  # that a base model may hold
+
 # name -> (dtype as safetensors spells it, shape)
 TensorSpec = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def read_header(path: Path, most: int = _MAX_HEADER) -> tuple[TensorSpec, dict[str, str]]:
+def read_header(path: Path, most: int = _MAX_HEADER, *, every_type: bool = False) -> tuple[TensorSpec, dict[str, str]]:
     """Reads names, types and shapes of a safetensors file, and its metadata, without allocating a tensor.
 
     Args:
         path: The file.
         most: Largest header in bytes; Python's form of it takes some six times as much.
+        every_type: Whether tensors may be of types that lorag does not compute with, such as 8-bit floats.
 
     Raises:
         ArtifactError: If the file is no safetensors file, or its header lies about sizes or offsets.
@@ -61,10 +64,10 @@ def read_header(path: Path, most: int = _MAX_HEADER) -> tuple[TensorSpec, dict[s
     spec: TensorSpec = {}
     end = 0
     try:
-        placed = sorted((*_place(name, entry), name) for name, entry in header.items())
+        placed = sorted((*_place(name, entry, every_type), name) for name, entry in header.items())
         for start_, end_, name in placed:
             dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
-            if start_ != end or end_ - start_ != _DTYPE_BYTES[dtype] * math.prod(shape):
+            if start_ != end or end_ - start_ != tensor_bytes(dtype, shape):
                 raise ValueError(f"offsets [{start_}, {end_}] of {name[:60]!r}, {dtype} {shape}")
             end = end_
             spec[name] = (dtype, shape)
@@ -75,10 +78,10 @@ def read_header(path: Path, most: int = _MAX_HEADER) -> tuple[TensorSpec, dict[s
     return spec, metadata
 
 
-def _place(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+def _place(name: str, entry: dict[str, Any], every_type: bool) -> tuple[int, int]:
     """Start and end of a tensor in the data, once its type and shape are found to be possible."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or not (dtype in _DTYPE_BYTES or every_type and dtype in _MORE_DTYPES):
         raise ValueError(f"type {dtype!r:.40} of {name[:60]!r}, where lorag reads {', '.join(_DTYPE_BYTES)}")
     if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(type(axis) is int and 0 <= axis <= _MAX_ELEMENTS for axis in shape):
         raise ValueError(f"shape {shape!r:.60} of {name[:60]!r}")
@@ -87,6 +90,11 @@ def _place(name: str, entry: dict[str, Any]) -> tuple[int, int]:
     if type(start) is not int or type(end) is not int:
         raise ValueError(f"offsets {entry['data_offsets']!r:.60} of {name[:60]!r}")
     return start, end
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a file."""
+    return (_DTYPE_BYTES | _MORE_DTYPES)[dtype] * math.prod(shape)
 
 
 def load_tensors(path: Path, *, prefix: str = "") -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lorag.base.base_model import device_of, quiet_loading
+from lorag.base.base_model import device_of
 from lorag.base.names import MINILM, locate
 from lorag.errors import BaseModelError, MissingDependencyError
-from lorag.progress import progress_bar
+from lorag.progress import progress_bar, quiet_loading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -131,14 +131,14 @@ def open_images(inputs: Sequence[str]) -> list[Image]:
     """Decodes the inputs of examples.
 
     Raises:
-        TaskError: If one is no image of a suite.
+        TaskError: If one is not an image of a suite.
         ArtifactError: If one cannot be decoded.
     """
     found = []
     for one in inputs:
         if not isinstance(one, ImageFile):
             raise TaskError(
-                "an input is no image of a suite",
+                "an input is not an image of a suite",
                 got=repr(one)[:80],
                 remedy='Its task needs "inputs": "image" in tasks.jsonl.',
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.base.objectives.base import Objective, take, task_rng, test_examples, training_examples
+from lorag.base.objectives.prompts import CHAT, make_prompts, require_input
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
 from lorag.tasks.suite import Example, Task
@@ -46,23 +47,26 @@ class _LanguageModel(Objective):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        template: str = "{input}\n",
+        template: str | None = None,
         max_length: int = 256,
         rouge: bool = False,
         metric: str = "exact_match",
+        system: str | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length)
-        if template.count("{input}") != 1:
-            raise ConfigError("objective.template cannot be used", got=repr(template), expected="one {input}")
+        template = self._usual_template() if template is None else template
         if metric not in _METRICS or metric == "rouge_l" and not rouge:
             raise ConfigError("objective.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)")
-        self.template, self.rouge, self.metric = template, rouge, metric
+        self.template, self.rouge, self.metric, self.system = template, rouge, metric, system
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `make_objective` that build it again."""
-        more = {"rouge": self.rouge, "metric": self.metric}
-        chosen = {key: value for key, value in more.items() if value not in (False, "exact_match")}
+        more = {"rouge": self.rouge, "metric": self.metric, "system": self.system}
+        chosen = {key: value for key, value in more.items() if value not in (False, "exact_match", None)}
         return {"template": self.template, "max_length": self.max_length, **chosen}
+
+    def _usual_template(self) -> str:
+        return "{input}\n"
 
     @abc.abstractmethod
     def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
@@ -75,7 +79,20 @@ class _LanguageModel(Objective):
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
         """Draws `count` training examples a task."""
         drawn = [task_rng(task, seed).choices(training_examples(task), k=count) for task in tasks]
-        return self.encode([[(example.input, example.output) for example in group] for group in drawn])
+        return self._encode(tasks, [[(example.input, example.output) for example in group] for group in drawn])
+
+    def _encode(self, tasks: Sequence[Task], groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+        """Tokenises equal-sized groups, one a task, all of whose outputs must fit."""
+        batch = self.encode(groups)
+        if batch.targets.shape[1] > self.max_length + 1:
+            longest = int((batch.targets != -100).sum(1).argmax())
+            raise TaskError(
+                f"an output of task {tasks[longest // len(groups[0])].name!r} does not fit",
+                got=f"{int((batch.targets[longest] != -100).sum())} tokens",
+                expected=f"at most {self.max_length}, and the one that ends it",
+                remedy="Raise objective_settings.max_length, or leave that example out.",
+            )
+        return batch
 
     def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Mean cross-entropy of the answers' tokens, one value a task."""
@@ -106,11 +123,11 @@ class _LanguageModel(Objective):
         for start in range(0, len(tasks), step):
             part = tests[start : start + step]
             padded = [[(e.input, e.output) for e in (test * width)[:width]] for test in part]
-            batch = self.encode(padded)
+            batch = self._encode(tasks[start : start + step], padded)
             own = take(adapters, start, start + len(part))
             with nullcontext(rows.model) if own is None else rows.use(own) as model:
                 logits = self._logits(model, batch).float()
-                answers = self.generate(model, [text for group in padded for text, _ in group]) if self.writes else []
+                answers = self._answers(model, [text for group in padded for text, _ in group], batch)
             targets = batch.targets.to(logits.device)
             known = targets != -100
             right = (logits.argmax(-1) == targets) & known
@@ -137,6 +154,10 @@ class _LanguageModel(Objective):
     def word_for_word(self) -> bool:  # type: ignore[override]
         """Whether `metric` is exact match."""
         return self.metric == "exact_match"
+
+    def _answers(self, model: nn.Module, inputs: Sequence[str], batch: TokenRows) -> list[str]:
+        """Written answers, with room for the longest reference; none if scores do not need them."""
+        return self.generate(model, inputs, max_new_tokens=max(64, batch.targets.shape[1])) if self.writes else []
 
     @property
     def writes(self) -> bool:
@@ -170,23 +191,39 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
 
 
 class CausalLM(_LanguageModel):
-    """Answers follow the prompt `template.format(input=...)` and end with the end token."""
+    """Answers follow the prompt and end with the token that ends a turn.
+
+    Args:
+        tokenizer: The base model's.
+        template: "chat", the tokenizer's own chat template, or text with one `{input}`; by default "chat" where the tokenizer
+            has a chat template, and otherwise the input and a line break.
+        max_length: Most tokens of a prompt; of longer ones the beginning of the input is left out.
+        rouge: Whether scores hold ROUGE-L, for which answers are written out.
+        metric: The score that evaluations report.
+        system: System text of the chat template; None leaves it to the template.
+    """
 
     name, kind = "causal_lm", "causal_lm"
 
-    def _prompts(self, inputs: Sequence[str]) -> list[list[int]]:
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        tokenized = self.tokenizer([self.template.format(input=text) for text in inputs], add_special_tokens=False)
-        # A first token needs something before it: where a tokenizer begins texts with nothing, the end of another one.
-        return [start + ids[-self.max_length :] or [self.tokenizer.eos_token_id] for ids in tokenized["input_ids"]]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        max_length: int = 256,
+        rouge: bool = False,
+        metric: str = "exact_match",
+        system: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, template, max_length, rouge, metric, system)
+        self.prompts = make_prompts(tokenizer, self.template, system, max_length)
+
+    def _usual_template(self) -> str:
+        return CHAT if getattr(self.tokenizer, "chat_template", None) else super()._usual_template()
 
     def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
         """Prompts padded on the left and answers on the right, so that all answers start in one column."""
-        flat = [pair for group in groups for pair in group]
-        prompts = self._prompts([text for text, _ in flat])
-        answers = [
-            ids + [self.tokenizer.eos_token_id] for ids in self.tokenizer([a for _, a in flat], add_special_tokens=False)["input_ids"]
-        ]
+        rows = self.prompts.rows([pair for group in groups for pair in group])
+        prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
         pad = self.tokenizer.pad_token_id
         left, right = pad_rows(prompts, pad, left=True), pad_rows(answers, pad)
         mask = torch.cat([pad_rows([[1] * len(p) for p in prompts], 0, left=True), pad_rows([[1] * len(a) for a in answers], 0)], 1)
@@ -205,7 +242,7 @@ class CausalLM(_LanguageModel):
     @torch.inference_mode()
     def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
         """Last layer's states at the prompts' last position (b, h)."""
-        prompts = self._prompts(inputs)
+        prompts = self.prompts.prompts(inputs)
         ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True)
         mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True)
         places = (mask.cumsum(1) - 1).clamp_min(0)
@@ -216,7 +253,7 @@ class CausalLM(_LanguageModel):
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to inputs, one a row."""
         writer: Any = model
-        prompts = self._prompts(inputs)
+        prompts = self.prompts.prompts(inputs)
         ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
         mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True).to(writer.device)
         output = writer.generate(
@@ -224,16 +261,27 @@ class CausalLM(_LanguageModel):
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(self.prompts.stops),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [self.prompts.read(row) for row in output[:, ids.shape[1] :].tolist()]
 
 
 class Seq2SeqLM(_LanguageModel):
     """The encoder reads `template.format(input=...)`, the decoder writes the answer."""
 
     name, kind = "seq2seq_lm", "seq2seq_lm"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        max_length: int = 256,
+        rouge: bool = False,
+        metric: str = "exact_match",
+    ) -> None:
+        super().__init__(tokenizer, template, max_length, rouge, metric)
+        require_input(self.template)
 
     def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
         """Encoder rows and decoder targets, both padded on the right."""
