@@ -13,6 +13,7 @@ import typer
 from lorag.cli import bank as cli_bank
 from lorag.cli import gate as cli_gate
 from lorag.cli import publishing as cli_publishing
+from lorag.cli import smollm2 as cli_smollm2
 from lorag.cli import tasks as cli_tasks
 from lorag.cli import web as cli_web
 from lorag.cli.batch import generate_many
@@ -24,6 +25,7 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of smal
 app.add_typer(cli_bank.app, name="bank")
 app.add_typer(cli_gate.app, name="gate")
 app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(cli_smollm2.app, name="smollm2")
 app.add_typer(cli_tasks.app, name="tasks")
 cli_publishing.register(app)
 cli_web.register(app)

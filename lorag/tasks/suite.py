@@ -38,7 +38,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: what it is called, how people describe it, its closed label set if it has one, its examples, and what their inputs are."""
+    """A task: what it is called, how people describe it, and its examples.
+
+    Attributes:
+        name: Distinct in a suite.
+        suite: Where it comes from.
+        descriptions: Wordings to learn from and, of held-out tasks, to be described with.
+        labels: The closed set of its outputs, if it has one.
+        license: Of its examples.
+        source: Of its examples.
+        examples: Inputs and outputs.
+        inputs: "text" or "image".
+        free_text: Whether many outputs would do, as of a summary, so that ROUGE-L says more than exact match.
+        eval_descriptions: Wordings of a training task that are kept for evaluation.
+    """
 
     name: str
     suite: str
@@ -47,7 +60,9 @@ class Task:
     license: str
     source: str
     examples: tuple[Example, ...] = ()
-    inputs: str = "text"  # or "image"
+    inputs: str = "text"
+    free_text: bool = False
+    eval_descriptions: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -136,7 +151,9 @@ class TaskSuite:
                     "license": task.license,
                     "source": task.source,
                 }
-                | ({} if task.inputs == "text" else {"inputs": task.inputs}),
+                | ({} if task.inputs == "text" else {"inputs": task.inputs})
+                | ({"free_text": True} if task.free_text else {})
+                | ({"eval_descriptions": list(task.eval_descriptions)} if task.eval_descriptions else {}),
                 ensure_ascii=False,
             )
             + "\n"
@@ -219,12 +236,12 @@ def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
             raise TaskError(f"{where}: field 'name' cannot be used", got=repr(name)[:80], expected="1 to 200 printable characters")
         if name in tasks:
             raise TaskError(f"{where}: task {name!r} occurs twice")
-        try:
-            descriptions = tuple(check_description(text) for text in _field(row, "descriptions", where, list))
-        except DescriptionError as error:
-            raise TaskError(f"{where}: {error}") from error
+        descriptions = _texts(row, "descriptions", where)
+        kept = _texts(row, "eval_descriptions", where) if "eval_descriptions" in row else ()
         if not descriptions:
             raise TaskError(f"{where}: task {name!r} has no description")
+        if shared := set(descriptions) & set(kept):
+            raise TaskError(f"{where}: a wording of task {name!r} is both for training and for evaluation", got=repr(min(shared))[:80])
         labels = row.get("labels")
         if labels is not None and (not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)):
             raise TaskError(f"{where}: field 'labels' has the wrong type", expected="a list of str, or null")
@@ -239,8 +256,17 @@ def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
             labels=None if labels is None else tuple(labels),
             license=str(row.get("license", "unknown")),
             source=str(row.get("source", "unknown")),
+            free_text=_field(row, "free_text", where, bool) if "free_text" in row else False,
+            eval_descriptions=kept,
         )
     return tasks
+
+
+def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    try:
+        return tuple(check_description(text) for text in _field(row, key, where, list))
+    except DescriptionError as error:
+        raise TaskError(f"{where}: {error}") from error
 
 
 def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]], most: int) -> None:

@@ -1,0 +1,1 @@
+"""Real tasks for SmolLM2-135M-Instruct."""
