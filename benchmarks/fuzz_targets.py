@@ -27,7 +27,7 @@ from lorag.files.training_state import load_training_state, save_training_state
 from lorag.generator.generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.regression import MlpSettings
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace
+from lorag.spaces import FlatFactors, SharedSubspace
 from lorag.tasks.suite import Example, Task, TaskSuite
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import Embedding

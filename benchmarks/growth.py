@@ -19,7 +19,7 @@ import torch
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout, ModuleShape
-from lorag.spaces.weight_space import SharedSubspace
+from lorag.spaces import SharedSubspace
 
 __all__ = ["TITLE", "measure"]
 

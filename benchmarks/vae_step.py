@@ -26,8 +26,8 @@ from lorag.methods.icm_lora import IcmLora, IcmLoraSettings
 from lorag.methods.latent import negative_elbo
 from lorag.networks.conv_cvae import ConvVae
 from lorag.networks.cvae import ConditionalVae
+from lorag.spaces import SharedSubspace
 from lorag.spaces.principal_codes import PrincipalCodes
-from lorag.spaces.weight_space import SharedSubspace
 
 __all__ = ["TITLE", "measure"]
 

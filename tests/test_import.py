@@ -31,8 +31,8 @@ from lorag.base.layout import LoraLayout
 from lorag.base.names import known_name, same_model
 from lorag.errors import LoragError
 from lorag.files.artifacts import embedded, write_json, write_manifest
+from lorag.spaces import SharedSubspace
 from lorag.spaces.shared_bases import RunningSpan
-from lorag.spaces.weight_space import SharedSubspace
 
 LAYOUT = LoraLayout.from_dict(
     {

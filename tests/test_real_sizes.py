@@ -20,8 +20,8 @@ from lorag.generator.generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.module_decoder import ModuleDecoder
+from lorag.spaces import FlatFactors, SharedSubspace, open_space
 from lorag.spaces.shared_bases import Span
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
@@ -208,7 +208,7 @@ def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepare
     tensors, values = half.tensors()
     save_tensors(tmp_path / "s.safetensors", tensors)
     stored = load_tensors(tmp_path / "s.safetensors")
-    opened = weight_space_from_tensors(stored, values)
+    opened = open_space(stored, values)
     assert all(u.dtype == torch.bfloat16 for u in (*opened.bases_in, *opened.bases_out))
     assert opened.bases_in[0].data_ptr() == stored["bases_in.0"].data_ptr()
     codes = torch.randn(5, half.size, generator=torch.Generator().manual_seed(0))

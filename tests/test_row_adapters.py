@@ -11,7 +11,7 @@ from torch.func import functional_call
 from lorag.base.base_model import BaseModel
 from lorag.base.row_adapters import Cores, RowAdapters
 from lorag.errors import BaseModelError, LayoutError
-from lorag.spaces.weight_space import SharedSubspace
+from lorag.spaces import SharedSubspace
 
 RANKS = ((2, 4.0), (5, 20.0), (3, -3.0))
 

@@ -17,7 +17,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import GeneratorError
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace, weight_space_from_tensors
+from lorag.spaces import FlatFactors, SharedSubspace, open_space
 
 # Layers 2 and 10 side by side: sorted by name they would trade places.
 MODULES = [[f"layers.{n}.{p}", 24, o] for n in (1, 2, 10) for p, o in (("q", 24), ("v", 20))]
@@ -285,7 +285,7 @@ def test_stored_spaces_come_back(stored, experts):
     space, tensors, values = stored
     with tempfile.TemporaryDirectory() as folder:
         save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder, "t.safetensors"))
-        back = weight_space_from_tensors(load_file(Path(folder, "t.safetensors")), json.dumps(values))
+        back = open_space(load_file(Path(folder, "t.safetensors")), json.dumps(values))
     assert type(back) is type(space)
     assert back.layout == LAYOUT
     assert torch.equal(back.encode(experts[0]), space.encode(experts[0]))
@@ -318,7 +318,7 @@ def test_corrupted_spaces_are_refused(stored, spoil):
     """A missing or misshapen tensor, a number that is none, an unknown kind: GeneratorError, never a crash or a wrong space."""
     _, tensors, values = stored
     with pytest.raises(GeneratorError):
-        weight_space_from_tensors(*spoil(tensors, values))
+        open_space(*spoil(tensors, values))
 
 
 def test_codes_of_another_space_are_refused(space):

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, AlphaRangeError, DtypeOverflowError, NonFiniteError, NormRangeError, RankRangeError
 
-__all__ = ["MAX_RANK", "Factors", "Pair", "Svd", "balanced", "check_alpha", "check_values", "thin_svd"]
+__all__ = ["MAX_RANK", "Factors", "Pair", "Svd", "balanced", "check_alpha", "check_values", "pad_pair", "thin_svd"]
 
 MAX_RANK = 4096
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -81,11 +81,12 @@ def balanced(svd: Svd, rank: int) -> Pair:
     """A (r, i) and B (o, r) in fp32 of the best rank-r approximation, singular values shared evenly, padded with zeros to the rank."""
     left, values, right = (part[..., :rank].double() for part in svd)
     root = values.sqrt()
-    a, b = _pad(((right * root).T, left * root), rank)
+    a, b = pad_pair(((right * root).T, left * root), rank)
     return a.float().contiguous(), b.float().contiguous()
 
 
-def _pad(pair: Pair, rank: int) -> Pair:
+def pad_pair(pair: Pair, rank: int) -> Pair:
+    """A (..., r, i) and B (..., o, r) with zero rows and columns up to a rank."""
     a, b = pair
     more = rank - a.shape[-2]
     return torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
@@ -210,7 +211,7 @@ class Factors(Mapping[str, Pair]):
         """
         if rank < self.rank:
             raise AdapterError("factors cannot be padded to a smaller rank", got=rank, expected=f"at least {self.rank}")
-        return Factors({name: _pad(pair, rank) for name, pair in self.tensors.items()}, self.scaling)
+        return Factors({name: pad_pair(pair, rank) for name, pair in self.tensors.items()}, self.scaling)
 
     def truncated(self, rank: int) -> tuple[Factors, float]:
         """The nearest ΔW of a rank, in fp32 with singular values shared evenly, and the share of ‖ΔW‖² that it keeps."""
@@ -243,6 +244,6 @@ class Factors(Mapping[str, Pair]):
         rank = max(part.rank for part in parts)
         stacked = {}
         for name in parts[0]:
-            pairs = [_pad(part[name], rank) for part in parts]
+            pairs = [pad_pair(part[name], rank) for part in parts]
             stacked[name] = (torch.stack([a for a, _ in pairs]).to(device), torch.stack([b for _, b in pairs]).to(device))
         return stacked

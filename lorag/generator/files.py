@@ -15,7 +15,7 @@ from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, sha256, writ
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.generator.gate import Gate
 from lorag.methods import generator_type
-from lorag.spaces.weight_space import weight_space_from_tensors
+from lorag.spaces import open_space
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 
@@ -88,7 +88,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
     try:
         base = BankBase.from_dict(manifest["base"])
         method = generator_type(manifest["method"]).with_settings(manifest["settings"])
-        space = weight_space_from_tensors(part("space."), manifest["space"])
+        space = open_space(part("space."), manifest["space"])
         centroids = tensors["conditioner.centroids"].float()
         names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
         wanted = str(manifest["embedder"])

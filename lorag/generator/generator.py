@@ -25,7 +25,7 @@ from lorag.generator.files import read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, refine
 from lorag.methods import Generator
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace
+from lorag.spaces import WeightSpace
 from lorag.tasks.suite import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
 from lorag.text.embedding import TextEmbedder
@@ -70,7 +70,7 @@ class LoraGenerator:
     """
 
     base: BankBase
-    space: SharedSubspace | FlatFactors
+    space: WeightSpace
     conditioner: Conditioner
     method: Generator
     embedder: TextEmbedder

@@ -5,9 +5,9 @@ Bases of large layouts are kept in bf16 and may lie in a file that is mapped: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,37 +19,17 @@ from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
 from lorag.errors import GeneratorError
 from lorag.progress import progress_bar
-from lorag.spaces.flat_factors import Adapters
 from lorag.spaces.shared_bases import Span, weighted_columns
+from lorag.spaces.weight_space import AdapterStream, FactorStream, SpaceInputs, WeightSpace, no_experts
 
-__all__ = ["FactorStream", "SharedSubspace"]
+__all__ = ["SharedSubspace"]
 
 _LARGE = 2**23  # values of all bases beyond which they are kept in bf16
 _PIECE = 2**18  # values of bases in fp32 at a time on a CPU: 1 MiB stays in its cache
 
 
-class FactorStream(Protocol):
-    """Experts module by module, a few at a time, as often as asked: a bank larger than memory."""
-
-    def factors(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Stacks A (n, r, i) and B (n, o, r), scaling in B, of all experts in order."""
-        ...
-
-
 @dataclass(frozen=True)
-class _OneByOne:
-    """Adapters as such a stream."""
-
-    adapters: Adapters
-
-    def factors(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for adapter in self.adapters():
-            a, b = adapter.factors.pair(module, torch.float64)
-            yield a[None], b[None]
-
-
-@dataclass(frozen=True)
-class SharedSubspace:
+class SharedSubspace(WeightSpace):
     """Codes are standardised cores M = U_outᵀ ΔW U_in in orthonormal bases shared by all experts of a bank.
 
     Attributes:
@@ -60,6 +40,8 @@ class SharedSubspace:
         scale: Standard deviation of the experts' cores, one value a module (m,).
     """
 
+    kind = "shared_subspace"
+
     layout: LoraLayout
     bases_in: tuple[Tensor, ...]
     bases_out: tuple[Tensor, ...]
@@ -67,7 +49,7 @@ class SharedSubspace:
     scale: Tensor
 
     @classmethod
-    def fit(cls, adapters: Adapters, layout: LoraLayout, size: int = 32) -> SharedSubspace:
+    def fit(cls, adapters: Callable[[], Iterable[LoraAdapter]], layout: LoraLayout, size: int = 32) -> SharedSubspace:
         """`fit_stream` of adapters at hand.
 
         Args:
@@ -75,7 +57,12 @@ class SharedSubspace:
             layout: Their layout.
             size: k, the dimensions kept on each side; less where a module is smaller.
         """
-        return cls.fit_stream(_OneByOne(adapters), layout, size)
+        return cls.fit_stream(AdapterStream(adapters), layout, size)
+
+    @classmethod
+    def from_inputs(cls, inputs: SpaceInputs) -> SharedSubspace:
+        """`fit_stream` of a bank's experts."""
+        return cls.fit_stream(inputs.experts, inputs.layout, inputs.k, quiet=inputs.quiet)
 
     @classmethod
     def fit_stream(
@@ -91,7 +78,7 @@ class SharedSubspace:
             quiet: No progress bar.
 
         Raises:
-            GeneratorError: If there is no expert, or one has factors that are no numbers.
+            GeneratorError: If there is no expert, or one has factors that are not numbers.
         """
         size = min([size, *(min(m.in_features, m.out_features) for m in layout.modules)])
         if dtype is None:
@@ -111,7 +98,7 @@ class SharedSubspace:
                 total += cores.sum(0)
                 square += cores.square().sum()
             if count == 0:
-                raise GeneratorError("a weight space needs at least one expert", got="an empty bank")
+                raise no_experts(cls.kind)
             mean = total / count
             variance = (square / count - mean.square().sum()) / size**2
             # A module that no two experts change differently, but for rounding, has nothing to standardise.
@@ -128,19 +115,13 @@ class SharedSubspace:
         return self.mean.shape[1]
 
     @property
-    def size(self) -> int:
-        """Length c = m·k² of a code."""
-        return self.mean.numel()
-
-    @property
-    def zero(self) -> Tensor:
-        """Code (c,) of the adapter that changes nothing."""
-        return self.standardise(torch.zeros_like(self.mean))
-
-    @property
     def parts(self) -> list[int]:
         """Length of each module's part of a code."""
         return [self.k**2] * len(self.layout)
+
+    def best_rank(self, wanted: int) -> int:
+        """Any up to k."""
+        return min(wanted, self.k)
 
     def cores(self, adapter: LoraAdapter) -> Tensor:
         """Cores (m, k, k) of an adapter, in fp32."""
@@ -171,8 +152,7 @@ class SharedSubspace:
 
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
         """Best rank-r factors of each code (b, c), singular values shared evenly by A and B."""
-        if codes.dim() != 2 or codes.shape[1] != self.size:
-            raise GeneratorError("codes do not fit the weight space", got=tuple(codes.shape), expected=f"(b, {self.size})")
+        self.check_codes(codes)
         if not 1 <= rank <= self.k:
             raise GeneratorError("the weight space has no adapters of this rank", got=rank, expected=f"1 to {self.k}")
         # One decomposition and one product a code: a batched one may round differently with the batch, and each adapter's
@@ -221,9 +201,26 @@ class SharedSubspace:
             self.scale.to(device),
         )
 
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which the space can be built again."""
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Bases, and the normaliser, from whose shape k follows."""
         tensors = {"mean": self.mean, "scale": self.scale}
         for index, (u_in, u_out) in enumerate(zip(self.bases_in, self.bases_out, strict=True)):
             tensors |= {f"bases_in.{index}": u_in, f"bases_out.{index}": u_out}
-        return tensors, {"kind": "shared_subspace", "layout": self.layout.to_dict()}
+        return tensors, {}
+
+    @classmethod
+    def restored(cls, layout: LoraLayout, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> SharedSubspace:
+        """Puts back what `stored` gave. Bases are not copied, so that a file that is mapped stays on the disk until it is used."""
+
+        def bases(side: str) -> tuple[Tensor, ...]:
+            found = [tensors[f"{side}.{index}"] for index in range(len(layout))]
+            return tuple(basis if basis.dtype == torch.bfloat16 else basis.float() for basis in found)
+
+        return cls(layout, bases("bases_in"), bases("bases_out"), tensors["mean"].float(), tensors["scale"].float())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Two bases of k columns a module, a mean core and one scale."""
+        modules, k = self.layout.modules, self.mean.shape[-1]
+        bases = {f"bases_in.{index}": (module.in_features, k) for index, module in enumerate(modules)}
+        bases |= {f"bases_out.{index}": (module.out_features, k) for index, module in enumerate(modules)}
+        return {"mean": (len(modules), k, k), "scale": (len(modules),), **bases}

@@ -1,107 +1,184 @@
-"""Weight spaces: adapters to codes and back.
+"""What a weight space is: adapters of one layout as codes, flat vectors that can be compared, averaged and regressed, and back.
 
-ΔW = B·A does not change when B becomes B·G and A becomes G⁻¹·A, so raw factors of independently trained adapters cannot
-be compared, averaged or regressed. `SharedSubspace` describes an adapter by its cores U_outᵀ ΔW U_in in bases shared by
-the bank, which are free of that gauge and of rank and alpha. `FlatFactors` keeps the raw factors, as published methods do.
+ΔW = B·A does not change when B becomes B·G and A becomes G⁻¹·A, so raw factors of independently trained adapters cannot be compared.
+`SharedSubspace` describes an adapter by its cores U_outᵀ ΔW U_in in bases shared by the bank, which are free of that gauge and of rank and
+alpha. `FlatFactors` keeps the raw factors, as published methods do. A new kind is one file and a line in `lorag.spaces`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.factors import Factors
+from lorag.adapters.factors import Factors, Pair
 from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
+from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.files.artifacts import parse_json
-from lorag.spaces.flat_factors import FlatFactors
-from lorag.spaces.shared_subspace import SharedSubspace
+from lorag.tasks.suite import Task
 
-__all__ = ["Cores", "FlatFactors", "SharedSubspace", "WeightSpace", "weight_space_from_tensors"]
+__all__ = ["AdapterStream", "FactorStream", "SpaceInputs", "WeightSpace", "no_experts"]
 
 
-class WeightSpace(Protocol):
-    """Maps adapters of one layout to flat vectors and back."""
+class FactorStream(Protocol):
+    """Experts module by module, a few at a time, as often as asked: a bank larger than memory."""
+
+    def factors(self, module: str) -> Iterator[Pair]:
+        """Stacks A (n, r, i) and B (n, o, r) with ΔW = B·A, in fp64, of all experts in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterStream:
+    """Adapters at hand as such a stream; `adapters` is called anew for each pass."""
+
+    adapters: Callable[[], Iterable[LoraAdapter]]
+
+    def factors(self, module: str) -> Iterator[Pair]:
+        """Each adapter's factors, one by one."""
+        for adapter in self.adapters():
+            a, b = adapter.factors.pair(module, torch.float64)
+            yield a[None], b[None]
+
+
+@dataclass(frozen=True)
+class SpaceInputs:
+    """All that a weight space may be found from; each kind takes what it needs, and says what it lacks.
+
+    Attributes:
+        layout: The adapters' layout.
+        experts: The training experts; there may be none.
+        k: Dimensions kept on each side of a module, for spaces with bases.
+        rank: Rank of the adapters that are wanted, for spaces that fix one.
+        runner: The base model, for spaces that look at what passes through it.
+        tasks: Training tasks with examples, for the same.
+        seed: Seed of whatever is drawn.
+        quiet: No progress bar.
+    """
+
+    layout: LoraLayout
+    experts: FactorStream
+    k: int = 32
+    rank: int = 16
+    runner: Runner | None = None
+    tasks: Sequence[Task] = ()
+    seed: int = 0
+    quiet: bool = True
+
+
+def no_experts(kind: str) -> GeneratorError:
+    """The error of a space that is found from experts where there are none."""
+    return GeneratorError(
+        f"a weight space of kind {kind} needs at least one expert", got="an empty bank", remedy="Add experts to the bank."
+    )
+
+
+class WeightSpace(ABC):
+    """Maps adapters of one layout to codes (c,) in fp32 and back.
+
+    Codes are standardised: a space has tensors `mean` and `scale`, in a shape of its own choice.
+    """
+
+    kind: ClassVar[str]  # its name in settings and files
+    degree: ClassVar[float] = 1.0  # ΔW grows with the distance of a code from `zero` to the power of 1 / degree
+
+    layout: LoraLayout
+    mean: Tensor
+    scale: Tensor
+
+    # --- what a kind of space says -------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def from_inputs(cls, inputs: SpaceInputs) -> Self:
+        """Finds the space.
+
+        Raises:
+            GeneratorError: If the inputs lack what it needs.
+        """
 
     @property
-    def layout(self) -> LoraLayout:
-        """Layout of the adapters."""
-        ...
+    @abstractmethod
+    def parts(self) -> list[int]:
+        """Length of each module's part of a code, in the layout's order."""
+
+    @abstractmethod
+    def best_rank(self, wanted: int) -> int:
+        """The rank of adapters that the space decodes which is nearest to a wanted one."""
+
+    @abstractmethod
+    def encode(self, adapter: LoraAdapter) -> Tensor:
+        """Code (c,) of an adapter."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
+        """Factors of a rank for each code (b, c); the bytes of each do not depend on the others."""
+
+    @abstractmethod
+    def differentiable(self, codes: Tensor) -> Cores | dict[str, Pair]:
+        """What `RowAdapters` runs for codes (b, c); gradients reach the codes."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """The same space on a device; with a dtype, its bases in it, so that `differentiable` need not convert them each time."""
+
+    @abstractmethod
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and what JSON must say beside kind and layout, from which `restored` builds the space again."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, layout: LoraLayout, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Self:
+        """Puts back what `stored` gave; what it raises of KeyError, TypeError and ValueError becomes one GeneratorError."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes that the tensors of `stored` must have, given the layout and the JSON values."""
+
+    # --- what all have in common ---------------------------------------------------------------------------------
 
     @property
     def size(self) -> int:
         """Length c of a code."""
-        ...
+        return sum(self.parts)
 
     @property
     def zero(self) -> Tensor:
         """Code (c,) of the adapter that changes nothing."""
-        ...
+        return self.encode(LoraAdapter(self.layout, Factors.zeros(self.layout)))
 
-    @property
-    def parts(self) -> list[int]:
-        """Length of each module's part of a code, in the layout's order."""
-        ...
+    def scaled(self, codes: Tensor, strength: float) -> Tensor:
+        """Codes (..., c) whose ΔW is `strength` times as large."""
+        zero = self.zero.to(codes.device)
+        return zero + (codes - zero) * strength**self.degree
 
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) of an adapter, in fp32."""
-        ...
-
-    def decode(self, codes: Tensor, rank: int) -> list[Factors]:
-        """Factors of a rank for each code (b, c)."""
-        ...
-
-    def differentiable(self, codes: Tensor) -> Cores | dict[str, tuple[Tensor, Tensor]]:
-        """What `RowAdapters` runs for codes (b, c); gradients reach the codes."""
-        ...
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises a GeneratorError unless codes are (b, c)."""
+        if codes.dim() != 2 or codes.shape[1] != self.size:
+            raise GeneratorError("codes do not fit the weight space", got=tuple(codes.shape), expected=f"(b, {self.size})")
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which `weight_space_from_tensors` builds the space again."""
-        ...
+        """Tensors and JSON values from which `lorag.spaces.open_space` builds the space again."""
+        tensors, values = self.stored()
+        return tensors, {"kind": self.kind, "layout": self.layout.to_dict(), **values}
 
+    def check(self) -> None:
+        """Checks what was read from a file against the space's own shapes.
 
-def _stored_basis(basis: Tensor) -> Tensor:
-    """A basis as it is stored, in fp32 or bf16: no copy, so that a file that is mapped stays on the disk until it is used."""
-    return basis if basis.dtype == torch.bfloat16 else basis.float()
-
-
-def weight_space_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | str) -> SharedSubspace | FlatFactors:
-    """Builds a stored weight space again.
-
-    Raises:
-        GeneratorError: If kind, names or shapes are not those of a weight space.
-    """
-    space: SharedSubspace | FlatFactors
-    try:
-        values = parse_json(values, "a stored weight space") if isinstance(values, str) else values
-        layout = LoraLayout.from_dict(values["layout"])
-        if values["kind"] == "flat_factors":
-            space = FlatFactors(layout, int(values["rank"]), tensors["mean"].float(), tensors["scale"].float())
-            fits = space.mean.shape == space.scale.shape == (layout.values(space.rank),)
-        elif values["kind"] == "shared_subspace":
-            indices = range(len(layout))
-            space = SharedSubspace(
-                layout,
-                tuple(_stored_basis(tensors[f"bases_in.{i}"]) for i in indices),
-                tuple(_stored_basis(tensors[f"bases_out.{i}"]) for i in indices),
-                tensors["mean"].float(),
-                tensors["scale"].float(),
-            )
-            k = space.mean.shape[-1]
-            fits = space.mean.shape == (len(layout), k, k) and space.scale.shape == (len(layout),)
-            for module, u_in, u_out in zip(layout.modules, space.bases_in, space.bases_out, strict=True):
-                fits = fits and u_in.shape == (module.in_features, k) and u_out.shape == (module.out_features, k)
-        else:
-            raise KeyError(f"kind {values['kind']!r}")
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:  # LayoutError and ArtifactError are ValueErrors
-        raise GeneratorError("a stored weight space cannot be read", got=repr(error)[:120]) from error
-    if not fits:
-        raise GeneratorError("a stored weight space has tensors that do not fit its layout")
-    if not (space.mean.isfinite().all() and space.scale.isfinite().all() and (space.scale > 0).all()):
-        raise GeneratorError("a stored weight space has a mean or scale that is no number, or a scale of 0")
-    return space
+        Raises:
+            GeneratorError: If a tensor does not fit, or the normaliser cannot be used.
+        """
+        tensors, _ = self.stored()
+        found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes()
+        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if odd:
+            got, wanted = found.get(odd[0]), expected.get(odd[0])
+            raise GeneratorError(f"a stored weight space does not fit its layout: tensor {odd[0]}", got=got, expected=wanted)
+        if not (self.mean.isfinite().all() and self.scale.isfinite().all() and (self.scale > 0).all()):
+            raise GeneratorError("a stored weight space has a mean or scale that is not a number, or a scale of 0")

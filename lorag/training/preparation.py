@@ -16,7 +16,7 @@ from lorag.errors import ConfigError
 from lorag.files.artifacts import embedded, read_json
 from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace
+from lorag.spaces import SpaceInputs, WeightSpace, fit_space
 from lorag.tasks.suite import TaskSuite, connected
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import TextEmbedder
@@ -54,7 +54,7 @@ class Prepared:
     """A bank made ready for fitting: what all methods on it share."""
 
     bank: AdapterBank
-    space: SharedSubspace | FlatFactors
+    space: WeightSpace
     data: TrainingSet
     embedder: TextEmbedder
     runner: Runner | None = None
@@ -79,7 +79,7 @@ def prepare(
     bank: AdapterBank,
     embedder: TextEmbedder,
     *,
-    space: SharedSubspace | FlatFactors | None = None,
+    space: WeightSpace | None = None,
     space_name: str = "shared_subspace",
     k: int = 32,
     wordings: int = 0,
@@ -99,7 +99,7 @@ def prepare(
         bank: The training experts, and only they; it may be empty where the weight space is given.
         embedder: Embeds descriptions.
         space: A fitted weight space; without one, `space_name` is fitted.
-        space_name: "shared_subspace" or "flat_factors".
+        space_name: A kind of `lorag.spaces`.
         k: Dimensions of a shared subspace.
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that get a typing error.
@@ -117,12 +117,7 @@ def prepare(
     split = hold_out(bank, suite, without_expert, groups=groups, validation=validation, seed=seed)
     layout = bank.base.layout
     if space is None:
-        if space_name == "shared_subspace":
-            space = SharedSubspace.fit_stream(ExpertStream(bank), layout, k, quiet=quiet)
-        elif space_name == "flat_factors":
-            space = FlatFactors.fit(bank.adapters, layout)
-        else:
-            raise ConfigError("space is unknown", got=repr(space_name), expected="shared_subspace or flat_factors")
+        space = fit_space(space_name, SpaceInputs(layout, ExpertStream(bank), k, seed=seed, quiet=quiet))
     codes, deviations = [], []
     for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from lorag.adapters.provenance import public_name
 from lorag.base.base_model import device_of
@@ -25,7 +24,6 @@ from lorag.methods.data_parallel import Shares, told
 from lorag.methods.functional import evenly, mean_loss, task_vectors
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
-from lorag.spaces.weight_space import FlatFactors, SharedSubspace
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.gate_fitting import fit_gate
 from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
@@ -101,14 +99,13 @@ def fit_generator(
     if strength is None:
         strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
     space = prepared.space
-    rank = space.rank if isinstance(space, FlatFactors) else min(rank, space.k)
     return LoraGenerator(
         base=prepared.bank.base,
         space=space,
         conditioner=prepared.data.conditioner,
         method=method,
         embedder=prepared.embedder,
-        rank=rank,
+        rank=space.best_rank(rank),
         strength=strength,
         origin=origin,
         licenses=_licences(prepared, method),
@@ -138,22 +135,12 @@ def tune_strength(method: Generator, data: TrainingSet, runner: Runner | None, r
         for i, mask, vector in zip(chosen, data.masked(chosen), vectors, strict=True)
     ]
     codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
-    space: Any = data.space  # of the two that `_scale` knows
     found: dict[float, float] = {}
     for strength in _STRENGTHS:
-        scaled = _scale(space, codes, strength).to(runner.device)
+        scaled = data.space.scaled(codes, strength).to(runner.device)
         asked = [mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
         found[strength] = sum(asked) / len(asked)
     return min(found, key=lambda strength: found[strength])
-
-
-def _scale(space: SharedSubspace | FlatFactors, codes: Tensor, strength: float) -> Tensor:
-    """Codes whose ΔW is `strength` times as large. In flat factors the square root goes to both A and B."""
-    if isinstance(space, SharedSubspace):
-        space = space.to(codes.device)
-        return space.standardise(space.restore(codes) * strength)
-    mean, scale = space.mean.to(codes.device), space.scale.to(codes.device)
-    return ((codes * scale + mean) * strength**0.5 - mean) / scale
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
