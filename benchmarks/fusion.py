@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.bank.experts import train_group
 from lorag.base.runner import Runner
 from lorag.files.artifacts import read_json, write_json
@@ -33,7 +33,7 @@ from lorag.generator.refine import refine
 from lorag.methods.support_examples import few_examples, learn_weights, tasks_of
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.fuse import fuse_experts
-from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
+from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
 from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import Cell, splits
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.files.artifacts import embedded
 from lorag.generator.evidence import FEATURES
@@ -24,7 +24,7 @@ from lorag.generator.generator import LoraGenerator
 from lorag.tasks.suite import Task
 from lorag.training.gains import score_codes
 from lorag.training.gate_fitting import GateSettings, fit_gate
-from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
+from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
 from lorag.worlds.sandbox.grid import Cell, splits
 from lorag.worlds.sandbox.wordings import describe
 

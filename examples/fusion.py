@@ -11,9 +11,10 @@ from pathlib import Path
 
 from lorag import LoraAdapter
 from lorag.adapters.factors import Factors
+from lorag.bank.bank import find_bank
 from lorag.base.runner import Runner
 from lorag.methods.support_examples import learn_weights
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import find_tasks
 
 EXPERTS = ("legal-person-upper", "medical-amount-json")
 

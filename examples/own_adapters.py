@@ -16,10 +16,11 @@ from pathlib import Path
 from lorag import LoraAdapter, LoraGenerator, generate_lora
 from lorag.adapters.factors import Factors
 from lorag.adapters.sources import find_sources
+from lorag.bank.bank import find_bank
 from lorag.bank.importing import Terms, import_adapters
 from lorag.bank.start import Start, start_bank
 from lorag.config import load_config
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import find_tasks
 from lorag.training.train import TrainConfig, train
 
 DESCRIPTION = "return the city from this banking message as a JSON object"

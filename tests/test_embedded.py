@@ -14,13 +14,13 @@ from conftest import (
 from peft import PeftModel
 
 from lorag import generate_lora
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.objectives import make_objective
 from lorag.base.row_adapters import RowAdapters
 from lorag.files.artifacts import embedded
 from lorag.generator.generate import default_generator
 from lorag.tasks.unknown import unknown_tasks
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import find_tasks
 from lorag.worlds.sandbox import wordings
 from lorag.worlds.sandbox.grid import splits
 
@@ -59,6 +59,16 @@ def scorer(embedded_generator, held_out):
         return [found["exact_match"] for found in objective.scores(rows, stacked, tasks, limit=32)]
 
     return score
+
+
+def test_a_bank_is_named_as_everywhere(embedded_generator):
+    """generate_lora(bank="sandbox") takes the bank that comes with the package, and a known task gets its own expert."""
+    bank = find_bank("sandbox")
+    known = bank.experts[0]
+    adapter = generate_lora(known.descriptions[0], bank="sandbox")
+    assert adapter.info["gate"]["served"] == "expert"
+    assert all(torch.equal(adapter.delta(name), bank.adapter(known.name).delta(name)) for name in adapter.layout.names)
+    assert find_bank(bank) is bank
 
 
 def test_one_call_makes_an_adapter_and_says_how(embedded_generator):

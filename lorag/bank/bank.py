@@ -24,14 +24,26 @@ from lorag.bank.shards import PRECISIONS, ShardReader, check_shard, stack_checkp
 from lorag.base.bank_base import BankBase
 from lorag.base.base_model import TASK_TYPES
 from lorag.errors import BankError, LoragError, StorageError
-from lorag.files.artifacts import check_manifest, require_name, resolve_inside, write_manifest
+from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
 from lorag.tasks.suite import check_description
 
-__all__ = ["AdapterBank", "BankBase", "Expert"]
+__all__ = ["AdapterBank", "BankBase", "Expert", "find_bank"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
+_EMBEDDED = {"sandbox": "data/sandbox/bank"}  # banks that come with the package, by name
+
+
+def find_bank(name: AdapterBank | str | Path) -> AdapterBank:
+    """Opens a bank by its folder, its hub id, or the name of one that comes with the package, such as "sandbox".
+
+    Raises:
+        ArtifactError: If there is none, or it is not a complete bank of a known format.
+    """
+    if isinstance(name, AdapterBank):
+        return name
+    return AdapterBank.from_pretrained(embedded(_EMBEDDED[name]) if isinstance(name, str) and name in _EMBEDDED else name)
 
 
 class AdapterBank:

@@ -196,7 +196,7 @@ def remove(
 @app.command("list")
 def list_experts(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox") -> None:
     """List a bank's experts."""
-    from lorag.training.preparation import find_bank
+    from lorag.bank.bank import find_bank
 
     for expert in find_bank(bank).experts:
         score = "" if expert.score is None else f"{expert.score:.2f}"
@@ -210,8 +210,8 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Read every expert of a bank, compare them, and say what is wrong and what to do about it."""
+    from lorag.bank.bank import find_bank
     from lorag.bank.check import check_bank, format_findings
-    from lorag.training.preparation import find_bank
 
     found = check_bank(find_bank(bank), quiet=quiet)
     table = format_findings(found, every=every or len(found) <= _MOST_ROWS)
@@ -231,8 +231,8 @@ def export(
     expert: Annotated[list[str] | None, typer.Option(help="An expert to be written; may be repeated. All by default.")] = None,
 ) -> None:
     """Write a bank's experts as adapter folders for PEFT's create_arrow_model."""
+    from lorag.bank.bank import find_bank
     from lorag.bank.exporting import export_arrow
-    from lorag.training.preparation import find_bank
 
     if not arrow:
         raise typer.BadParameter("say for what: --arrow")

@@ -54,7 +54,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure refusals, expected gain and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
-    from lorag.bank.bank import AdapterBank
+    from lorag.bank.bank import find_bank
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
     from lorag.generator.generate import default_generator
@@ -65,7 +65,7 @@ def evaluate(
     made = default_generator() if generator is None else LoraGenerator.from_pretrained(generator, device=device)
     suite = find_tasks(tasks, None if split == "all" else split)
     where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
-    experts = None if where is None else AdapterBank.from_pretrained(where)
+    experts = None if where is None else find_bank(where)
     listed = None if unknown is None else read_unknown(unknown, "test")
     report = measure_gate(made, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
     typer.echo(format_gate(report))

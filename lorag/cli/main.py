@@ -93,7 +93,6 @@ def generate(
     from lorag.errors import UnknownTaskWarning
     from lorag.generator.generate import generate_lora
     from lorag.tasks.suite import read_pairs
-    from lorag.training.preparation import find_bank
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
@@ -105,7 +104,7 @@ def generate(
             examples=[] if examples is None else read_pairs(examples),
             refine_steps=refine_steps,
             on_unknown=on_unknown,
-            bank=None if bank is None else find_bank(bank),
+            bank=bank,
         )
     folder = adapter.save_pretrained(out)
     nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])

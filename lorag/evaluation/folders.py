@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
@@ -18,7 +18,7 @@ from lorag.generator.generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import find_bank, find_split, find_tasks, prepare
+from lorag.training.preparation import find_split, find_tasks, prepare
 from lorag.training.train import fit_generator
 
 __all__ = ["Ladder", "open_ladder", "run_ladder"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import GeneratorError
 from lorag.files.artifacts import embedded
 from lorag.generator.generator import LoraGenerator
@@ -46,7 +46,7 @@ def generate_lora(
         refine_steps: Gradient steps on the examples, from the generated adapter.
         on_unknown: What becomes of a description that the gate refuses, because the bank has nothing near it: "warn",
             "raise", "fallback" (an adapter that changes nothing) or "ignore" (the gate is not asked).
-        bank: The generator's bank, or its folder: a known task then gets its own expert, a close one a fusion.
+        bank: The generator's bank, its folder or hub id, or "sandbox": a known task then gets its own expert, a close one a fusion.
 
     Returns:
         The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it; `info["gate"]` says how far
@@ -58,7 +58,6 @@ def generate_lora(
         UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
     """
     description = check_description(description)
-    experts = AdapterBank.from_pretrained(bank) if isinstance(bank, str | Path) else bank
     return _open(generator).generate(
         description,
         seed=seed,
@@ -66,7 +65,7 @@ def generate_lora(
         examples=examples,
         refine_steps=refine_steps,
         on_unknown=on_unknown,
-        bank=experts,
+        bank=None if bank is None else find_bank(bank),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import BaseModel
 from lorag.base.names import same_model
 from lorag.errors import BaseModelError, ConfigError, ServedNameError, UnknownTaskWarning
@@ -95,7 +95,7 @@ class AdapterResolver:
     def from_settings(cls, settings: ServingSettings) -> AdapterResolver:
         """Opens what the settings name."""
         generator = default_generator() if settings.generator is None else LoraGenerator.from_pretrained(settings.generator)
-        bank = None if settings.bank is None else AdapterBank.from_pretrained(settings.bank)
+        bank = None if settings.bank is None else find_bank(settings.bank)
         folder = Path.home() / ".cache/lorag/serving" if settings.folder is None else Path(settings.folder)
         return cls(generator, AdapterStore.open(folder, StoreLimits(settings.max_adapters, settings.max_bytes)), bank, settings)
 

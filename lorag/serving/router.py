@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.row_adapters import Stacked
 from lorag.base.runner import Runner
 from lorag.errors import BankError, TaskError
@@ -100,10 +100,8 @@ class LoraRouter:
             tasks: Tasks of the bank's experts with training examples, so that requests can be judged by their own texts.
             quiet: Whether no bar is shown while examples are embedded.
         """
-        from lorag.files.artifacts import embedded
-
         opened = default_generator() if generator is None else LoraGenerator.from_pretrained(generator)
-        experts = AdapterBank.from_pretrained(embedded("data/sandbox/bank") if bank is None else bank)
+        experts = find_bank("sandbox" if bank is None else bank)
         router = cls(opened, experts)
         if tasks is not None:
             router.learn_texts({task.key: [e.input for e in task.split("train")] for task in tasks.tasks}, quiet=quiet)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import MERGES
 from lorag.adapters.provenance import base_fields, parents, versions
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
@@ -26,7 +26,7 @@ from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
 from lorag.networks.fused_latents import resolve_conflicts
 from lorag.tasks.suite import Task, TaskSuite
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import find_tasks
 
 __all__ = ["RULES", "fuse", "fuse_experts"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import Reference, gather
@@ -26,7 +26,7 @@ from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.training.gains import gains_of
 from lorag.training.gate_rungs import bank_wordings, fusing_cosine, naming_cosine
-from lorag.training.preparation import WITHOUT_EXPERT, find_bank, find_split, find_tasks, hold_out
+from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
 
 __all__ = ["GateSettings", "add_gate", "fit_gate"]
 

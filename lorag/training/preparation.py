@@ -22,16 +22,11 @@ from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import TextEmbedder
 from lorag.text.misspelling import misspell_some
 
-__all__ = ["WITHOUT_EXPERT", "Prepared", "Split", "find_bank", "find_split", "find_tasks", "hold_out", "prepare"]
+__all__ = ["WITHOUT_EXPERT", "Prepared", "Split", "find_split", "find_tasks", "hold_out", "prepare"]
 
 # The split of a suite whose tasks have training examples but no expert.
 WITHOUT_EXPERT = "without_expert"
 _GROUPS = ("task", "texts", "source")
-
-
-def find_bank(name: str) -> AdapterBank:
-    """Opens a bank by folder, hub id, or "sandbox"."""
-    return AdapterBank.from_pretrained(embedded("data/sandbox/bank") if name == "sandbox" else name)
 
 
 def find_tasks(name: str, split: str | None = None) -> TaskSuite:

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from lorag.adapters.provenance import public_name
+from lorag.bank.bank import find_bank
 from lorag.base.base_model import device_of
 from lorag.base.runner import Runner
 from lorag.config import to_plain
@@ -26,7 +27,7 @@ from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.gate_fitting import fit_gate
-from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_bank, find_split, find_tasks, prepare
+from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_split, find_tasks, prepare
 
 __all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
 

@@ -17,7 +17,7 @@ import torch
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank
+from lorag.bank.bank import find_bank
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
 from lorag.generator.generate import DEFAULT
@@ -75,7 +75,7 @@ class Workbench:
             if made.embedder.name == self.first.embedder.name:
                 made.embedder = self.first.embedder  # one in memory, and each description is embedded once
         self.bank_place = None if bank is None else str(bank)
-        self.bank = None if bank is None else AdapterBank.from_pretrained(bank)
+        self.bank = None if bank is None else find_bank(bank)
         for made in generators.values():
             made.check_bank(self.bank)
         self._maps: dict[str, TaskMap] = {}

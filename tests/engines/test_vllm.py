@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
+from lorag.bank.bank import find_bank
 from lorag.base.layout import LoraLayout
 from lorag.base.names import locate
 from lorag.files.artifacts import embedded
 from lorag.serving.store import content_hash
-from lorag.training.preparation import find_bank, find_tasks
+from lorag.training.preparation import find_tasks
 
 BIN = Path(os.environ.get("LORAG_VLLM", "/nonexistent"))
 pytestmark = [
