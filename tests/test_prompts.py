@@ -1,11 +1,10 @@
 """Prompts: what the tokenizer's own chat template writes, bos once, ended as the template ends a turn, for five kinds of templates."""
 
 import pytest
-from conftest import VOCABULARY
+from conftest import VOCABULARY, stack_adapters
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorag.adapters.adapter import stack_adapters
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
