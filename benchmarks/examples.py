@@ -20,12 +20,10 @@ from tqdm.auto import tqdm
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import train_group
-from lorag.base.objectives import Objective
-from lorag.base.row_adapters import RowAdapters
 from lorag.base.runner import Runner
 from lorag.files.artifacts import embedded, write_json
 from lorag.generator.generate import DEFAULT
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine_tasks
 from lorag.tasks.suite import Task
 from lorag.training.preparation import find_tasks
@@ -39,8 +37,7 @@ CHUNK = 32
 class Setting:
     """What all points of the curve share."""
 
-    rows: RowAdapters
-    objective: Objective
+    runner: Runner
     tests: tuple[Task, ...]
     limit: int
 
@@ -50,9 +47,9 @@ class Setting:
         for start in range(0, len(self.tests), CHUNK):
             own = None
             if adapters is not None:
-                own = Factors.stack([one.factors for one in adapters[start : start + CHUNK]], self.rows.model.device)
-            scores = self.objective.scores(self.rows, own, self.tests[start : start + CHUNK], limit=self.limit)
-            found += [score[self.objective.metric] for score in scores]
+                own = Factors.stack([one.factors for one in adapters[start : start + CHUNK]], self.runner.device)
+            scores = self.runner.scores(own, self.tests[start : start + CHUNK], limit=self.limit)
+            found += [score[self.runner.objective.metric] for score in scores]
         return sum(found) / len(found)
 
 
@@ -101,9 +98,9 @@ def curve(
         learning_rate: Peak rate of refinement; by default refinement's own.
         quiet: No progress bar.
     """
-    rows, objective = generator.runtime()
+    runner = generator.runner()
     tests, pools = held_out(tasks, 2 * max(counts, default=0))  # twice as many, so that seeds differ even at the most
-    setting = Setting(rows, objective, tuple(tests), limit)
+    setting = Setting(runner, tuple(tests), limit)
     recipe = SandboxConfig().experts
     lengths = {"fresh": steps, "fresh_long": recipe.steps}
     points: dict[str, dict[int, list[float]]] = {name: {count: [] for count in counts} for name in ("generated", *lengths)}
@@ -112,20 +109,18 @@ def curve(
             start = [generator.generate(task.descriptions[seed % len(task.descriptions)], seed=seed) for task in tests]
             for count in counts:
                 known = [few(task, count, seed) for task in pools]
-                refined = refine_tasks(rows, objective, start, known, steps, seed, learning_rate) if count else start
+                refined = refine_tasks(runner, start, known, steps, seed, learning_rate) if count else start
                 points["generated"][count].append(setting.score(refined))
                 for name, length in lengths.items():
                     fresh = None
                     if count:
                         config = replace(recipe, steps=length, batch=min(recipe.batch, count), checkpoints=1, seed=seed)
-                        fresh = [
-                            late[-1] for late in train_group(Runner(rows.model, rows.layout, objective), known, generator.rank, config)
-                        ]
+                        fresh = [late[-1] for late in train_group(runner, known, generator.rank, config)]
                     points[name][count].append(setting.score(fresh))
                 bar.update()
     return {
         "generator": {"method": generator.method.name, "revision": generator.revision},
-        "metric": objective.metric,
+        "metric": runner.objective.metric,
         "tasks": [task.name for task in tests],
         "test_examples": limit,
         "steps": {"generated": steps, **lengths},

@@ -26,9 +26,8 @@ from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.bank.experts import train_group
-from lorag.base.runner import Runner
 from lorag.files.artifacts import read_json, write_json
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.support_examples import few_examples, learn_weights, tasks_of
 from lorag.tasks.suite import Task, TaskSuite
@@ -57,16 +56,11 @@ class World:
 
     def scores(self, adapters: Sequence[LoraAdapter] | None, tasks: Sequence[Task]) -> list[float]:
         """Score of adapter number i on task number i; one adapter serves all."""
-        rows, objective = self.generator.runtime()
+        runner = self.generator.runner()
         own = None
         if adapters is not None:
-            own = Factors.stack([one.factors for one in adapters] * (len(tasks) // len(adapters)), rows.model.device)
-        return [round(score[objective.metric], 4) for score in objective.scores(rows, own, tasks, limit=self.limit)]
-
-
-def _runner(world: World) -> Runner:
-    rows, objective = world.generator.runtime()
-    return Runner(rows.model, rows.layout, objective)
+            own = Factors.stack([one.factors for one in adapters] * (len(tasks) // len(adapters)), runner.device)
+        return [round(score[runner.objective.metric], 4) for score in runner.scores(own, tasks, limit=self.limit)]
 
 
 def draw_set(size: int, rng: random.Random, among: Container[str]) -> list[str]:
@@ -95,14 +89,14 @@ def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     """One adapter of the generator's rank trained on all examples of the tasks together."""
     mixed = replace(tasks[0], name="joint", examples=tuple(example for task in tasks for example in task.split("train")))
     config = replace(TRAINING, batch=TRAINING.batch * len(tasks))
-    return train_group(_runner(world), [mixed], world.generator.rank, config)[0][-1]
+    return train_group(world.generator.runner(), [mixed], world.generator.rank, config)[0][-1]
 
 
 def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
     """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
     support = [few_examples(task, EXAMPLES, seed) for task in tasks]
     pairs = [(example.input, example.output) for task in support for example in task.examples]
-    return refine(*world.generator.runtime(), adapter, pairs, world.steps, seed)
+    return refine(world.generator.runner(), adapter, pairs, world.steps, seed)
 
 
 def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
@@ -111,7 +105,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
 
     @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
-        weights = learn_weights(_runner(world), experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
+        weights = learn_weights(world.generator.runner(), experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
@@ -155,7 +149,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     """The same where the first task has 8 examples in all, and its expert was trained on them; its score comes first."""
     tasks = tasks_of(world.suite, names)
     few = few_examples(tasks[0], RARE, seed)
-    expert = train_group(_runner(world), [few], 4, TRAINING)[0][-1]
+    expert = train_group(world.generator.runner(), [few], 4, TRAINING)[0][-1]
     expert = replace(expert, base_model=world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
     counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}

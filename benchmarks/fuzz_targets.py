@@ -24,7 +24,7 @@ from lorag.config import from_plain, load_config, parse_yaml, preset_names
 from lorag.errors import LoragError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
 from lorag.files.training_state import load_training_state, save_training_state
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.regression import MlpSettings
 from lorag.spaces import FlatFactors, SharedSubspace

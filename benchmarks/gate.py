@@ -20,7 +20,7 @@ from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.files.artifacts import embedded
 from lorag.generator.evidence import FEATURES
 from lorag.generator.generate import DEFAULT
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.suite import Task
 from lorag.training.gains import score_codes
 from lorag.training.gate_fitting import GateSettings, fit_gate

@@ -29,7 +29,7 @@ from benchmarks.machine import device, median_seconds, synchronise
 from lorag.bank.bank import BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods.house import House, HouseSettings, number_places
 from lorag.spaces.shared_subspace import SharedSubspace
 from lorag.text.conditioning import Conditioner

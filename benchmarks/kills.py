@@ -47,7 +47,7 @@ from lorag.bank.importing import Terms, import_adapters
 from lorag.errors import StorageError
 from lorag.files.tensors import read_header
 from lorag.files.training_state import save_training_state
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import training_loop
 from lorag.text.embedding import SentenceEmbedder
 from lorag.training.train import TrainConfig, train

@@ -27,11 +27,11 @@ def main() -> None:
     task = find_tasks("sandbox", "test")[UNSEEN]
     known = [(example.input, example.output) for example in task.examples[:EXAMPLES]]
     rest = replace(task, examples=task.examples[EXAMPLES:])
-    rows, objective = generator.runtime()
+    runner = generator.runner()
 
     def show(name: str, adapter: LoraAdapter | None) -> None:
         own = None if adapter is None else Factors.stack([adapter.factors])
-        (score,) = objective.scores(rows, own, [rest], limit=29)
+        (score,) = runner.scores(own, [rest], limit=29)
         print(f"{name:<44} exact match {score['exact_match']:.2f}, log-likelihood {score['log_likelihood']:6.2f}")
 
     print(f"{DESCRIPTION!r}; for instance: {known[0][0]!r} -> {known[0][1]!r}")
@@ -42,7 +42,7 @@ def main() -> None:
     both = generate_lora(DESCRIPTION, examples=known, refine_steps=STEPS, on_unknown="ignore")
     show(f"description, {EXAMPLES} examples, {STEPS} steps", both)
     # The same steps from an adapter that changes nothing yet, as training from scratch starts: A random, B zero.
-    show(f"no description, {EXAMPLES} examples, {STEPS} steps", refine(rows, objective, fresh(described), known, STEPS, learning_rate=5e-3))
+    show(f"no description, {EXAMPLES} examples, {STEPS} steps", refine(runner, fresh(described), known, STEPS, learning_rate=5e-3))
 
 
 def fresh(like: LoraAdapter) -> LoraAdapter:

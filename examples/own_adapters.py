@@ -72,11 +72,11 @@ def main(out: Path) -> None:
 
 def scores(generator: LoraGenerator, adapter: LoraAdapter) -> dict[str, dict[str, float]]:
     """Base model, nearest expert and generated adapter on the unseen task."""
-    rows, objective = generator.runtime()
+    runner = generator.runner()
     nearest = find_bank("sandbox").adapter(adapter.info["neighbours"][0][0])
     task = find_tasks("sandbox", "test")[UNSEEN]
     shown = {"base": None, "nearest": Factors.stack([nearest.factors]), "generated": Factors.stack([adapter.factors])}
-    return {name: objective.scores(rows, own, [task], limit=16)[0] for name, own in shown.items()}
+    return {name: runner.scores(own, [task], limit=16)[0] for name, own in shown.items()}
 
 
 if __name__ == "__main__":

@@ -75,14 +75,14 @@ def main(out: Path) -> None:
     print(f"2. {out / 'generator'}: {generator.method.name}")
 
     # 3. Descriptions in other words.
-    rows, objective = generator.runtime()
+    runner = generator.runner()
     for name, text in TYPED.items():
         adapter = generate_lora(text, generator=generator)
         adapter.save_pretrained(out / name)
         near = ", ".join(f"{expert} {cosine:.2f}" for expert, cosine in adapter.info["neighbours"])
         print(f"3. {text!r}: {near}")
         for label, own in (("base", None), ("adapted", Factors.stack([adapter.factors])), ("expert", expert_of(bank, name))):
-            (score,) = objective.scores(rows, own, [tasks[name]], limit=36)
+            (score,) = runner.scores(own, [tasks[name]], limit=36)
             print(f"   {label:<8} accuracy on {name}: {score['accuracy']:.2f}")
 
 

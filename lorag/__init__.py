@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
     from lorag.errors import LoragError
     from lorag.generator.generate import generate_lora, generate_loras
-    from lorag.generator.generator import LoraGenerator
+    from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import TaskSuite
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ __all__ = [
 _HOME = {
     "AdapterBank": "lorag.bank.bank",
     "LoraAdapter": "lorag.adapters.adapter",
-    "LoraGenerator": "lorag.generator.generator",
+    "LoraGenerator": "lorag.generator.lora_generator",
     "LoragError": "lorag.errors",
     "TaskSuite": "lorag.tasks.suite",
     "generate_lora": "lorag.generator.generate",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "AdapterError",
     "AlphaRangeError",
@@ -33,6 +36,7 @@ __all__ = [
     "UnknownTaskError",
     "UnknownTaskWarning",
     "UnsupportedLoraError",
+    "warn_caller",
 ]
 
 
@@ -86,6 +90,14 @@ class UnknownTaskError(DescriptionError):
 
 class UnknownTaskWarning(UserWarning):
     """An adapter was made for a description that no task of the bank is like."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns of what a caller of lorag asked for, and names the line in which the caller did: the nearest outside of lorag."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 class TaskError(LoragError, ValueError):

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import colleagues, generator_type
 from lorag.methods.base import collate
 from lorag.methods.training_loop import TrainingLoop

@@ -17,7 +17,7 @@ from lorag.evaluation.folders import run_ladder
 from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.files.artifacts import write_json
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare

@@ -14,7 +14,7 @@ from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.cli import main as cli
 from lorag.errors import AdapterError, BankError, ConfigError, GeneratorError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.functional import code_losses
 from lorag.methods.latent import negative_elbo
@@ -308,10 +308,9 @@ def test_order_does_not_matter(fitted, prepared, suite, rule):
 
 
 def _loss(generator, adapter, suite, names, seed="fresh"):
-    rows, objective = generator.runtime()
     tasks = [suite[name] for name in names]
-    with torch.no_grad(), rows.use(stack_adapters([adapter] * len(tasks))) as model:
-        return objective.losses(model, objective.sample(tasks, 8, seed))
+    with torch.no_grad():
+        return generator.runner().losses(stack_adapters([adapter] * len(tasks)), tasks, 8, seed)
 
 
 def test_learned_weights_lower_the_support_loss(fitted, prepared, suite):

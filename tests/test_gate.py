@@ -1,6 +1,7 @@
 """The gate: what is known, what is close, what is within reach and what is not, and that its numbers can be trusted."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -22,7 +23,7 @@ from lorag.generator.calibration import Logistic, auroc, calibration_error, cros
 from lorag.generator.evidence import FEATURES, gather, rewordings
 from lorag.generator.gate import Gate
 from lorag.generator.generate import generate_lora
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
@@ -171,9 +172,9 @@ def test_evidence_leaves_out_the_task_s_own_expert(gated, gate):
     """A task that plays an unknown one is as far from the bank as its nearest other expert, and rewordings do not see it either."""
     text = gated.conditioner.names and describe(*TRAINING[0])[0]
     embedded = EMBEDDER.embed([text])[0]
-    whole = gather(gated, gate.reference, text, gated.conditioner(embedded))
-    own = torch.arange(len(TRAINING)) == 0
-    hidden = gather(gated, gate.reference, text, gated.conditioner(embedded, masked=own), own)
+    whole = gather(gated, text, gated.conditioner(embedded), reference=gate.reference).row()
+    unseen = functools.partial(gated.conditioner, masked=torch.arange(len(TRAINING)) == 0)
+    hidden = gather(gated, text, unseen(embedded), reference=gate.reference, condition_of=unseen).row()
     place = FEATURES.index("nearest")
     others = gated.conditioner.centroids[1:] @ embedded.pooled
     assert hidden[place] == pytest.approx(others.max().item(), abs=1e-6) and hidden[place] < whole[place]
@@ -184,7 +185,7 @@ def test_evidence_tells_more_than_the_nearest_expert(gated, gate):
     """Of strange descriptions more lies outside of the bank's directions, and rewording changes the code more."""
     rows = {}
     for key, texts in (("known", [describe(*cell)[0] for cell in HELD_OUT]), ("far", FAR)):
-        found = [gather(gated, gate.reference, text, gated.condition(text)) for text in texts]
+        found = [gather(gated, text, gated.condition(text), reference=gate.reference).row() for text in texts]
         rows[key] = dict(zip(FEATURES, torch.stack(found).mean(0).tolist(), strict=True))
     assert rows["far"]["outside"] > rows["known"]["outside"] + 0.1
     assert rows["far"]["rewording"] > rows["known"]["rewording"]
@@ -195,10 +196,10 @@ def test_samples_that_disagree_are_evidence(bare, prepared, gate):
     """A method that samples shows how far its samples lie apart; a deterministic one shows none."""
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     drawn = fit_generator(prepared, generator_type("sg_mixture")(), loop, rank=8, strength=1.0, origin={})
-    place = FEATURES.index("sampling")
     for generator, disagrees in ((drawn, True), (bare, False)):
         condition = generator.condition("paint the red dog")
-        assert (gather(generator, gate.reference, "paint the red dog", condition)[place] > 1e-6) == disagrees
+        found = gather(generator, "paint the red dog", condition, reference=gate.reference)
+        assert (found.features["sampling"] > 1e-6) == disagrees
 
 
 def test_rewordings_keep_the_words():
@@ -412,17 +413,16 @@ def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
     """(score - base) / (expert - base), each name's base and expert scored once, and NaN where the expert gains nothing."""
     scored = []
 
-    class Objective:
-        metric = "score"
+    class Runner:
+        device, objective = "cpu", type("Objective", (), {"metric": "score"})
 
-        def scores(self, rows, adapters, tasks, *, limit, seed=0):
+        def scores(self, adapters, tasks, *, limit, seed=0):
             scored.append(len(tasks))
             kind = 0.2 if adapters is None else 0.8 if adapters == "experts" else 0.5
             return [{"score": 0.2 if task.name == TASKS[0].name else kind} for task in tasks]
 
     TASKS = make_suite(TRAINING[:3]).tasks
-    rows = type("Rows", (), {"model": type("M", (), {"device": "cpu"})})
-    monkeypatch.setattr(LoraGenerator, "runtime", lambda self: (rows, Objective()))
+    monkeypatch.setattr(LoraGenerator, "runner", lambda self: Runner())
     monkeypatch.setattr(Factors, "stack", staticmethod(lambda parts, _: "experts" if parts[0].rank == 4 else "made"))
     names = [task.key for task in TASKS] + [TASKS[1].key]
     found = gains_of(gated, torch.zeros(4, gated.space.size), names, bank, {task.key: task for task in TASKS}, 2)

@@ -14,7 +14,7 @@ from lorag.base.runner import Runner
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.generate import generate_loras
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import GENERATORS, TrainingSet, generator_type
 from lorag.methods.functional import mean_loss
 from lorag.methods.reconstruction import _distance

@@ -25,7 +25,7 @@ from lorag.bank.importing import Terms, import_adapters
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError
 from lorag.generator.batch import BatchSettings, Wanted, generate_folders, read_descriptions
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.parallel import Backend, FanOutError

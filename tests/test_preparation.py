@@ -178,7 +178,7 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypa
 
 def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):
     """Opened again, it writes the same ΔW."""
-    from lorag.generator.generator import LoraGenerator
+    from lorag.generator.lora_generator import LoraGenerator
 
     generator = _fit(_prepare(bank, suite=_suite()), source="both", width=16, queries=2, layers=1, heads=2, hidden=16)
     generator.save_pretrained(tmp_path / "g")

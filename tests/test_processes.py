@@ -22,7 +22,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from lorag.bank.bank import AdapterBank
 from lorag.config import load_config
 from lorag.errors import ConfigError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.data_parallel import Batch, Shares
 from lorag.methods.training_loop import LoopSettings, TrainingLoop

@@ -28,7 +28,7 @@ from lorag.cli import info as cards
 from lorag.cli import main as cli
 from lorag.errors import ArtifactError, BaseModelError, StorageError
 from lorag.files import hub
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare

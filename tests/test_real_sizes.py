@@ -16,7 +16,7 @@ from lorag.bank.streaming import ExpertStream
 from lorag.base.layout import LoraLayout, ModulePlace
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.module_decoder import ModuleDecoder

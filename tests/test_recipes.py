@@ -27,7 +27,7 @@ from lorag.base.row_adapters import RowAdapters
 from lorag.cli import main as cli
 from lorag.config import load_config, recipe_names
 from lorag.errors import BankError, ConfigError, TaskError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.coco import import_coco
 from lorag.tasks.natural_instructions import Limits, import_instructions
 from lorag.tasks.suite import Example, Task, TaskSuite

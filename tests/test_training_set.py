@@ -9,7 +9,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.config import load_config
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import GENERATORS, generator_type
 from lorag.methods.functional import evenly, mean_loss
 from lorag.methods.training_loop import TrainingLoop

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from web_world import TEXTS, Picky, encoder_generator, toy_generators
 
-import lorag.generator.generator as generator_module
+import lorag.generator.lora_generator as generator_module
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import make_objective
 from lorag.cli import main as cli
@@ -170,8 +170,7 @@ def test_a_sentence_encoder_chooses_among_candidates(tmp_path, tiny_models, toke
     bench = Workbench({"ridge": made})
     order = bench.make(Order("paint the red cat", ("ridge",)))
     found = bench.answers(order, TEXTS, ["red cat", "late home"])
-    rows, objective = made.runtime()
-    vectors = torch.nn.functional.normalize(objective.hidden(rows.model, [*TEXTS, "red cat", "late home"]), dim=-1)
+    vectors = torch.nn.functional.normalize(made.runner().hidden([*TEXTS, "red cat", "late home"]), dim=-1)
     best = (vectors[:3] @ vectors[3:].T).argmax(1).tolist()
     assert [answer.rsplit(" (", 1)[0] for answer in found.columns[0][1]] == [("red cat", "late home")[i] for i in best]
     assert not bench.writes

@@ -18,10 +18,12 @@ TEXTS = ["the cat sat on the mat", "a red dog ran", "good bird under sky"]
 class Picky:
     """A gate that refuses robots and takes everything else."""
 
-    def judge(self, served, text, condition):
+    reference, needed = None, frozenset()
+
+    def decide(self, evidence):
         """The verdict on a description."""
-        near = condition.neighbours[:3]
-        if "robot" in text:
+        near = evidence.condition.neighbours[:3]
+        if "robot" in evidence.text:
             return Verdict("refuse", "novelty 0.97 exceeds 0.50: the bank has nothing near it", 0.97, 0.01, (0.0, 0.05), near)
         return Verdict("generate", "novelty 0.10 is within the bank's reach", 0.1, 0.62, (0.4, 0.8), near)
 

@@ -58,7 +58,7 @@ def evaluate(
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
     from lorag.generator.generate import default_generator
-    from lorag.generator.generator import LoraGenerator
+    from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.unknown import read_unknown
     from lorag.training.preparation import find_tasks
 

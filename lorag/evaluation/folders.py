@@ -14,7 +14,7 @@ from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
 from lorag.generator.generate import DEFAULT
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite

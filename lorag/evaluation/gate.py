@@ -12,7 +12,7 @@ from lorag.bank.bank import AdapterBank
 from lorag.errors import GeneratorError
 from lorag.generator.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
 from lorag.generator.gate import Verdict
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import unknown_tasks
@@ -56,14 +56,10 @@ def measure_gate(
     listed = unknown or unknown_tasks("test")
     rows = [(task, text) for task in tasks for text in task.descriptions[:wordings]]
     strange = [(kind, text) for kind, texts in listed.items() for text in texts]
-    with progress_bar(total=len(rows) + len(strange), desc="judging", disable=quiet, leave=False) as bar:
-
-        def judge(text: str) -> Verdict:
-            bar.update()
-            return generator.judge(text)
-
-        inside = [judge(text) for _, text in rows]
-        outside = [judge(text) for _, text in strange]
+    texts = [text for _, text in (*rows, *strange)]
+    gathered = [generator.gather(text) for text in progress_bar(texts, desc="judging", disable=quiet, leave=False)]
+    verdicts = [generator.gate.decide(evidence) for evidence in gathered]
+    inside, outside = verdicts[: len(rows)], verdicts[len(rows) :]
     known, new = (torch.tensor([float(v.novelty or 0.0) for v in part], dtype=torch.float64) for part in (inside, outside))
     labels = torch.cat([torch.zeros(len(known)), torch.ones(len(new))])
     report: dict[str, Any] = {
@@ -90,10 +86,8 @@ def measure_gate(
     ]
     if oracles is None or generator.gate.gain is None:
         return report
-    codes = []
-    for one in generator.embedder.embed([text for _, text in rows]):
-        codes.append(generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))[0].float())
-    gains = gains_of(generator, torch.stack(codes), [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    codes = torch.cat([evidence.code for evidence in gathered[: len(rows)]]).float()
+    gains = gains_of(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
     sure = gains.isfinite()
     for row, gain in zip(report["judged"], gains.tolist(), strict=False):
         row["gain"] = round(gain, 4) if gain == gain else None  # NaN is no gain
@@ -114,8 +108,8 @@ def measure_gate(
     return report
 
 
-def _short(values: Sequence[float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+def _short(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 
 def _share(verdicts: Sequence[Verdict]) -> float:

@@ -20,7 +20,7 @@ from lorag.base.objectives import Objective, make_objective
 from lorag.base.row_adapters import RowAdapters
 from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import Bar, progress_bar
 from lorag.tasks.suite import Task, TaskSuite
 

@@ -12,7 +12,7 @@ from typing import Any
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 
 __all__ = ["Reproduction", "bank_bytes", "delta_error", "generator_bytes"]
 

@@ -15,7 +15,7 @@ from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragErr
 from lorag.files.artifacts import parse_json, require_name, slug
 from lorag.files.plain import read_bounded
 from lorag.generator.generate import default_generator
-from lorag.generator.generator import ON_UNKNOWN, LoraGenerator
+from lorag.generator.lora_generator import ON_UNKNOWN, LoraGenerator
 from lorag.parallel import Backend
 from lorag.tasks.suite import check_description
 

@@ -20,7 +20,7 @@ from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 
 if TYPE_CHECKING:
-    from lorag.generator.generator import LoraGenerator
+    from lorag.generator.lora_generator import LoraGenerator
 
 __all__ = ["read_parts", "write_generator"]
 

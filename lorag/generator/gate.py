@@ -1,14 +1,14 @@
 """The gate: whether the adapter for a description is looked up, fused, generated or refused, and what may be gained by it.
 
-`evidence` measures a description, `training/gate_fitting` learns on held-out tasks what the numbers mean.
+`evidence` measures a description, `training/calibrate_gate` learns on held-out tasks what the numbers mean, and `Gate.decide` turns
+one into the other: a pure function, whose answer names the evidence that decided.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +16,34 @@ import torch
 from torch import Tensor
 
 from lorag.bank.descriptions import same_words
-from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning
+from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning, warn_caller
 from lorag.generator.calibration import Logistic
-from lorag.generator.evidence import FEATURES, Describes, Reference, gather
+from lorag.generator.evidence import FEATURES, Evidence, Reference
 from lorag.text.conditioning import Condition
 
 __all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
 
 _SHOWN = 3
 _TAIL = 0.05  # left out on each side of an interval
+_NAMED, _SHARE = 3, 0.6  # most features that a reason names, and the share of the log-odds after which it names no more
+
+# What a feature says where it speaks against a description, and where it speaks for it.
+_PHRASES = {
+    "nearest": ("the nearest task is far (cosine {:.2f})", "the nearest task is close (cosine {:.2f})"),
+    "near": ("the nearest four tasks are far (mean cosine {:.2f})", "the nearest four tasks are close (mean cosine {:.2f})"),
+    "spread": ("the nearest tasks do not stand out (spread {:.2f})", "the nearest tasks stand out (spread {:.2f})"),
+    "outside": ("{:.0%} of it lies outside of the bank's descriptions", "only {:.0%} of it lies outside of the bank's descriptions"),
+    "rewording": ("other words for it change the adapter by {:.0%}", "other words for it change the adapter by only {:.0%}"),
+    "sampling": ("samples of its adapter differ by {:.0%}", "samples of its adapter differ by only {:.0%}"),
+    "norm": ("the size of its adapter is unusual (log norm {:.2f})", "the size of its adapter is usual (log norm {:.2f})"),
+    "code_distance": (
+        "its adapter's modules are sized unlike the bank's ({:.1f} deviations)",
+        "its adapter's modules are sized like the bank's ({:.1f} deviations)",
+    ),
+}
+
+
+_BY = {"wording": "very words", "name": "name", "nearest": "closeness"}
 
 
 def digest(text: str) -> int:
@@ -38,13 +57,15 @@ class Verdict:
 
     Attributes:
         decision: "expert" (it is a known task's), "fuse" (close to some), "generate" (within reach) or "refuse" (far).
-        reason: In a sentence.
-        novelty: Estimated probability that it is no task of the bank's kind, from 0 to 1; None if no gate was fitted.
+        reason: In a sentence, which names the evidence that decided.
+        novelty: Estimated probability that it is not a task of the bank's kind, from 0 to 1; None if no gate was fitted.
         expected_gain: Share of the gap between base model and expert that its adapter should close; None if none was measured.
         interval: 90 % of held-out tasks' gains lay as near to their estimate.
         nearest: Nearest tasks and their cosines.
         known: The expert that it names, if it does.
-        evidence: What was gone by (f,), in the order of `evidence.FEATURES`.
+        decided_by: The evidence that decided, what weighed most first: names of `evidence.FEATURES`, or "wording" or "name" where
+            the description is one that the bank holds.
+        evidence: The features that were measured, by name.
     """
 
     decision: str
@@ -54,13 +75,16 @@ class Verdict:
     interval: tuple[float, float] | None = None
     nearest: tuple[tuple[str, float], ...] = ()
     known: str | None = None
-    evidence: tuple[float, ...] = ()
+    decided_by: tuple[str, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as `adapter.info["gate"]` holds it."""
         return {
             "decision": self.decision,
             "reason": self.reason,
+            "decided_by": list(self.decided_by),
+            "evidence": {name: float(f"{value:.5g}") for name, value in self.evidence.items()},
             "novelty": self.novelty,
             "expected_gain": self.expected_gain,
             "expected_gain_interval": None if self.interval is None else list(self.interval),
@@ -80,14 +104,14 @@ def unasked(condition: Condition) -> Verdict:
 
 
 def report_unknown(description: str, verdict: Verdict, on_unknown: str) -> None:
-    """Raises UnknownTaskError if `on_unknown` is "raise", else warns, of a description that was refused."""
-    what = f"no task of the bank is like {description.strip()[:80]!r}"
+    """Raises UnknownTaskError if `on_unknown` is "raise", else warns the caller of lorag, of a description that was refused."""
+    what = f"no task of the bank is like {description[:80]!r}"
     if on_unknown == "raise":
         raise UnknownTaskError(
             what, got=verdict.reason, remedy='Describe it otherwise, add such experts to the bank, or take on_unknown="warn" or "fallback".'
         )
     done = "the adapter changes nothing" if on_unknown == "fallback" else "do not expect the adapter to work"
-    warnings.warn(f"{what}; {verdict.reason}; {done}", UnknownTaskWarning, stacklevel=4)
+    warn_caller(f"{what}; {verdict.reason}; {done}", UnknownTaskWarning)
 
 
 @dataclass(frozen=True)
@@ -120,18 +144,42 @@ class Gate:
     owners: Tensor
     fitted: Mapping[str, Any] = field(default_factory=dict)
 
-    def judge(self, served: Describes, text: str, condition: Condition) -> Verdict:
-        """Judges one description."""
-        evidence = gather(served, self.reference, text, condition)
-        novelty, gain = self.estimate(evidence[None])
-        expected, interval = None, None
+    @property
+    def needed(self) -> frozenset[str]:
+        """The features that count in its estimates: others need not be measured."""
+        models = [self.novelty] if self.gain is None else [self.novelty, self.gain]
+        return frozenset(name for model in models for name, weight in zip(FEATURES, model.weights, strict=True) if weight)
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        """Judges one description by the evidence on it; nothing is computed but this."""
+        row = evidence.row()
+        novelty, gain = self.estimate(row[None])
+        probability, expected, interval = novelty.item(), None, None
         if gain is not None:
-            expected = round((1 - novelty.item()) * gain.item(), 4)
-            interval = self._interval(novelty.item(), gain.item(), expected)
-        known = self._known(served.conditioner.names, text, condition)
-        decision, reason = self._decide(novelty.item(), known, condition)
+            expected = round((1 - probability) * gain.item(), 4)
+            interval = self._interval(probability, gain.item(), expected)
+        neighbours = evidence.condition.neighbours
+        shown = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in neighbours[:_SHOWN])
+        known, decided_by = self._known(evidence)
+        if known is not None:
+            decision, reason = "expert", f"the description is that of a known task, {known}, by its {_BY[decided_by]}"
+            deciding: tuple[str, ...] = (decided_by,)
+        elif probability > self.refuse_above:
+            deciding = self._deciding(row, against=True)
+            reasons = self._phrases(evidence, deciding, against=True)
+            decision = "refuse"
+            novel = f"novelty {probability:.2f} exceeds {self.refuse_above:.2f}: the bank has nothing near it"
+            reason = f"{novel}{reasons}; nearest tasks: {shown}"
+        elif self.fuse_above is not None and neighbours[0][1] >= self.fuse_above:
+            decision, deciding = "fuse", ("nearest",)
+            reason = f"so close to known tasks that fusing them did as well as generating, from {self.fuse_above:.2f}: {shown}"
+        else:
+            deciding = self._deciding(row, against=False)
+            reasons = self._phrases(evidence, deciding, against=False)
+            decision = "generate"
+            reason = f"novelty {probability:.2f} is within the bank's reach, up to {self.refuse_above:.2f}{reasons}; nearest tasks: {shown}"
         return Verdict(
-            decision, reason, round(novelty.item(), 4), expected, interval, condition.neighbours[:_SHOWN], known, tuple(evidence.tolist())
+            decision, reason, round(probability, 4), expected, interval, neighbours[:_SHOWN], known, deciding, dict(evidence.features)
         )
 
     def _interval(self, novelty: float, gain: float, expected: float) -> tuple[float, float]:
@@ -141,30 +189,35 @@ class Gate:
         high = high if novelty <= 1 - _TAIL else 0.0
         return round(min(low, expected), 4), round(max(high, expected), 4)
 
-    def estimate(self, evidence: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Novelty (n,), and the gain (n,) if it is no novelty, of rows of evidence (n, f)."""
+    def estimate(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Novelty (n,), and the gain (n,) if it is not novel, of rows of features (n, f)."""
         low, high = self.gain_range
-        return self.novelty(evidence), None if self.gain is None else low + (high - low) * self.gain(evidence)
+        return self.novelty(rows), None if self.gain is None else low + (high - low) * self.gain(rows)
 
-    def _known(self, names: Sequence[str], text: str, condition: Condition) -> str | None:
-        place = (self.wordings == digest(text)).nonzero()
+    def _known(self, evidence: Evidence) -> tuple[str | None, str]:
+        """The task whose description this is, and by what: one of `_BY`."""
+        place = (self.wordings == digest(evidence.text)).nonzero()
         if len(place):
-            return names[int(self.owners[place[0, 0]])]
-        if same_words(text) in names:
-            return same_words(text)
-        name, cosine = condition.neighbours[0]
-        return name if self.same_above is not None and cosine >= self.same_above else None
+            return evidence.tasks[int(self.owners[place[0, 0]])], "wording"
+        if same_words(evidence.text) in evidence.tasks:
+            return same_words(evidence.text), "name"
+        name, cosine = evidence.condition.neighbours[0]
+        return (name if self.same_above is not None and cosine >= self.same_above else None), "nearest"
 
-    def _decide(self, novelty: float, known: str | None, condition: Condition) -> tuple[str, str]:
-        shown = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in condition.neighbours[:_SHOWN])
-        if known is not None:
-            return "expert", f"the description is that of a known task, {known}"
-        if novelty > self.refuse_above:
-            return "refuse", f"novelty {novelty:.2f} exceeds {self.refuse_above:.2f}: the bank has nothing near it; nearest tasks: {shown}"
-        cosine = condition.neighbours[0][1]
-        if self.fuse_above is not None and cosine >= self.fuse_above:
-            return "fuse", f"so close to known tasks that fusing them did as well as generating, from {self.fuse_above:.2f}: {shown}"
-        return "generate", f"novelty {novelty:.2f} is within the bank's reach, up to {self.refuse_above:.2f}; nearest tasks: {shown}"
+    def _deciding(self, row: Tensor, *, against: bool) -> tuple[str, ...]:
+        """The features that moved the novelty most in one direction: few, but most of what moved it."""
+        moved = self.novelty.contributions(row) * (1 if against else -1)
+        total, told, names = moved.clamp_min(0).sum().item(), 0.0, []
+        for place in moved.argsort(descending=True, stable=True).tolist():
+            if moved[place] <= 0 or told > _SHARE * total or len(names) == _NAMED:
+                break
+            names.append(FEATURES[place])
+            told += moved[place].item()
+        return tuple(names)
+
+    def _phrases(self, evidence: Evidence, names: tuple[str, ...], *, against: bool) -> str:
+        told = [_PHRASES[name][0 if against else 1].format(evidence.features[name]) for name in names if name in evidence.features]
+        return ", because " + " and ".join(told) if told else ""
 
     # --- files ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import GeneratorError
 from lorag.files.artifacts import embedded
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.suite import check_description
 
 __all__ = ["default_generator", "generate_lora", "generate_loras"]

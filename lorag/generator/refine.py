@@ -10,8 +10,6 @@ import torch
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.objectives import Objective
-from lorag.base.row_adapters import RowAdapters
 from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.tasks.suite import Example, Task
@@ -44,8 +42,7 @@ def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int) -> li
 
 
 def refine(
-    rows: RowAdapters,
-    objective: Objective,
+    runner: Runner,
     adapter: LoraAdapter,
     examples: Sequence[tuple[str, str]],
     steps: int,
@@ -55,8 +52,7 @@ def refine(
     """Trains an adapter further on a few examples, carefully: it holds what the description said, they are few.
 
     Args:
-        rows: The base model.
-        objective: How tasks are learned.
+        runner: The base model and its objective.
         adapter: Where to start.
         examples: (input, output) of the task. For encoders an output is a label; the labels are those that occur.
         steps: Gradient steps.
@@ -71,14 +67,13 @@ def refine(
         TaskError: If an encoder's examples hold too few classes to learn from.
     """
     known = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
-    labels = tuple(dict.fromkeys(example.output for example in known)) if objective.closed_labels else None
+    labels = tuple(dict.fromkeys(example.output for example in known)) if runner.objective.closed_labels else None
     task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", known)
-    return refine_tasks(rows, objective, [adapter], [task], steps, seed, learning_rate)[0]
+    return refine_tasks(runner, [adapter], [task], steps, seed, learning_rate)[0]
 
 
 def refine_tasks(
-    rows: RowAdapters,
-    objective: Objective,
+    runner: Runner,
     adapters: Sequence[LoraAdapter],
     tasks: Sequence[Task],
     steps: int,
@@ -93,19 +88,18 @@ def refine_tasks(
     if steps < 1:
         return list(adapters)
     for task in tasks:
-        objective.check_examples(task)
-    left = [place for place, answered in enumerate(_answered(rows, objective, adapters, tasks)) if not answered]
+        runner.objective.check_examples(task)
+    left = [place for place, answered in enumerate(_answered(runner, adapters, tasks)) if not answered]
     found = list(adapters)
     if left:
-        trained = _train(rows, objective, [adapters[i] for i in left], [tasks[i] for i in left], steps, seed, learning_rate)
+        trained = _train(runner, [adapters[i] for i in left], [tasks[i] for i in left], steps, seed, learning_rate)
         for place, adapter in zip(left, trained, strict=True):
             found[place] = adapter
     return found
 
 
 def _train(
-    rows: RowAdapters,
-    objective: Objective,
+    runner: Runner,
     adapters: Sequence[LoraAdapter],
     tasks: Sequence[Task],
     steps: int,
@@ -116,19 +110,18 @@ def _train(
     if learning_rate is None:
         learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
     config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
-    runner = Runner(rows.model, rows.layout, objective)
     refined = [late[-1] for late in train_group(runner, tasks, adapters[0].rank, config, start=adapters)]
     return [replace(start, factors=end.factors, info={}) for start, end in zip(adapters, refined, strict=True)]
 
 
-def _answered(rows: RowAdapters, objective: Objective, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
+def _answered(runner: Runner, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
     """Which of the adapters give the outputs of all their examples; classes chosen from few are no proof of it."""
-    if not objective.word_for_word:
+    if not runner.objective.word_for_word:
         return [False] * len(tasks)
     known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
-    stacked = Factors.stack([adapter.factors for adapter in adapters], rows.model.device)
-    scores = objective.scores(rows, stacked, known, limit=max(len(task.examples) for task in known))
-    return [score[objective.metric] == 1 for score in scores]
+    stacked = Factors.stack([adapter.factors for adapter in adapters], runner.device)
+    scores = runner.scores(stacked, known, limit=max(len(task.examples) for task in known))
+    return [score[runner.objective.metric] == 1 for score in scores]
 
 
 def _size(adapters: Sequence[LoraAdapter]) -> float:

@@ -12,7 +12,7 @@ from lorag.errors import BankError
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
-    from lorag.generator.generator import LoraGenerator
+    from lorag.generator.lora_generator import LoraGenerator
     from lorag.text.embedding import TextEmbedder
 
 __all__ = ["CodeIndex", "TextIndex"]

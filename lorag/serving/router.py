@@ -18,7 +18,7 @@ from lorag.base.row_adapters import Stacked
 from lorag.base.runner import Runner
 from lorag.errors import BankError, TaskError
 from lorag.generator.generate import default_generator
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.serving.names import Fusion, NamedExpert, parse_name
 from lorag.serving.retrieval import CodeIndex, TextIndex
 from lorag.tasks.suite import TaskSuite

@@ -20,7 +20,7 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
@@ -162,8 +162,7 @@ def fuse_experts(
     found: tuple[float, float] | None = None
     if suite is not None:
         tasks = tasks_of(suite, names)
-        rows, objective = generator.runtime()
-        runner = Runner(rows.model, rows.layout, objective)
+        runner = generator.runner()
         warn_of_shared_inputs(runner, tasks)
         support = [few_examples(task, examples, seed) for task in tasks]
         if rule == "learned":
@@ -184,7 +183,7 @@ def fuse_experts(
     adapter = LoraAdapter(generator.base.layout, factors, base.name, TASK_TYPES[base.kind])
     if refine_steps:
         pairs = [(example.input, example.output) for task in support for example in task.examples]
-        adapter = refine(*generator.runtime(), adapter, pairs, refine_steps, seed)
+        adapter = refine(generator.runner(), adapter, pairs, refine_steps, seed)
     info: dict[str, Any] = {
         "method": method.name,
         "experts": list(names),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.suite import Task
 
 __all__ = ["gains_of", "score_codes", "share_closed"]
@@ -21,7 +21,7 @@ _GAINS = (-1.0, 1.0)  # an expert that learned little is easily beaten by severa
 
 def score_codes(generator: LoraGenerator, codes: Tensor | None, tasks: Sequence[Task], limit: int, strengths: Sequence[float]) -> Tensor:
     """Scores (n,) of codes (n, c), each on its task and with its factor on ΔW; without codes, those of the bare base model."""
-    rows, objective = generator.runtime()
+    runner = generator.runner()
     found: list[float] = []
     for start in range(0, len(tasks), _CHUNK):
         part, own = tasks[start : start + _CHUNK], None
@@ -29,8 +29,8 @@ def score_codes(generator: LoraGenerator, codes: Tensor | None, tasks: Sequence[
             part_strengths = strengths[start : start + _CHUNK]
             decoded = generator.space.decode(codes[start : start + _CHUNK], generator.rank)
             scaled = [factors.scaled(strength) for factors, strength in zip(decoded, part_strengths, strict=True)]
-            own = Factors.stack(scaled, rows.model.device)
-        found += [score[objective.metric] for score in objective.scores(rows, own, part, limit=limit)]
+            own = Factors.stack(scaled, runner.device)
+        found += [score[runner.objective.metric] for score in runner.scores(own, part, limit=limit)]
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -54,14 +54,14 @@ def gains_of(
         limit: Most examples of each.
         strengths: Factor on the ΔW of each; by default the generator's own for all.
     """
-    rows, objective = generator.runtime()
+    runner = generator.runner()
     distinct = list(dict.fromkeys(names))
     mine = [tasks[name] for name in distinct]
     floor = score_codes(generator, None, mine, limit, ())
     ceiling: list[float] = []
     for start in range(0, len(distinct), _CHUNK):
-        experts = Factors.stack([bank.adapter(name).factors for name in distinct[start : start + _CHUNK]], rows.model.device)
-        ceiling += [s[objective.metric] for s in objective.scores(rows, experts, mine[start : start + _CHUNK], limit=limit)]
+        experts = Factors.stack([bank.adapter(name).factors for name in distinct[start : start + _CHUNK]], runner.device)
+        ceiling += [s[runner.objective.metric] for s in runner.scores(experts, mine[start : start + _CHUNK], limit=limit)]
     place = torch.tensor([distinct.index(name) for name in names])
     made = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))
     return share_closed(made, floor[place], torch.tensor(ceiling, dtype=torch.float64)[place])

@@ -7,6 +7,7 @@ no task of the same cluster. Nothing is trained again, and no task of a test spl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import Reference, gather
 from lorag.generator.gate import Gate
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
@@ -190,10 +191,11 @@ def _look(
     for text, one, masked in progress_bar(
         list(zip(texts, embedded, masks, strict=True)), desc="gathering evidence", disable=quiet, leave=False
     ):
-        condition = generator.conditioner(one, masked=masked)
-        evidence.append(gather(generator, reference, text, condition, masked))
-        codes.append(generator.method.generate(condition, torch.Generator().manual_seed(0))[0].float())
-        similarities.append(condition.similarities)
+        unseen = functools.partial(generator.conditioner, masked=masked)
+        gathered = gather(generator, text, unseen(one), reference=reference, condition_of=unseen)
+        evidence.append(gathered.row())
+        codes.append(gathered.code[0].float())
+        similarities.append(gathered.condition.similarities)
     return torch.stack(evidence), torch.stack(codes), torch.stack(similarities)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorag.bank.bank import AdapterBank
 from lorag.generator.gate import digest
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.embedding import Embedding
 
 __all__ = ["bank_wordings", "fusing_cosine", "naming_cosine"]

@@ -19,7 +19,7 @@ from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.metrics import Metrics, check_trackers
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Generator, generator_type
 from lorag.methods.data_parallel import Shares, told
 from lorag.methods.functional import evenly, mean_loss, task_vectors

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lorag.bank.bank import find_bank
 from lorag.errors import ConfigError, TaskError
 from lorag.files.artifacts import embedded
 from lorag.generator.generate import DEFAULT
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.task_map import TaskMap
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
 
@@ -114,9 +113,9 @@ class Workbench:
         for label in self.generators:
             self.outlook("warm up", label)
             self.judge("warm up", label)
-        rows, objective = self.first.runtime()
+        runner = self.first.runner()
         with self._lock, torch.inference_mode():
-            objective.hidden(rows.model, ["warm up"])
+            runner.hidden(["warm up"])
 
     def outlook(self, description: str, label: str) -> Outlook:
         """Compares a description with the bank of a generator.
@@ -182,16 +181,17 @@ class Workbench:
         """
         texts = _checked("example inputs", inputs, least=1)
         choices = () if self.writes else _checked("candidates", candidates, least=2)
-        rows, objective = self.first.runtime()
+        runner = self.first.runner()
         columns = []
         distinct = [one for one in made if one.repeats is None]
         for number, one in enumerate((None, *distinct)):
             label = "base" if one is None else one.label
             progress(number / (len(distinct) + 1), f"answering: {label}")
-            with self._lock, torch.inference_mode():
-                own = nullcontext(rows.model) if one is None else rows.use(Factors.stack([one.adapter.factors], rows.model.device))
-                with own as model:
-                    columns.append((label, tuple(_answer(objective, model, texts, choices))))
+            with self._lock:
+                adapters = None if one is None else Factors.stack([one.adapter.factors], runner.device)
+                if choices:
+                    chosen = [f"{choice} ({cosine:.2f})" for choice, cosine in runner.choose(texts, choices, adapters)]
+                columns.append((label, tuple(chosen if choices else runner.generate(texts, adapters))))
         return Answers(tuple(texts), tuple(columns))
 
     def python(self, order: Order, made: Made) -> str:
@@ -248,11 +248,3 @@ def _checked(what: str, texts: Sequence[str], least: int) -> list[str]:
     if longest > MOST_INPUT:
         raise TaskError(f"{what} cannot be used", got=f"a line of {longest} characters", expected=f"at most {MOST_INPUT}")
     return found
-
-
-def _answer(objective: Any, model: Any, texts: list[str], choices: Sequence[str]) -> list[str]:  # noqa: ANN401 - any objective and model
-    if not choices:
-        return objective.generate(model, texts)
-    vectors = torch.nn.functional.normalize(objective.hidden(model, [*texts, *choices]), dim=-1)
-    cosines = vectors[: len(texts)] @ vectors[len(texts) :].T
-    return [f"{choices[place]} ({value:.2f})" for value, place in zip(*(part.tolist() for part in cosines.max(-1)), strict=True)]

@@ -19,7 +19,7 @@ from lorag.evaluation.ladder import BASELINES, bootstrap, is_learned, shown_desc
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
-from lorag.generator.generator import LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.unknown import unknown_tasks
 from lorag.text.task_map import TaskMap

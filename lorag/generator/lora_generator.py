@@ -17,32 +17,31 @@ from lorag.adapters.provenance import base_fields, licence_of, parents, public_n
 from lorag.adapters.push import push_generator_folder
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES
-from lorag.base.objectives import Objective, make_objective
-from lorag.base.row_adapters import RowAdapters
-from lorag.errors import BankError, ConfigError
+from lorag.base.runner import Runner
+from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
 from lorag.files.hub import fetch
+from lorag.generator.evidence import Evidence, gather
 from lorag.generator.files import read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, refine
 from lorag.methods import Generator
 from lorag.spaces import WeightSpace
-from lorag.tasks.suite import check_description
+from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
 from lorag.text.embedding import TextEmbedder
 
-__all__ = ["LoraGenerator"]
+__all__ = ["ON_UNKNOWN", "LoraGenerator"]
 
 ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
 _FUSED, _FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
 _TOGETHER = 8  # codes decoded at once: they share the reading of the bases; eight adapters of an 8 B model take 1.3 GB
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
-    """What a description is served: an adapter that is there, or a code that is still to be decoded."""
+    """What a description is served: an expert's adapter, or a code that is still to be decoded."""
 
-    description: str
-    condition: Condition
+    evidence: Evidence
     verdict: Verdict
     served: str
     shares: Tensor | None
@@ -80,36 +79,44 @@ class LoraGenerator:
     licenses: Mapping[str, str] = field(default_factory=dict)
     revision: str = "unsaved"
     gate: Gate | None = None
-    _runtime: tuple[RowAdapters, Objective] | None = field(default=None, repr=False, compare=False)
+    _runner: Runner | None = field(default=None, repr=False, compare=False)
 
     # --- use -----------------------------------------------------------------------------------------------------
 
     def condition(self, description: str, examples: Sequence[tuple[str, str]] = ()) -> Condition:
-        """Embeds a description, alone, and compares it with the bank's; inputs of examples give it a task vector."""
-        condition = self.conditioner(self.embedder.embed([check_description(description)])[0])
-        if not examples:
-            return condition
-        rows, objective = self.runtime()
-        states = objective.hidden(rows.model, [text for text, _ in examples])
-        return replace(condition, task_vector=states.mean(0).cpu())
+        """Embeds a description, alone, and compares it with the bank's; inputs of examples give it a task vector.
 
-    def runtime(self) -> tuple[RowAdapters, Objective]:
-        """The base model, loaded once, and its objective: needed for examples only."""
-        if self._runtime is None:
-            model = self.base.model.load()
-            objective = make_objective(self.base.objective, self.base.model.tokenizer(), self.base.settings)
-            self._runtime = RowAdapters(model, self.base.layout), objective
-        return self._runtime
+        Raises:
+            DescriptionError: If the description cannot be used.
+        """
+        return self._condition(check_description(description), examples)
 
-    def judge(self, description: str, condition: Condition | None = None) -> Verdict:
-        """What the gate says of a description, without making an adapter.
+    def runner(self) -> Runner:
+        """The base model with its objective, loaded once: needed for examples only."""
+        if self._runner is None:
+            self._runner = Runner.open(self.base)
+        return self._runner
+
+    def judge(self, description: str) -> Verdict:
+        """What the gate says of a description, without decoding an adapter.
+
+        Raises:
+            DescriptionError: If the description cannot be used.
+        """
+        return self._judge(self.gather(description))
+
+    def gather(self, description: str, *, seed: int = 0, examples: Sequence[tuple[str, str]] = ()) -> Evidence:
+        """The evidence on a description, with the code that the method made of it.
 
         Args:
             description: What an adapter should do.
-            condition: Its condition, if it is there already.
+            seed: Seed of methods that sample.
+            examples: (input, output) of the task, if there are some.
+
+        Raises:
+            DescriptionError: If the description cannot be used.
         """
-        condition = self.condition(description) if condition is None else condition
-        return unfitted(condition) if self.gate is None else self.gate.judge(self, check_description(description), condition)
+        return self._gather(check_description(description), seed, examples, ask=True)
 
     def generate(
         self,
@@ -117,6 +124,7 @@ class LoraGenerator:
         *,
         seed: int = 0,
         strength: float = 1.0,
+        rank: int | None = None,
         examples: Sequence[tuple[str, str]] = (),
         refine_steps: int = 0,
         on_unknown: str = "warn",
@@ -128,6 +136,7 @@ class LoraGenerator:
             description: What the adapter should do, at most 4,096 characters.
             seed: Seed of methods that sample; the same seed gives the same bytes.
             strength: Factor on ΔW, on top of the generator's own.
+            rank: Rank of the adapter; by default the generator's. A smaller one keeps the largest singular values.
             examples: (input, output) of the task, if there are some: they condition the methods that can use them.
             refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
                 adapter that answers them all already (`info["refine_steps"]` says how many were taken).
@@ -136,18 +145,27 @@ class LoraGenerator:
             bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
 
         Returns:
-            The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, why, and what was served.
+            The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, by which evidence, and what was
+            served.
 
         Raises:
             DescriptionError: If the description cannot be used.
-            TaskError: If the examples cannot be.
+            GeneratorError: If the weight space has no adapters of the rank.
+            TaskError: If the examples cannot be used.
             UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
             BankError: If the bank is not one of this generator's base model and experts.
         """
-        made = self.generate_many(
-            [description], seed=seed, strength=strength, examples=examples, refine_steps=refine_steps, on_unknown=on_unknown, bank=bank
+        adapters = self.generate_many(
+            [description],
+            seed=seed,
+            strength=strength,
+            rank=rank,
+            examples=examples,
+            refine_steps=refine_steps,
+            on_unknown=on_unknown,
+            bank=bank,
         )
-        return next(made)
+        return next(adapters)
 
     def generate_many(
         self,
@@ -155,48 +173,98 @@ class LoraGenerator:
         *,
         seed: int = 0,
         strength: float = 1.0,
+        rank: int | None = None,
         examples: Sequence[tuple[str, str]] = (),
         refine_steps: int = 0,
         on_unknown: str = "warn",
         bank: AdapterBank | None = None,
     ) -> Iterator[LoraAdapter]:
         """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
+        checked = [check_description(text) for text in descriptions]
+        for one in self.generate_each(
+            checked,
+            seed=seed,
+            strength=strength,
+            rank=rank,
+            examples=examples,
+            refine_steps=refine_steps,
+            on_unknown=on_unknown,
+            bank=bank,
+        ):
+            if isinstance(one, LoragError):
+                raise one
+            yield one
+
+    def generate_each(
+        self,
+        descriptions: Sequence[str],
+        *,
+        seed: int = 0,
+        strength: float = 1.0,
+        rank: int | None = None,
+        examples: Sequence[tuple[str, str]] = (),
+        refine_steps: int = 0,
+        on_unknown: str = "warn",
+        bank: AdapterBank | None = None,
+    ) -> Iterator[LoraAdapter | LoragError]:
+        """`generate_many` for descriptions that were checked; an error that concerns one of them stands in the place of its adapter."""
         examples = check_examples(examples, refine_steps)
         if on_unknown not in ON_UNKNOWN:
             raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
+        rank = self._rank(rank)
         self.check_bank(bank)
         for start in range(0, len(descriptions), _TOGETHER):
-            plans = [self._plan(text, seed, examples, on_unknown, bank) for text in descriptions[start : start + _TOGETHER]]
-            codes = [plan.code for plan in plans if plan.code is not None]
-            decoded = iter(self.space.decode(torch.cat(codes), self.rank) if codes else ())
+            plans: list[_Plan | LoragError] = []
+            for text in descriptions[start : start + _TOGETHER]:
+                try:
+                    plans.append(self._plan(self._gather(text, seed, examples, ask=on_unknown != "ignore"), on_unknown, bank))
+                except LoragError as error:
+                    plans.append(error)
+            codes = [plan.code for plan in plans if isinstance(plan, _Plan) and plan.code is not None]
+            decoded = iter(self.space.decode(torch.cat(codes), rank) if codes else ())
             for plan in plans:
+                if isinstance(plan, LoragError):
+                    yield plan
+                    continue
                 adapter = plan.adapter
                 if adapter is None:
                     adapter = LoraAdapter(self.base.layout, next(decoded)).scaled(plan.factor)
                 yield self._finished(plan, adapter.scaled(strength), seed, strength, examples, refine_steps)
 
-    def _plan(self, description: str, seed: int, examples: Sequence[tuple[str, str]], on_unknown: str, bank: AdapterBank | None) -> _Plan:
+    # --- the steps of it -----------------------------------------------------------------------------------------
+
+    def _condition(self, text: str, examples: Sequence[tuple[str, str]] = ()) -> Condition:
+        condition = self.conditioner(self.embedder.embed([text])[0])
+        if not examples:
+            return condition
+        return replace(condition, task_vector=self.runner().hidden([given for given, _ in examples]).mean(0).cpu())
+
+    def _gather(self, text: str, seed: int, examples: Sequence[tuple[str, str]], *, ask: bool) -> Evidence:
+        condition = self._condition(text, examples)
+        if self.gate is None or not ask:
+            return gather(self, text, condition, seed=seed)
+        return gather(self, text, condition, seed=seed, reference=self.gate.reference, needed=self.gate.needed)
+
+    def _judge(self, evidence: Evidence) -> Verdict:
+        return unfitted(evidence.condition) if self.gate is None else self.gate.decide(evidence)
+
+    def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None) -> _Plan:
         """What is served for a description, and how much each expert counts in it."""
-        condition = self.condition(description, examples)
-        verdict = unasked(condition) if on_unknown == "ignore" else self.judge(description, condition)
+        condition = evidence.condition
+        verdict = unasked(condition) if on_unknown == "ignore" else self._judge(evidence)
         if verdict.decision == "refuse":
-            report_unknown(description, verdict, on_unknown)
-        names, count = self.conditioner.names, len(self.conditioner.names)
-        plan = _Plan(description, condition, verdict, "generated", None)
+            report_unknown(evidence.text, verdict, on_unknown)
+        names = self.conditioner.names
         if verdict.decision == "expert" and verdict.known is not None and bank is not None:
-            plan.served, plan.shares = "expert", torch.eye(count)[names.index(verdict.known)]
-            plan.adapter = bank.adapter(verdict.known)
-        elif verdict.decision == "refuse" and on_unknown == "fallback":
-            plan.served, plan.shares = "fallback", torch.zeros(count)
-            plan.code, plan.factor = self.space.zero[None], 0.0
-        elif verdict.decision == "fuse" and bank is not None:
-            plan.served = "fusion"
-            plan.shares, plan.code = self.fuse_nearest(bank, condition.similarities)
-        else:
-            plan.served = "reconstruction" if verdict.decision == "expert" else "generated"
-            plan.shares = self.method.shares(condition)
-            plan.code, plan.factor = self.method.generate(condition, torch.Generator().manual_seed(seed)), self.strength
-        return plan
+            share = torch.eye(len(names))[names.index(verdict.known)]
+            return _Plan(evidence, verdict, "expert", share, adapter=bank.adapter(verdict.known))
+        if verdict.decision == "refuse" and on_unknown == "fallback":
+            return _Plan(evidence, verdict, "fallback", torch.zeros(len(names)), code=self.space.zero[None], factor=0.0)
+        if verdict.decision == "fuse" and bank is not None:
+            shares, code = self.fuse_nearest(bank, condition.similarities)
+            return _Plan(evidence, verdict, "fusion", shares, code=code)
+        served = "reconstruction" if verdict.decision == "expert" else "generated"
+        return _Plan(evidence, verdict, served, self.method.shares(condition), code=evidence.code, factor=self.strength)
 
     def fuse_nearest(self, bank: AdapterBank, similarities: Tensor) -> tuple[Tensor, Tensor]:
         """Shares (n,) of the experts nearest to a description, a softmax over similarities (n,), and the code (1, c) of their fusion."""
@@ -210,13 +278,13 @@ class LoraGenerator:
     ) -> LoraAdapter:
         """The adapter of a plan, refined if that is asked for, with where it came from."""
         if refine_steps and plan.served != "fallback":
-            started, adapter = adapter, refine(*self.runtime(), adapter, examples, refine_steps, seed)
+            started, adapter = adapter, refine(self.runner(), adapter, examples, refine_steps, seed)
             refine_steps = 0 if adapter is started else refine_steps
         norms, model = adapter.factors.norms(), self.base.model
         info: dict[str, Any] = {
-            "description": plan.description.strip(),
+            "description": plan.evidence.text,
             "method": self.method.name if plan.served in ("generated", "reconstruction") else plan.served,
-            "neighbours": [list(pair) for pair in plan.condition.neighbours],
+            "neighbours": [list(pair) for pair in plan.evidence.condition.neighbours],
             "novelty": plan.verdict.novelty,
             "gate": plan.verdict.to_dict() | {"served": plan.served},
             "seed": seed,
@@ -233,6 +301,17 @@ class LoraGenerator:
         }
         info["license"] = licence_of(info).name
         return replace(adapter, base_model=model.name, task_type=TASK_TYPES[model.kind], info=info)
+
+    def _rank(self, rank: int | None) -> int:
+        """The rank of adapters: the one asked for, if the weight space has it, or the generator's own."""
+        if rank is None:
+            return self.rank
+        fixed = isinstance(self.space, FlatFactors)
+        most = self.space.rank if isinstance(self.space, FlatFactors) else self.space.k
+        if isinstance(rank, bool) or not isinstance(rank, int) or not (most if fixed else 1) <= rank <= most:
+            expected = f"{most}, which is fixed" if fixed else f"a whole number from 1 to {most}"
+            raise GeneratorError("rank: the generator has no adapters of this rank", got=repr(rank)[:40], expected=expected)
+        return rank
 
     def check_bank(self, bank: AdapterBank | None) -> None:
         """Raises a BankError if a bank is not the one that the generator learned from."""
