@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from conftest import gauge
 from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save_base
 
+import lorag.evaluation.folders as folders
 from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.runner import Runner
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
-from lorag.evaluation.folders import run_ladder
+from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.files.artifacts import write_json
@@ -239,13 +240,14 @@ def test_the_training_split_needs_no_oracles(world, generators, tmp_path, monkey
     write_json(tmp_path / "suite" / "splits.json", {"train": list(suite.names), "test": list(suite.names[:2])})
     opened = LoraGenerator.from_pretrained
     monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
-    values = {"bank": str(bank.folder), "tasks": str(tmp_path / "suite"), "seeds": 1, "limit": 2, "device": "cpu", "quiet": True}
-    found = run_ladder([str(tmp_path / "g")], split="train", **values)
+    values = {"bank": str(bank.folder), "tasks": str(tmp_path / "suite"), "device": "cpu", "quiet": True}
+    found = open_ladder([str(tmp_path / "g")], split="train", **values).evaluate(seeds=1, limit=2, quiet=True)
     assert found["methods"]["oracle"]["score"] == 1
     assert {"mean", "nearest", "ridge"} <= set(found["reproduction"])
     assert found["reproduction"]["nearest"]["delta_error"] < 0.15
-    other = run_ladder([str(tmp_path / "g")], split="test", oracles=str(bank.folder), methods=["nearest"], **values)
-    assert "reproduction" not in other
+    other = open_ladder([str(tmp_path / "g")], split="test", oracles=str(bank.folder), methods=["nearest"], **values)
+    report = other.evaluate(seeds=1, limit=2, quiet=True)
+    assert "reproduction" not in report and list(report["methods"]) == ["nearest"]
 
 
 def test_a_ladder_from_folders(world, generators, tmp_path, monkeypatch):
@@ -255,12 +257,31 @@ def test_a_ladder_from_folders(world, generators, tmp_path, monkeypatch):
     suite.save(tmp_path / "suite")
     opened = LoraGenerator.from_pretrained
     monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
-    values = {"tasks": str(tmp_path / "suite"), "split": None, "seeds": 1, "limit": 2, "device": "cpu", "quiet": True}
-    report = run_ladder([str(tmp_path / "g")], bank=str(bank.folder), oracles=str(bank.folder), **values)
+    values = {"tasks": str(tmp_path / "suite"), "split": None, "device": "cpu", "quiet": True}
+    ladder = open_ladder([str(tmp_path / "g")], bank=str(bank.folder), oracles=str(bank.folder), **values)
+    report = ladder.evaluate(seeds=1, limit=2, quiet=True)
     found = report["methods"]
     assert {"base", "random", "mean", "nearest", "top_k", "ridge", "oracle"} <= set(found)
     assert found["nearest"]["score"] > 0.9 > found["random"]["score"]
     foreign = dataclasses.replace(base, identity="sha256:another")
     AdapterBank.create(tmp_path / "foreign", foreign).add([("a", ["task"], [bank.adapter(bank.names[0])])])
     with pytest.raises(LoragError, match="base"):
-        run_ladder([str(tmp_path / "g")], bank=str(tmp_path / "foreign"), **values)
+        open_ladder([str(tmp_path / "g")], bank=str(tmp_path / "foreign"), **values)
+
+
+def test_a_folder_s_name_does_not_decide_what_is_evaluated(world, generators, tmp_path, monkeypatch):
+    """A generator in a folder whose path contains "multitask" stands beside the shipped multitask baseline, as any other does."""
+    generators["looked_up"][0].save_pretrained(tmp_path / "no-multitask" / "g")
+    opened, names = LoraGenerator.from_pretrained, []
+
+    def from_pretrained(path, **more):
+        names.append(path.name)
+        generator = opened(tmp_path / "no-multitask" / "g", **{**more, "embedder": EMBEDDER})
+        generator.method.name = "multitask" if path.name == "multitask" else generator.method.name
+        return generator
+
+    monkeypatch.setattr(LoraGenerator, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(folders, "find_bank", lambda name: world[2])
+    monkeypatch.setattr(folders, "find_tasks", lambda name, split: world[1])
+    open_ladder([str(tmp_path / "no-multitask" / "g")], bank="sandbox", methods=["base"], oracles=str(world[2].folder), quiet=True)
+    assert names == ["g", "multitask"]

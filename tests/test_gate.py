@@ -17,12 +17,13 @@ import lorag.training.gate_fitting as gate_fitting
 import lorag.training.train as training
 from lorag.adapters.factors import Factors
 from lorag.cli.main import app
-from lorag.errors import BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
+from lorag.errors import ArtifactError, BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
 from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import FEATURES, gather, rewordings
+from lorag.generator.files import find_generator
 from lorag.generator.gate import Gate
-from lorag.generator.generate import generate_lora
+from lorag.generator.generate import generate_lora, open_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
@@ -325,6 +326,92 @@ def test_the_command_line_refuses_and_warns(gated, tmp_path, monkeypatch):
     assert isinstance(refused.exception, UnknownTaskError) and not (tmp_path / "no").exists()
     warned = CliRunner().invoke(app, ["generate", FAR[0], "--out", str(tmp_path / "yes")])
     assert warned.exit_code == 0 and "do not expect" in warned.stderr and (tmp_path / "yes/adapter_config.json").exists()
+
+
+def test_a_verdict_names_the_evidence_that_decided(gated):
+    """Refused: what spoke against it, in words, in `info["gate"]` and with the measured values; a known wording: that it is one."""
+    with pytest.warns(UserWarning):
+        info = gated.generate(FAR[0]).info["gate"]
+    assert info["decided_by"] and set(info["decided_by"]) <= set(FEATURES) and set(info["evidence"]) <= set(FEATURES)
+    against = gated.gate.novelty.contributions(gated.gather(FAR[0]).row())
+    assert FEATURES[int(against.argmax())] == info["decided_by"][0]
+    assert "because" in info["reason"] and f"{info['evidence']['nearest']:.2f}" in info["reason"] or "nearest" not in info["decided_by"]
+    known = gated.judge("red cat please")
+    assert known.decided_by == ("wording",) and gated.judge("red-cat").decided_by == ("name",)
+
+
+def test_deciding_computes_nothing(gated, monkeypatch):
+    """`Gate.decide` asks no model: evidence that was gathered gives the same verdict when embedder and method are gone."""
+    evidence = [gated.gather(text) for text in (*FAR, "red cat please", describe(*HELD_OUT[0])[0])]
+    verdicts = [gated.judge(one.text) for one in evidence]
+    monkeypatch.setattr(type(gated.method), "generate", None)
+    monkeypatch.setattr(WordEmbedder, "embed", None)
+    assert [gated.gate.decide(one) for one in evidence] == verdicts
+
+
+def test_a_description_is_generated_once(gated, monkeypatch):
+    """One code for the description itself, one for each rewording that the gate needs, none of them where it is not asked."""
+    asked, generate = [], type(gated.method).generate
+
+    def count(self, condition, rng, count=1):
+        asked.append(count)
+        return generate(self, condition, rng, count)
+
+    monkeypatch.setattr(type(gated.method), "generate", count)
+    text = describe(*HELD_OUT[0])[0]
+    gated.generate(text, on_unknown="ignore")
+    assert asked == [1]
+    gated.generate(text)
+    assert asked == [1, 1, *[1] * len(rewordings(text))]
+
+
+def test_the_warning_points_at_the_caller(gated):
+    """Whichever call refuses, the warning names the line in which the user called lorag."""
+    for call in (
+        lambda: gated.generate(FAR[0]),
+        lambda: generate_lora(FAR[0], generator=gated),
+        lambda: next(gated.generate_many([FAR[0]])),
+    ):
+        with pytest.warns(UnknownTaskWarning) as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_rank_of_an_adapter_can_be_chosen(gated, bank):
+    """A smaller rank keeps the largest singular values; an expert is cut or padded; a rank that the space lacks is named."""
+    text = describe(*HELD_OUT[0])[0]
+    whole, small = gated.generate(text), generate_lora(text, generator=gated, rank=2)
+    assert (whole.rank, small.rank, small.info["rank"]) == (8, 2, 2)
+    name = whole.layout.names[0]
+    expected = torch.linalg.svdvals(whole.delta(name))[:2]
+    assert torch.allclose(torch.linalg.svdvals(small.delta(name))[:2], expected, rtol=1e-3)
+    assert [gated.generate("red-cat", bank=bank, rank=rank).rank for rank in (1, 4, 9)] == [1, 4, 9]
+    expert = gated.generate("red-cat", bank=bank, rank=9)
+    assert torch.allclose(expert.delta(name), bank.adapter("red-cat").delta(name), atol=1e-6)
+    for rank in (0, 17, 2.5, True):
+        with pytest.raises(GeneratorError, match="rank"):
+            gated.generate(text, rank=rank)
+
+
+def test_a_generator_is_opened_once_for_its_content(gated, tmp_path, monkeypatch):
+    """By path: the same object for the same files, wherever they lie, and another one when they have changed."""
+    monkeypatch.setattr(generator_files.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
+    gated.save_pretrained(tmp_path / "a")
+    gated.save_pretrained(tmp_path / "b")
+    first = open_generator(str(tmp_path / "a"))
+    assert open_generator(tmp_path / "a") is first and open_generator(tmp_path / "b") is first
+    dataclasses.replace(gated, strength=2.0).save_pretrained(tmp_path / "a")
+    assert open_generator(tmp_path / "a").strength == 2.0 and open_generator(tmp_path / "b") is first
+
+
+def test_shipped_generators_have_names(tmp_path, monkeypatch):
+    """ "sandbox" and "house" are one; a folder of that name wins; a name of nothing lists what there is."""
+    assert find_generator("sandbox") == find_generator("house") and (find_generator("sandbox") / "generator.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "house").mkdir()
+    assert find_generator("house").resolve() == (tmp_path / "house").resolve()
+    with pytest.raises(ArtifactError, match="sandbox.*user/name"):
+        find_generator("no-such-generator")
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------

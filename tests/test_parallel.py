@@ -23,8 +23,9 @@ from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
 from lorag.bank.importing import Terms, import_adapters
 from lorag.cli import main as cli
-from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError
-from lorag.generator.batch import BatchSettings, Wanted, generate_folders, read_descriptions
+from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError, UnknownTaskError
+from lorag.generator.batch import AdapterRequest, BatchSettings, read_requests, write_adapters
+from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
@@ -222,14 +223,14 @@ def test_a_bank_filled_on_ray_is_the_local_one(ray, base, tmp_path):
 def test_adapters_of_a_batch_are_those_made_alone(ray, generator, tmp_path):
     """Four descriptions, here, on Ray with a killed worker, and one by one: the same bytes. Made once, they are kept."""
     texts = ["paint the red dog", "blue fish please", "pink cat", "something else entirely"]
-    wanted = [Wanted(f"a{number}", text) for number, text in enumerate(texts)]
+    wanted = [AdapterRequest(f"a{number}", text) for number, text in enumerate(texts)]
     settings = BatchSettings(str(generator), seed=3)
-    assert [one.error for one in generate_folders(wanted, tmp_path / "local", settings)] == [None] * 4
+    assert [one.error for one in write_adapters(wanted, tmp_path / "local", settings)] == [None] * 4
     mark = tmp_path / "mark"
     killing = [deadly(one, mark) if n == 1 else one for n, one in enumerate(wanted)]
-    found = list(generate_folders(killing, tmp_path / "ray", settings, backend=RAY))
-    assert mark.exists() and {one.wanted.name for one in found} == {"a0", "a1", "a2", "a3"}
-    assert not any(one.error or one.there for one in found)
+    found = list(write_adapters(killing, tmp_path / "ray", settings, backend=RAY))
+    assert mark.exists() and {one.request.name for one in found} == {"a0", "a1", "a2", "a3"}
+    assert not any(one.error or one.existed for one in found)
     opened = LoraGenerator.from_pretrained(generator, device="cpu")
     for one in wanted:
         opened.generate(one.description, seed=3, on_unknown="ignore").save_pretrained(tmp_path / "alone" / one.name)
@@ -237,23 +238,48 @@ def test_adapters_of_a_batch_are_those_made_alone(ray, generator, tmp_path):
     assert _files(tmp_path / "ray") == local
     weights = "adapter_model.safetensors"
     assert all(local[f"a{n}/{weights}"] == (tmp_path / "alone" / f"a{n}" / weights).read_bytes() for n in range(4))
-    assert all(one.there for one in generate_folders(wanted, tmp_path / "local", settings))
-    (other,) = generate_folders(wanted[:1], tmp_path / "local", replace(settings, seed=4))
+    assert all(one.existed for one in write_adapters(wanted, tmp_path / "local", settings))
+    (other,) = write_adapters(wanted[:1], tmp_path / "local", replace(settings, seed=4))
     assert isinstance(other.error, LoragError) and "holds another adapter" in str(other.error)
     assert _files(tmp_path / "local") == local
+
+
+def test_descriptions_of_a_batch_are_decoded_together(generator, tmp_path, monkeypatch):
+    """Here, four descriptions take one decoding, and the one that is refused stops none of the others; another rank is another adapter."""
+    decoded = []
+    opened = open_generator(str(generator))
+    decode = type(opened.space).decode
+    monkeypatch.setattr(type(opened.space), "decode", lambda space, codes, rank: decoded.append(len(codes)) or decode(space, codes, rank))
+
+    plan = type(opened)._plan
+
+    def refuse_pink(self, evidence, *more):
+        if "pink" in evidence.text:
+            raise UnknownTaskError("refused")
+        return plan(self, evidence, *more)
+
+    monkeypatch.setattr(type(opened), "_plan", refuse_pink)
+    requests = [
+        AdapterRequest(f"a{number}", text) for number, text in enumerate(("paint the red dog", "pink cat", "blue fish", "green cat"))
+    ]
+    results = {one.request.name: one for one in write_adapters(requests, tmp_path, BatchSettings(str(generator), rank=3))}
+    assert decoded == [3] and isinstance(results["a1"].error, UnknownTaskError) and not (tmp_path / "a1").exists()
+    assert [results[name].info["rank"] for name in ("a0", "a2", "a3")] == [3, 3, 3]
+    (other,) = write_adapters(requests[:1], tmp_path, BatchSettings(str(generator), rank=2))
+    assert "holds another adapter" in str(other.error)
 
 
 def test_descriptions_are_read_from_lines_and_json_lines(tmp_path):
     """Names from words, or given; empty lines passed over; the line of what cannot be read is named."""
     file = tmp_path / "descriptions.txt"
     file.write_text('summarise legal text\n\n{"name": "mine", "description": "count  the dates"}\n')
-    first, second = read_descriptions(file)
+    first, second = read_requests(file)
     assert first.name.startswith("summarise-legal-text-") and first.description == "summarise legal text"
-    assert second == Wanted("mine", "count  the dates")
+    assert second == AdapterRequest("mine", "count  the dates")
     for text, said in (("a\na\n", "line 2.*twice"), ('{"text": "a"}', "line 1"), ("\n", "no description"), ("x " * 4000, "line 1.*long")):
         file.write_text(text)
         with pytest.raises(DescriptionError, match=said):
-            read_descriptions(file)
+            read_requests(file)
 
 
 def test_the_command_generates_a_folder_for_each_line(generator, tmp_path, capsys):

@@ -190,7 +190,8 @@ def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, t
     made = toy_generators(tmp_path, tiny_models["llama"], tokenizer)["ridge"]
     bank = AdapterBank.from_pretrained(tmp_path / "bank")
     known = bank.names[0]
-    made.gate = SimpleNamespace(judge=lambda served, text, condition: Verdict("expert", "known", 0.0, 1.0, (1.0, 1.0), (), known))
+    verdict = Verdict("expert", "known", 0.0, 1.0, (1.0, 1.0), (), known)
+    made.gate = SimpleNamespace(reference=None, needed=(), decide=lambda evidence: verdict)
     bench = Workbench({"ridge": made}, bank=tmp_path / "bank")
     order = Order("paint it", ("ridge",))
     (one,) = bench.make(order)

@@ -10,37 +10,37 @@ import typer
 from lorag.errors import GeneratorError
 
 if TYPE_CHECKING:
-    from lorag.generator.batch import BatchSettings, Made
+    from lorag.generator.batch import AdapterResult, BatchSettings
     from lorag.parallel import Backend
 
-__all__ = ["generate_many"]
+__all__ = ["generate_from_file"]
 
 
-def generate_many(file: Path, out: Path, settings: BatchSettings, backend: Backend) -> None:
-    """Makes the adapters of a file's descriptions, with a line for each; those that are there are kept.
+def generate_from_file(file: Path, out: Path, settings: BatchSettings, backend: Backend) -> None:
+    """Makes the adapters of a file's descriptions, with a line for each; those that existed are kept.
 
     Raises:
         GeneratorError: At the end, if some could not be made.
     """
-    from lorag.generator.batch import generate_folders, read_descriptions
+    from lorag.generator.batch import read_requests, write_adapters
 
-    wanted, failed = read_descriptions(file), []
-    for number, one in enumerate(generate_folders(wanted, out, settings, backend=backend), 1):
+    requests, failed = read_requests(file), []
+    for number, one in enumerate(write_adapters(requests, out, settings, backend=backend), 1):
         if one.error is not None:
-            failed.append(one.wanted.name)
-        typer.echo(f"{number}/{len(wanted)} {_line(one)}")
+            failed.append(one.request.name)
+        typer.echo(f"{number}/{len(requests)} {_line(one)}")
     if failed:
         raise GeneratorError(
-            f"{len(failed)} of {len(wanted)} adapters were not made", got=f"{failed[0]} first", remedy="The lines above say why."
+            f"{len(failed)} of {len(requests)} adapters were not made", got=f"{failed[0]} first", remedy="The lines above say why."
         )
-    typer.echo(f"next: lorag info {out / wanted[0].name}")
+    typer.echo(f"next: lorag info {out / requests[0].name}")
 
 
-def _line(one: Made) -> str:
+def _line(one: AdapterResult) -> str:
     if one.error is not None:
-        return f"refused {one.wanted.name}: {type(one.error).__name__}: {one.error}"
-    if one.there:
-        return f"kept {one.folder}: it is there already"
+        return f"refused {one.request.name}: {type(one.error).__name__}: {one.error}"
+    if one.existed:
+        return f"kept {one.folder}: it was made before"
     gate, gain = one.info["gate"], one.info["gate"]["expected_gain"]
     judged = "do not expect it to work" if gate["decision"] == "refuse" else gate["served"]
     return f"{one.folder}: {judged}" + ("" if gain is None else f", expected to close {gain:.0%} of the gap")

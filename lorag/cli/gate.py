@@ -40,7 +40,7 @@ def fit(
 
 @app.command()
 def evaluate(
-    generator: Annotated[str | None, typer.Option(help="Generator folder; the embedded one by default.")] = None,
+    generator: Annotated[str | None, typer.Option(help="Shipped generator by name, folder or hub id; by default sandbox.")] = None,
     tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
     split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
     oracles: Annotated[
@@ -57,12 +57,11 @@ def evaluate(
     from lorag.bank.bank import find_bank
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
-    from lorag.generator.generate import default_generator
-    from lorag.generator.lora_generator import LoraGenerator
+    from lorag.generator.generate import open_generator
     from lorag.tasks.unknown import read_unknown
     from lorag.training.preparation import find_tasks
 
-    made = default_generator() if generator is None else LoraGenerator.from_pretrained(generator, device=device)
+    made = open_generator(generator, device=device)
     suite = find_tasks(tasks, None if split == "all" else split)
     where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
     experts = None if where is None else find_bank(where)

@@ -16,7 +16,7 @@ from lorag.cli import publishing as cli_publishing
 from lorag.cli import smollm2 as cli_smollm2
 from lorag.cli import tasks as cli_tasks
 from lorag.cli import web as cli_web
-from lorag.cli.batch import generate_many
+from lorag.cli.batch import generate_from_file
 from lorag.cli.options import Address, Cpus, Device, Gpus, OnBackend, Quiet
 from lorag.errors import LoragError
 
@@ -59,7 +59,8 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
     strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
-    generator: Annotated[str | None, typer.Option(help="Generator folder or hub id; the embedded one by default.")] = None,
+    generator: Annotated[str | None, typer.Option(help="Shipped generator by name, folder or hub id; by default sandbox.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter; by default the generator's.")] = None,
     examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
     refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
     on_unknown: Annotated[
@@ -86,7 +87,7 @@ def generate(
         if examples is not None or refine_steps or bank is not None:
             raise typer.BadParameter("--examples, --refine-steps and --bank are for a single description")
         where = Backend(backend, address, cpus, gpus)
-        return generate_many(descriptions, out, BatchSettings(generator, seed, strength, on_unknown), where)
+        return generate_from_file(descriptions, out, BatchSettings(generator, seed, strength, on_unknown, rank), where)
     if backend != "local" or address is not None:
         raise typer.BadParameter("--backend is for many descriptions, with --descriptions")
 
@@ -101,6 +102,7 @@ def generate(
             generator=generator,
             seed=seed,
             strength=strength,
+            rank=rank,
             examples=[] if examples is None else read_pairs(examples),
             refine_steps=refine_steps,
             on_unknown=on_unknown,
@@ -171,7 +173,7 @@ def evaluate(
         require_matplotlib()
     chosen, whole = methods.split(",") if methods else None, None if split == "all" else split
     ladder = open_ladder(generator or [], bank=bank, tasks=tasks, split=whole, oracles=oracles, methods=chosen, device=device, quiet=quiet)
-    found = ladder.evaluate(methods=chosen, seeds=seeds, limit=limit, device=device, quiet=quiet)
+    found = ladder.evaluate(seeds=seeds, limit=limit, quiet=quiet)
     print(format_table(found) + "\n")
     if json_file is not None:
         write_json(json_file, found)

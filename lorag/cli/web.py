@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def web(
-    generator: Annotated[list[str] | None, typer.Option(help="Generator folder or hub id; more of them to compare.")] = None,
+    generator: Annotated[list[str] | None, typer.Option(help="Shipped generator by name, folder or hub id; several to compare.")] = None,
     bank: Annotated[str | None, typer.Option(help="The generators' bank: a known task then gets its own expert.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")] = None,
     device: Device = "auto",

@@ -13,6 +13,7 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
+from lorag.generator.files import find_generator
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
@@ -21,10 +22,10 @@ from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import find_split, find_tasks, prepare
 from lorag.training.train import fit_generator
 
-__all__ = ["Ladder", "open_ladder", "run_ladder"]
+__all__ = ["Ladder", "open_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
-MULTITASK = "checkpoints/multitask"
+MULTITASK = "multitask"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Ladder:
         oracles: Their own experts, if there are any.
         generators: Name to generators of that method, baselines first; several count as seeds.
         folders: Where the first of each method that was opened, and not fitted here, lies.
+        methods: Names to score, in this order; None is all that can be scored.
+        device: "auto", "cpu" or "cuda".
     """
 
     bank: AdapterBank
@@ -44,20 +47,20 @@ class Ladder:
     oracles: AdapterBank | None
     generators: Mapping[str, Sequence[LoraGenerator]]
     folders: Mapping[str, Path]
+    methods: Sequence[str] | None = None
+    device: str = "auto"
 
-    def evaluate(
-        self, *, methods: Sequence[str] | None = None, seeds: int = 3, limit: int = 32, device: str = "auto", quiet: bool = False
-    ) -> dict[str, Any]:
+    def evaluate(self, *, seeds: int = 3, limit: int = 32, quiet: bool = False) -> dict[str, Any]:
         """Scores it; arguments and report are those of `lorag.evaluation.ladder.evaluate`."""
         return evaluate(
             self.suite,
             self.generators,
             oracles=self.oracles,
-            methods=methods,
+            methods=self.methods,
             seeds=seeds,
             limit=limit,
             reproduce=self.oracles is self.bank,
-            device=device,
+            device=self.device,
             quiet=quiet,
         )
 
@@ -98,25 +101,13 @@ def open_ladder(
         oracle_bank = AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == "sandbox" else None
     else:
         oracle_bank = AdapterBank.from_pretrained(oracles)
-    given: dict[str, list[LoraGenerator]] = {}
-    places: dict[str, Path] = {}
-    folders: list[Any] = list(generators)
-    if bank == "sandbox":
-        folders = folders or [embedded(DEFAULT)]
-        if all("multitask" not in str(folder) for folder in folders):
-            folders.append(embedded(MULTITASK))
-    if not folders:
+    names = list(generators) or ([DEFAULT] if bank == "sandbox" else [])
+    if not names:
         raise ConfigError("no generator to evaluate", remedy="Train one: lorag train bank=BANK out=DIR; then --generator DIR.")
-    embedder = None
-    for folder in folders:
-        made = LoraGenerator.from_pretrained(folder, embedder=embedder, device=device)
-        embedder = made.embedder
-        if made.base != experts.base:
-            raise ArtifactError(
-                f"{folder} was not trained on a bank of this base", got=made.base.model.name, expected=experts.base.model.name
-            )
-        given.setdefault(made.method.name, []).append(made)
-        places.setdefault(made.method.name, Path(folder))
+    given, places = _open_generators(names, experts, device)
+    if bank == "sandbox" and MULTITASK not in given:
+        more, folder = _open_generators([MULTITASK], experts, device)
+        given, places = given | more, places | folder
     baselines = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
     everything: dict[str, list[LoraGenerator]] = {}
     if baselines:
@@ -130,22 +121,22 @@ def open_ladder(
     order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
     everything |= given
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    return Ladder(experts, suite, oracle_bank, ranked, places)
+    return Ladder(experts, suite, oracle_bank, ranked, places, methods, device)
 
 
-def run_ladder(
-    generators: Sequence[str],
-    *,
-    bank: str = "sandbox",
-    tasks: str = "sandbox",
-    split: str | None = "test",
-    oracles: str | None = None,
-    methods: Sequence[str] | None = None,
-    seeds: int = 3,
-    limit: int = 32,
-    device: str = "auto",
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """`open_ladder`, and the report of its `evaluate`."""
-    ladder = open_ladder(generators, bank=bank, tasks=tasks, split=split, oracles=oracles, methods=methods, device=device, quiet=quiet)
-    return ladder.evaluate(methods=methods, seeds=seeds, limit=limit, device=device, quiet=quiet)
+def _open_generators(names: Sequence[str], experts: AdapterBank, device: str) -> tuple[dict[str, list[LoraGenerator]], dict[str, Path]]:
+    """Generators by method, which share an embedder, and the folder of the first of each method."""
+    opened: dict[str, list[LoraGenerator]] = {}
+    folders: dict[str, Path] = {}
+    embedder = None
+    for name in names:
+        folder = find_generator(name)
+        generator = LoraGenerator.from_pretrained(folder, embedder=embedder, device=device)
+        embedder = generator.embedder
+        if generator.base != experts.base:
+            raise ArtifactError(
+                f"{name} was not trained on a bank of this base", got=generator.base.model.name, expected=experts.base.model.name
+            )
+        opened.setdefault(generator.method.name, []).append(generator)
+        folders.setdefault(generator.method.name, folder)
+    return opened, folders

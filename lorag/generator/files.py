@@ -10,8 +10,9 @@ import torch
 
 from lorag import __version__
 from lorag.bank.bank import BankBase
-from lorag.errors import GeneratorError, LoragError
-from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, sha256, write_manifest
+from lorag.errors import ArtifactError, GeneratorError, LoragError
+from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded, safe_name, sha256, write_manifest
+from lorag.files.hub import fetch
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.generator.gate import Gate
 from lorag.methods import generator_type
@@ -22,9 +23,30 @@ from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
 if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
 
-__all__ = ["read_parts", "write_generator"]
+__all__ = ["MANIFEST", "find_generator", "read_parts", "write_generator"]
 
-_MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
+MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
+
+
+_SHIPPED = {"sandbox": "house", "house": "house", "multitask": "multitask", "smollm2": "smollm2"}  # name -> folder in checkpoints/
+
+
+def find_generator(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a generator.
+
+    Args:
+        name: A folder, the name of a shipped generator, or a hub id; a folder wins.
+        revision: Revision on the hub.
+
+    Raises:
+        ArtifactError: If there is none.
+    """
+    if not Path(name).is_dir() and str(name) in _SHIPPED:
+        return embedded(f"checkpoints/{_SHIPPED[str(name)]}")
+    if not Path(name).is_dir() and isinstance(name, str) and safe_name(name) == name:
+        expected = f"{', '.join(_SHIPPED)}, a folder, or a hub id such as user/name"
+        raise ArtifactError(f"no generator {name}", got="neither a folder nor the name of a shipped one", expected=expected)
+    return fetch(name, "generator", revision)
 
 
 def write_generator(generator: LoraGenerator, folder: Path) -> str:
@@ -61,7 +83,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         fields["gate"] = generator.gate.to_dict()
         tensors |= {"gate.wordings": generator.gate.wordings, "gate.owners": generator.gate.owners}
     save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
-    write_manifest(folder, _MANIFEST, fields, [_WEIGHTS])
+    write_manifest(folder, MANIFEST, fields, [_WEIGHTS])
     generator.method.restore({name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")})
     return "sha256:" + sha256(folder / _WEIGHTS)[:16]
 
@@ -78,7 +100,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         ArtifactError: If it is not a complete generator of a known format.
         GeneratorError: If its parts do not fit together, or the embedder is another one.
     """
-    manifest = check_manifest(folder, _MANIFEST, _KIND, GENERATOR_FORMAT)
+    manifest = check_manifest(folder, MANIFEST, _KIND, GENERATOR_FORMAT)
     read_header(folder / _WEIGHTS)
     tensors = load_tensors(folder / _WEIGHTS)
 
@@ -103,7 +125,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
     except LoragError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise GeneratorError(f"{folder / _MANIFEST} cannot be read", got=repr(error)[:120]) from error
+        raise GeneratorError(f"{folder / MANIFEST} cannot be read", got=repr(error)[:120]) from error
     if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
         raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
     conditioner = Conditioner(names, centroids)

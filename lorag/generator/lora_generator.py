@@ -19,9 +19,8 @@ from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
-from lorag.files.hub import fetch
 from lorag.generator.evidence import Evidence, gather
-from lorag.generator.files import read_parts, write_generator
+from lorag.generator.files import find_generator, read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, refine
 from lorag.methods import Generator
@@ -136,7 +135,8 @@ class LoraGenerator:
             description: What the adapter should do, at most 4,096 characters.
             seed: Seed of methods that sample; the same seed gives the same bytes.
             strength: Factor on ΔW, on top of the generator's own.
-            rank: Rank of the adapter; by default the generator's. A smaller one keeps the largest singular values.
+            rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
+                singular values.
             examples: (input, output) of the task, if there are some: they condition the methods that can use them.
             refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
                 adapter that answers them all already (`info["refine_steps"]` says how many were taken).
@@ -211,17 +211,18 @@ class LoraGenerator:
         examples = check_examples(examples, refine_steps)
         if on_unknown not in ON_UNKNOWN:
             raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
-        rank = self._rank(rank)
+        decoded_rank = self._rank(rank)
         self.check_bank(bank)
         for start in range(0, len(descriptions), _TOGETHER):
             plans: list[_Plan | LoragError] = []
             for text in descriptions[start : start + _TOGETHER]:
                 try:
-                    plans.append(self._plan(self._gather(text, seed, examples, ask=on_unknown != "ignore"), on_unknown, bank))
+                    evidence = self._gather(text, seed, examples, ask=on_unknown != "ignore")
+                    plans.append(self._plan(evidence, on_unknown, bank, rank))
                 except LoragError as error:
                     plans.append(error)
             codes = [plan.code for plan in plans if isinstance(plan, _Plan) and plan.code is not None]
-            decoded = iter(self.space.decode(torch.cat(codes), rank) if codes else ())
+            decoded = iter(self.space.decode(torch.cat(codes), decoded_rank) if codes else ())
             for plan in plans:
                 if isinstance(plan, LoragError):
                     yield plan
@@ -248,7 +249,7 @@ class LoraGenerator:
     def _judge(self, evidence: Evidence) -> Verdict:
         return unfitted(evidence.condition) if self.gate is None else self.gate.decide(evidence)
 
-    def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None) -> _Plan:
+    def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None, rank: int | None) -> _Plan:
         """What is served for a description, and how much each expert counts in it."""
         condition = evidence.condition
         verdict = unasked(condition) if on_unknown == "ignore" else self._judge(evidence)
@@ -257,7 +258,11 @@ class LoraGenerator:
         names = self.conditioner.names
         if verdict.decision == "expert" and verdict.known is not None and bank is not None:
             share = torch.eye(len(names))[names.index(verdict.known)]
-            return _Plan(evidence, verdict, "expert", share, adapter=bank.adapter(verdict.known))
+            expert = bank.adapter(verdict.known)
+            if rank is not None and rank != expert.rank:
+                factors = expert.factors.padded(rank) if rank > expert.rank else expert.factors.truncated(rank)[0]
+                expert = replace(expert, factors=factors)
+            return _Plan(evidence, verdict, "expert", share, adapter=expert)
         if verdict.decision == "refuse" and on_unknown == "fallback":
             return _Plan(evidence, verdict, "fallback", torch.zeros(len(names)), code=self.space.zero[None], factor=0.0)
         if verdict.decision == "fuse" and bank is not None:
@@ -289,6 +294,7 @@ class LoraGenerator:
             "gate": plan.verdict.to_dict() | {"served": plan.served},
             "seed": seed,
             "strength": strength,
+            "rank": adapter.rank,
             "examples": len(examples),
             "refine_steps": refine_steps,
             "generator": {"revision": self.revision, "strength": self.strength},
@@ -306,11 +312,9 @@ class LoraGenerator:
         """The rank of adapters: the one asked for, if the weight space has it, or the generator's own."""
         if rank is None:
             return self.rank
-        fixed = isinstance(self.space, FlatFactors)
-        most = self.space.rank if isinstance(self.space, FlatFactors) else self.space.k
-        if isinstance(rank, bool) or not isinstance(rank, int) or not (most if fixed else 1) <= rank <= most:
-            expected = f"{most}, which is fixed" if fixed else f"a whole number from 1 to {most}"
-            raise GeneratorError("rank: the generator has no adapters of this rank", got=repr(rank)[:40], expected=expected)
+        best = self.space.best_rank(rank) if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else self.rank
+        if best != rank:
+            raise GeneratorError("rank: the generator has no adapters of this rank", got=repr(rank)[:40], expected=f"such as {best}")
         return rank
 
     def check_bank(self, bank: AdapterBank | None) -> None:
@@ -330,10 +334,10 @@ class LoraGenerator:
     def from_pretrained(
         cls, path: str | Path, *, embedder: TextEmbedder | None = None, device: str = "auto", revision: str | None = None
     ) -> LoraGenerator:
-        """Opens a generator folder, or one on the hub.
+        """Opens a generator folder, a shipped generator, or one on the hub.
 
         Args:
-            path: Folder or hub id.
+            path: Folder, name of a shipped one, or hub id.
             embedder: Used instead of loading the embedder that it was fitted with.
             device: Where the embedder runs.
             revision: Revision on the hub.
@@ -342,7 +346,7 @@ class LoraGenerator:
             ArtifactError: If it is not a complete generator of a known format.
             GeneratorError: If its parts do not fit together, or the embedder is another one.
         """
-        return cls(**read_parts(fetch(path, "generator", revision), embedder, device))
+        return cls(**read_parts(find_generator(path, revision), embedder, device))
 
     def push_to_hub(self, repository: str, *, private: bool = True) -> str:
         """Publishes the generator, as `save_pretrained` writes it, to user/name and returns the commit's address."""

@@ -18,7 +18,6 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import find_bank
 from lorag.errors import ConfigError, TaskError
-from lorag.files.artifacts import embedded
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.task_map import TaskMap
@@ -83,9 +82,9 @@ class Workbench:
 
     @classmethod
     def from_folders(cls, names: Sequence[str], *, bank: str | Path | None = None, device: str = "auto") -> Workbench:
-        """Opens generators by folder or hub id; the embedded one if there are none."""
+        """Opens generators by name, folder or hub id; the default one if there are none."""
         if not names:
-            return cls({"house": LoraGenerator.from_pretrained(embedded(DEFAULT), device=device)}, bank=bank)
+            return cls({DEFAULT: LoraGenerator.from_pretrained(DEFAULT, device=device)}, bank=bank)
         generators: dict[str, LoraGenerator] = {}
         sources: dict[str, str | None] = {}
         for name in dict.fromkeys(names):

@@ -10,7 +10,7 @@ import torch
 
 from lorag.base.objectives import make_objective
 from lorag.config import load_config
-from lorag.evaluation.folders import run_ladder
+from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.ladder import format_table
 from lorag.generator.generate import generate_loras
 from lorag.training.preparation import find_tasks
@@ -56,6 +56,7 @@ def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
     folder = adapters[0].save_pretrained(out / "adapter")
     yield f"   {folder}: the first of them, for PEFT\n"
     yield "3. The ladder: every control beside it, on held-out tasks"
-    report = run_ladder([str(out / "generator")], methods=_METHODS, seeds=1, limit=16, quiet=quiet)
+    ladder = open_ladder([str(out / "generator")], methods=_METHODS, quiet=quiet)
+    report = ladder.evaluate(seeds=1, limit=16, quiet=quiet)
     yield format_table(report)
     yield f'\nnext: lorag generate "your description" --out my-adapter --generator {out / "generator"}'
