@@ -312,9 +312,11 @@ class LoraGenerator:
         """The rank of adapters: the one asked for, if the weight space has it, or the generator's own."""
         if rank is None:
             return self.rank
-        best = self.space.best_rank(rank) if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else self.rank
+        whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
+        best = self.space.best_rank(rank) if whole else self.rank
         if best != rank:
-            raise GeneratorError("rank: the generator has no adapters of this rank", got=repr(rank)[:40], expected=f"such as {best}")
+            expected = f"{best}, the nearest that it has" if whole else "a whole number above 0"
+            raise GeneratorError("rank: the generator has no adapters of this rank", got=repr(rank)[:40], expected=expected)
         return rank
 
     def check_bank(self, bank: AdapterBank | None) -> None:
