@@ -214,16 +214,17 @@ def test_a_base_model_of_images_is_refused(generators):
 def test_three_lines_of_python_make_the_same_adapter(generators, tmp_path, monkeypatch):
     """What is copied from the page runs, with any quotes in the description, and writes the same bytes."""
     folder = tmp_path / "it's"
+    folder.mkdir()
     bench = Workbench({"ridge": generators["ridge"]}, {"ridge": str(folder)})
     order = Order('paint the "red" dog\nit\'s \\good', ("ridge",), seed=2, strength=1.25)
     (one,) = bench.make(order)
     lines = bench.python(order, one)
     assert len(lines.splitlines()) == 3
     opened = []
-    monkeypatch.setattr(generator_module.LoraGenerator, "from_pretrained", lambda path: opened.append(path) or generators["ridge"])
+    monkeypatch.setattr(generator_module.LoraGenerator, "from_pretrained", lambda path, **_: opened.append(path) or generators["ridge"])
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "copied", "exec"), {})  # noqa: S102 - what a user does with it
-    assert opened == [str(folder)]
+    assert opened == [folder]
     written, right = load_file(tmp_path / "adapter/adapter_model.safetensors"), one.adapter.state_dict()
     assert written.keys() == right.keys() and all(torch.equal(written[key], right[key]) for key in right)
 

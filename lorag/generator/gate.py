@@ -207,7 +207,8 @@ class Gate:
     def _deciding(self, row: Tensor, *, against: bool) -> tuple[str, ...]:
         """The features that moved the novelty most in one direction: few, but most of what moved it."""
         moved = self.novelty.contributions(row) * (1 if against else -1)
-        total, told, names = moved.clamp_min(0).sum().item(), 0.0, []
+        total, told = moved.clamp_min(0).sum().item(), 0.0
+        names: list[str] = []
         for place in moved.argsort(descending=True, stable=True).tolist():
             if moved[place] <= 0 or told > _SHARE * total or len(names) == _NAMED:
                 break
