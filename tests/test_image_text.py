@@ -205,7 +205,7 @@ def test_settings_and_task_vectors(suite, seeing):
     vectors = objective.hidden(rows.model, [example.input for example in suite[0]["warm"].examples[:4]])
     apart = torch.cdist(vectors, vectors)
     assert apart[0, 2] < apart[0, 1] and apart[1, 3] < apart[1, 2]
-    with pytest.raises(TaskError, match="no image"):
+    with pytest.raises(TaskError, match="not an image"):
         objective.hidden(rows.model, ["warm/0.jpg"])
 
 

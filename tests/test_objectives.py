@@ -8,10 +8,11 @@ import torch
 from conftest import EOS, WORDS, stack_adapters
 
 from lorag.base.layout import LoraLayout
-from lorag.base.objectives import OBJECTIVES, make_objective, take
-from lorag.base.objectives.language_model import rouge_l
+from lorag.base.objectives import OBJECTIVES, language_model, make_objective, take
 from lorag.base.objectives.sentence_encoder import _macro_f1
+from lorag.base.objectives.text_metrics import lenient_match, rouge_l
 from lorag.base.row_adapters import RowAdapters
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, TaskError
 from lorag.tasks.suite import Example, Task
 
@@ -91,8 +92,9 @@ def test_scores_of_a_batch_are_those_of_each_task_alone(setting, monkeypatch):
     """Scores are in range and depend on no task beside it, nor on how many rows run at once."""
     objective, rows, tasks, stacked = setting
     alone = [objective.scores(rows, take(stacked, i, i + 1), [task], limit=6)[0] for i, task in enumerate(tasks)]
-    for at_once in (10_000, 3):
-        monkeypatch.setattr(type(objective), "_rows_at_once", at_once)
+    limit = "_tokens_at_once" if objective.generates else "_rows_at_once"
+    for at_once in (100_000, 3):
+        monkeypatch.setattr(type(objective), limit, at_once)
         for together, one in zip(objective.scores(rows, stacked, tasks, limit=6), alone, strict=True):
             assert together == pytest.approx(one, abs=1e-5)
     for score in alone:
@@ -313,3 +315,108 @@ def test_macro_f1_by_hand():
     """Each class counts once: 2·1/(2+1) and 2·1/(1+2) and, never guessed, 0."""
     assert _macro_f1([0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)
     assert _macro_f1([0, 0], [0, 2]) == pytest.approx((2 / 3 + 0) / 2)
+
+
+# --- fast ways that change nothing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tiny_models, tokenizer):
+    """A runner and six tasks, half of them of short texts and half of long ones."""
+    tiny = tiny_models["llama"]
+    model = tiny.build(seed=3)
+    runner = Runner(model, tiny.layout(model), make_objective("causal_lm", tokenizer))
+    return runner, [_task("t" * (i + 1), (), 3 if i % 2 else 40) for i in range(6)]
+
+
+def test_the_head_sees_the_states_of_answers_alone(mixed):
+    """As many as there are answer tokens, in one contiguous block; the losses are those of all positions."""
+    runner, tasks = mixed
+    seen = []
+    hook = runner.model.lm_head.register_forward_hook(lambda module, given, result: seen.append((given[0].shape, given[0].is_contiguous())))
+    batch = runner.objective.sample(tasks, 4, "0")
+    with torch.no_grad():
+        slow = runner.objective.losses(runner.model, batch)  # a hook on the head, as that of an adapter, keeps rows whole
+        hook.remove()
+        pre = runner.model.lm_head.register_forward_pre_hook(lambda module, given: seen.append((given[0].shape, given[0].is_contiguous())))
+        fast = runner.objective.losses(runner.model, batch)
+        pre.remove()
+    assert [contiguous for _, contiguous in seen] == [True, seen[1][1]]
+    assert seen[0][0][:2] == (24, batch.targets.shape[1] + 1)
+    assert torch.allclose(fast, slow, atol=1e-5)
+    assert not runner.model.lm_head._forward_pre_hooks
+
+
+def test_parts_of_a_step_hold_what_the_step_holds_with_less_padding(mixed, monkeypatch):
+    """The same rows, each once, in fewer tokens; losses and gradients of every adapter as in one batch."""
+    runner, tasks = mixed
+    monkeypatch.setattr(language_model, "_WORTHWHILE", 16)
+    parts = runner.objective.sample_parts(tasks, 4, "0")
+    whole = runner.objective.sample(tasks, 4, "0")
+    assert len(parts) > 1 and sorted(number for numbers, _ in parts for number in numbers) == list(range(6))
+
+    def rows(batch):
+        ids, mask = batch.arguments["input_ids"].tolist(), batch.arguments["attention_mask"].tolist()
+        return [tuple(i for i, kept in zip(*pair, strict=True) if kept) for pair in zip(ids, mask, strict=True)]
+
+    apart = {number: rows(batch)[4 * k : 4 * k + 4] for numbers, batch in parts for k, number in enumerate(numbers)}
+    assert [row for number in range(6) for row in apart[number]] == rows(whole)
+    assert sum(batch.arguments["input_ids"].numel() for _, batch in parts) < 0.8 * whole.arguments["input_ids"].numel()
+    factors = {name: (torch.randn(6, 2, m.in_features) * 0.3, torch.randn(6, m.out_features, 2) * 0.3) for name, m in _modules(runner)}
+    stacked = {name: tuple(x.requires_grad_() for x in pair) for name, pair in factors.items()}
+    losses = runner.losses(stacked, tasks, 4, "0")
+    with runner.use(stacked) as model:
+        together = runner.objective.losses(model, whole)
+    assert torch.allclose(losses, together, atol=1e-4)
+    leaves = [x for pair in stacked.values() for x in pair]
+    for one, other in zip(torch.autograd.grad(losses.sum(), leaves), torch.autograd.grad(together.sum(), leaves), strict=True):
+        assert torch.allclose(one, other, atol=1e-3 * other.abs().max().clamp_min(1).item())
+
+
+def _modules(runner):
+    return [(module.name, module) for module in runner.layout.modules]
+
+
+def test_answers_are_written_only_where_they_are_not_the_reference(tiny_models, tokenizer, monkeypatch):
+    """An exact match is what would be written; the scores are those of writing every answer."""
+    tiny = tiny_models["llama"]
+    model = tiny.build(seed=3)
+    runner = Runner(model, tiny.layout(model), make_objective("causal_lm", tokenizer, {"rouge": True}))
+    inputs = [f"{first} {second}" for first in WORDS for second in WORDS[:6]]
+    answers = runner.generate(inputs, max_new_tokens=16)
+    known = [Example(text, answer, "test") for text, answer in zip(inputs, answers, strict=True) if answer]
+    exact = runner.scores(None, [dataclasses.replace(_task("one", (), 3), examples=(example,)) for example in known], limit=1)
+    right = [example for example, one in zip(known, exact, strict=True) if one["exact_match"] == 1][:6]
+    rows = (*right, *(Example(text, "cat dog", "test") for text in inputs[:5]))
+    task = Task("t", "demo", ("x",), None, "MIT", "made", rows)
+    asked = []
+    real = runner.objective.generate
+    monkeypatch.setattr(runner.objective, "generate", lambda model, texts, **more: asked.extend(texts) or real(model, texts, **more))
+    (score,) = runner.scores(None, [task], limit=99)
+    assert score["exact_match"] == pytest.approx(len(right) / len(rows)) and right
+    assert sorted(set(asked)) == sorted(set(inputs[:5]))
+    every = [real(runner.model, [example.input], max_new_tokens=16)[0] for example in rows]
+    pairs = [(answer, example.output) for answer, example in zip(every, rows, strict=True)]
+    assert score["rouge_l"] == pytest.approx(sum(rouge_l(*pair) for pair in pairs) / len(pairs))
+    assert score["lenient_match"] == sum(lenient_match(*pair) for pair in pairs) / len(pairs) >= score["exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("Yes.", "yes", True),
+        (' "YES!" ', "yes", True),
+        ("Straße", "STRASSE", True),
+        ("a  b", "a b", True),
+        ("yes, it is", "yes", False),
+        ("don't", "dont", False),
+        ("-5", "5", True),
+        ("$5", "5", False),
+        ("?!", "?!", True),
+        ("?", "!", False),
+        ("", "yes", False),
+    ],
+)
+def test_lenient_match_by_hand(answer, reference, expected):
+    """Case, blanks and punctuation around the whole are forgiven; anything inside, and symbols that mean something, are not."""
+    assert lenient_match(answer, reference) is expected

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.base.objectives import Objective, make_objective
+from lorag.base.objectives.base import select
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 
 if TYPE_CHECKING:
@@ -90,9 +91,12 @@ class Runner:
         Raises:
             TaskError: If a task has no training examples.
         """
-        batch = self.objective.sample(tasks, count, seed)
-        with self.use(adapters) as model:
-            return self.objective.losses(model, batch)
+        order, found = [], []
+        for numbers, batch in self.objective.sample_parts(tasks, count, seed):
+            with self.use(select(adapters, numbers)) as model:
+                found.append(self.objective.losses(model, batch))
+            order += numbers
+        return torch.cat(found)[torch.tensor(order).argsort().to(found[0].device)]
 
     def scores(self, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0) -> list[dict[str, float]]:
         """Scores of each adapter on the first `limit` test examples of its task, `objective.metric` among them.

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorag.base.objectives.base import Objective, take
+from lorag.base.objectives.causal_lm import CausalLM
 from lorag.base.objectives.image_text import ImageText
 from lorag.base.objectives.image_to_text import ImageSeq2Seq
-from lorag.base.objectives.language_model import CausalLM, Seq2SeqLM
 from lorag.base.objectives.sentence_encoder import LabelMatching, Prototypes
+from lorag.base.objectives.seq2seq_lm import Seq2SeqLM
 from lorag.errors import ConfigError
 
 __all__ = ["OBJECTIVES", "Objective", "make_objective", "take"]

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
@@ -20,7 +21,7 @@ from lorag.tasks.suite import Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Objective", "take", "task_rng", "test_examples", "training_examples"]
+__all__ = ["Objective", "select", "take", "task_rng", "test_examples", "training_examples"]
 
 
 def take(adapters: Stacked | Cores | None, start: int, end: int) -> Stacked | Cores | None:
@@ -30,6 +31,21 @@ def take(adapters: Stacked | Cores | None, start: int, end: int) -> Stacked | Co
     if isinstance(adapters, Cores):
         return Cores(adapters.bases_in, {name: m[start:end] for name, m in adapters.values.items()}, adapters.bases_out)
     return {name: (a[start:end], b[start:end]) for name, (a, b) in adapters.items()}
+
+
+def select(adapters: Stacked | Cores | None, indices: Sequence[int]) -> Stacked | Cores | None:
+    """Adapters of a stack by their numbers, in that order; differentiable."""
+    if adapters is None:
+        return None
+    values = adapters.values if isinstance(adapters, Cores) else adapters
+    first: Any = next(iter(values.values()))
+    count, device = (first[0] if isinstance(first, tuple) else first).shape[0], (first[0] if isinstance(first, tuple) else first).device
+    if list(indices) == list(range(count)):
+        return adapters
+    rows = torch.tensor(list(indices), device=device)
+    if isinstance(adapters, Cores):
+        return Cores(adapters.bases_in, {name: m[rows] for name, m in adapters.values.items()}, adapters.bases_out)
+    return {name: (a[rows], b[rows]) for name, (a, b) in adapters.items()}
 
 
 class Objective(abc.ABC):
@@ -69,6 +85,10 @@ class Objective(abc.ABC):
 
         What is drawn for a task depends on the seed and the task alone, not on the tasks beside it.
         """
+
+    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], Any]]:
+        """What `sample` draws, in parts that are best run one after the other: the tasks of each, and its batch."""
+        return [(list(range(len(tasks))), self.sample(tasks, count, seed))]
 
     @abc.abstractmethod
     def losses(self, model: PreTrainedModel, batch: Any) -> Tensor:  # noqa: ANN401 - its own batch

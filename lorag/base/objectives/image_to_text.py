@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorag.base.objectives.image_text import open_images
-from lorag.base.objectives.language_model import Seq2SeqLM, TokenRows, pad_rows
+from lorag.base.objectives.language_model import TokenRows, pad_rows
+from lorag.base.objectives.seq2seq_lm import Seq2SeqLM
 from lorag.errors import ConfigError
 from lorag.tasks.suite import Example
 
@@ -22,6 +23,7 @@ __all__ = ["ImageSeq2Seq", "box_f1", "boxes_of"]
 _OBJECT = re.compile(r"([^<>]*)((?:<loc_\d{1,4}>){4})")
 _PLACE = re.compile(r"<loc_(\d{1,4})>")
 _MOST_TOKENS = 1024
+_IMAGE_TOKENS = 577
 _OVERLAP = 0.5  # intersection over union from which two boxes count as one
 
 Box = tuple[str, float, float, float, float]
@@ -44,7 +46,6 @@ class ImageSeq2Seq(Seq2SeqLM):
 
     name, kind = "image_seq2seq", "image_seq2seq"
     reads_texts = False
-    _rows_at_once = 32
 
     def __init__(self, tokenizer: Any, prompt: str = "<OD>", max_length: int = 256, boxes: bool = False) -> None:  # noqa: ANN401 - a processor
         super().__init__(tokenizer.tokenizer, max_length=max_length)
@@ -60,11 +61,16 @@ class ImageSeq2Seq(Seq2SeqLM):
     def _read(self, inputs: Sequence[str]) -> dict[str, Tensor]:
         return dict(self.processor(images=open_images(inputs), text=[self.prompt] * len(inputs), padding=True, return_tensors="pt"))
 
-    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:
+        return [(image, [*self._ids(answer)[: self.max_length], self.tokenizer.eos_token_id]) for image, answer in pairs]
+
+    def _size(self, row: tuple[Any, list[int]]) -> int:
+        """Tokens of an answer, beside those of an image, of which all have about as many."""
+        return _IMAGE_TOKENS + len(row[1])
+
+    def _collate(self, rows: Sequence[tuple[Any, list[int]]], tasks: int) -> TokenRows:
         """Images and prompts for the encoder, and the decoder's targets, padded on the right."""
-        flat = [one for group in groups for one in group]
-        answers = [[*self._ids(answer)[: self.max_length], self.tokenizer.eos_token_id] for _, answer in flat]
-        return TokenRows(self._read([image for image, _ in flat]), pad_rows(answers, -100), len(groups))
+        return TokenRows(self._read([image for image, _ in rows]), pad_rows([answer for _, answer in rows], -100), tasks)
 
     def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Logits of the answers alone: the begin token, which decoders of BART's family are given, is no target."""

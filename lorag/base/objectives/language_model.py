@@ -1,10 +1,9 @@
-"""Objectives of language models: answers that follow a text, or texts alone, scored by teacher forcing."""
+"""What objectives of language models share: answers that follow a text, scored by teacher forcing; padding, batches, metrics."""
 
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.base.objectives.base import Objective, take, task_rng, test_examples, training_examples
-from lorag.base.objectives.prompts import CHAT, make_prompts, require_input
+from lorag.base.objectives.base import Objective, select, task_rng, test_examples, training_examples
+from lorag.base.objectives.text_metrics import density, lenient_match, rouge_l
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
 from lorag.tasks.suite import Example, Task
@@ -22,11 +21,13 @@ from lorag.tasks.suite import Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["CausalLM", "Seq2SeqLM", "TokenRows", "pad_rows", "rouge_l"]
+__all__ = ["LanguageModel", "TokenRows", "pad_rows"]
 
 # Where less is better, the negative is the metric: gaps and gains take more for better.
-_METRICS = ("exact_match", "token_accuracy", "log_likelihood", "rouge_l", "neg_perplexity", "neg_bits_per_character")
-_MOST_NATS = 700.0  # a token; beyond it a perplexity is no number
+_METRICS = ("exact_match", "token_accuracy", "log_likelihood", "rouge_l", "lenient_match", "neg_perplexity", "neg_bits_per_character")
+_RUN = 16  # examples of a task that are scored in one run of rows
+_JUDGED = 1024  # answer tokens whose logits are judged at once
+_LONGER, _WORTHWHILE = 1.25, 512  # a batch is parted where tasks get longer by this factor, if both parts have this many tokens
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class TokenRows:
     tasks: int
 
 
-class _LanguageModel(Objective):
+class LanguageModel(Objective):
     """What causal and encoder-decoder models share: teacher forcing gives losses and the exact match of greedy decoding."""
 
     generates = True
-    _rows_at_once = 512
+    _tokens_at_once = 16_384  # of a batch that is scored
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class _LanguageModel(Objective):
     ) -> None:
         super().__init__(tokenizer, max_length)
         template = self._usual_template() if template is None else template
-        if metric not in _METRICS or metric == "rouge_l" and not rouge:
+        if metric not in _METRICS or metric in ("rouge_l", "lenient_match") and not rouge:
             raise ConfigError("objective.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)")
         self.template, self.rouge, self.metric, self.system = template, rouge, metric, system
 
@@ -69,39 +70,71 @@ class _LanguageModel(Objective):
         return "{input}\n"
 
     @abc.abstractmethod
-    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
-        """Tokenises equal-sized groups of (input, output)."""
+    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:
+        """What is read, and the tokens of the answer, for each (input, output)."""
+
+    @abc.abstractmethod
+    def _collate(self, rows: Sequence[tuple[Any, list[int]]], tasks: int) -> TokenRows:
+        """Rows in equal runs, one run a task, as one batch."""
+
+    def _size(self, row: tuple[Any, list[int]]) -> int:
+        """Tokens that a row takes."""
+        return len(row[0]) + len(row[1])
 
     @abc.abstractmethod
     def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Logits (b, t, v) that predict `batch.targets`."""
 
-    def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
-        """Draws `count` training examples a task."""
-        drawn = [task_rng(task, seed).choices(training_examples(task), k=count) for task in tasks]
-        return self._encode(tasks, [[(example.input, example.output) for example in group] for group in drawn])
+    def _answer_logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        """Logits (k, v) of the k answer tokens of a batch, row after row."""
+        logits = self._logits(model, batch)
+        return logits[(batch.targets != -100).to(logits.device)]
 
-    def _encode(self, tasks: Sequence[Task], groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
-        """Tokenises equal-sized groups, one a task, all of whose outputs must fit."""
-        batch = self.encode(groups)
-        if batch.targets.shape[1] > self.max_length + 1:
-            longest = int((batch.targets != -100).sum(1).argmax())
+    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
+        """Tokenises equal-sized groups of (input, output)."""
+        return self._collate(self._tokenised([pair for group in groups for pair in group]), len(groups))
+
+    def _rows(self, task: Task, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:
+        """What is read and the answer's tokens for each (input, output) of a task, whose outputs must fit."""
+        rows = self._tokenised(pairs)
+        longest = max(len(answer) for _, answer in rows)
+        if longest > self.max_length + 1:
             raise TaskError(
-                f"an output of task {tasks[longest // len(groups[0])].name!r} does not fit",
-                got=f"{int((batch.targets[longest] != -100).sum())} tokens",
+                f"an output of task {task.name!r} does not fit",
+                got=f"{longest} tokens",
                 expected=f"at most {self.max_length}, and the one that ends it",
                 remedy="Raise objective_settings.max_length, or leave that example out.",
             )
-        return batch
+        return rows
+
+    def _drawn(self, tasks: Sequence[Task], count: int, seed: str) -> list[list[tuple[Any, list[int]]]]:
+        drawn = [task_rng(task, seed).choices(training_examples(task), k=count) for task in tasks]
+        return [self._rows(task, [(e.input, e.output) for e in group]) for task, group in zip(tasks, drawn, strict=True)]
+
+    def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
+        """Draws `count` training examples a task."""
+        return self._collate([row for group in self._drawn(tasks, count, seed) for row in group], len(tasks))
+
+    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], TokenRows]]:
+        """What `sample` draws, in parts of tasks of about one length, so that few tokens are padding."""
+        drawn = self._drawn(tasks, count, seed)
+        lengths = [max(self._size(row) for row in group) for group in drawn]
+        parts: list[list[int]] = []
+        for task in sorted(range(len(tasks)), key=lambda number: lengths[number]):
+            part = parts[-1] if parts else None
+            if part is None or lengths[task] > _LONGER * lengths[part[-1]] and len(part) * count * lengths[part[-1]] >= _WORTHWHILE:
+                parts.append([task])
+            else:
+                part.append(task)
+        return [(sorted(part), self._collate([row for task in sorted(part) for row in drawn[task]], len(part))) for part in parts]
 
     def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Mean cross-entropy of the answers' tokens, one value a task."""
-        logits = self._logits(model, batch)
-        targets = batch.targets.to(logits.device)
-        known = targets != -100
-        each = F.cross_entropy(logits[known].float(), targets[known], reduction="none")
-        run = torch.arange(batch.tasks, device=logits.device).repeat_interleave(len(targets) // batch.tasks)
-        run = run[:, None].expand_as(targets)[known]
+        logits = self._answer_logits(model, batch)
+        known = batch.targets != -100
+        each = F.cross_entropy(logits.float(), batch.targets[known].to(logits.device), reduction="none")
+        run = torch.arange(batch.tasks).repeat_interleave(len(batch.targets) // batch.tasks)
+        run = run[:, None].expand_as(batch.targets)[known].to(logits.device)
         total = torch.zeros(batch.tasks, device=logits.device, dtype=each.dtype)
         return total.index_add(0, run, each) / torch.bincount(run, minlength=batch.tasks)
 
@@ -109,55 +142,87 @@ class _LanguageModel(Objective):
     def scores(
         self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
     ) -> list[dict[str, float]]:
-        """Exact match, token accuracy, mean log-likelihood, perplexity, bits per character; ROUGE-L if the objective was made with it.
+        """Exact match, token accuracy, mean log-likelihood, perplexity, bits per character; of written answers, more.
 
         Exact match is that of greedy decoding, without decoding: a greedy answer equals the reference if and only if
         every token of the reference is the likeliest one after the tokens before it. Perplexity (a token) and bits per
         character are of the answers' own text, without the end token: for language modelling as ICM-LoRA (arXiv 2501.17635)
         measures it, a suite's inputs are empty and its outputs are the texts.
+
+        With `rouge`, answers are also written out: ROUGE-L and lenient match. Where an answer is an exact match, the
+        reference is what would be written, so that only the others are.
         """
-        found: list[dict[str, float]] = []
         tests = [test_examples(task, limit) for task in tasks]
-        width = max(len(test) for test in tests)
-        step = max(1, self._rows_at_once // width)
-        for start in range(0, len(tasks), step):
-            part = tests[start : start + step]
-            padded = [[(e.input, e.output) for e in (test * width)[:width]] for test in part]
-            batch = self._encode(tasks[start : start + step], padded)
-            own = take(adapters, start, start + len(part))
+        encoded = [self._rows(task, [(e.input, e.output) for e in test]) for task, test in zip(tasks, tests, strict=True)]
+        sizes = [[self._size(row) for row in own] for own in encoded]
+        right: list[list[Tensor]] = [[torch.empty(0)] * len(test) for test in tests]
+        likely = [list(own) for own in right]
+        for batch in _batches([range(len(test)) for test in tests], sizes, self._tokens_at_once):
+            flat = [encoded[task][place] for task, places in batch for place in places]
+            collated = self._collate(flat, len(batch))
+            own = select(adapters, [task for task, _ in batch])
             with nullcontext(rows.model) if own is None else rows.use(own) as model:
-                logits = self._logits(model, batch).float()
-                answers = self._answers(model, [text for group in padded for text, _ in group], batch)
-            targets = batch.targets.to(logits.device)
-            known = targets != -100
-            right = (logits.argmax(-1) == targets) & known
-            likelihood = torch.zeros_like(targets, dtype=torch.float32)
-            likelihood[known] = -F.cross_entropy(logits[known], targets[known], reduction="none")
-            for index, test in enumerate(part):
-                mine = slice(index * width, index * width + len(test))
-                score = {
-                    "exact_match": (right | ~known)[mine].all(1).float().mean().item(),
-                    "token_accuracy": (right[mine].sum() / known[mine].sum()).item(),
-                    "log_likelihood": (likelihood[mine].sum() / known[mine].sum()).item(),
-                }
-                score |= _density(likelihood[mine], known[mine], test)
-                score |= self.compare(answers[mine], test) if self.writes else {}
-                plain = self.metric.removeprefix("neg_")
-                if plain not in score:
-                    raise TaskError(f"task {tasks[start + index].name!r} has no text to measure", expected=f"outputs, for {self.metric}")
-                if plain != self.metric:
-                    score[self.metric] = -score[plain]
-                found.append(score)
+                guessed, likelihood = self._judge(model, collated)
+            lengths = (collated.targets != -100).sum(1).tolist()
+            pairs = [(task, place) for task, places in batch for place in places]
+            for (task, place), hit, logs in zip(pairs, guessed.split(lengths), likelihood.split(lengths), strict=True):
+                right[task][place], likely[task][place] = hit, logs
+        exact = [[bool(hit.all()) for hit in own] for own in right]
+        written = self._written(rows, adapters, tests, encoded, sizes, exact) if self.writes else None
+        found = []
+        for number, test in enumerate(tests):
+            score = {
+                "exact_match": sum(exact[number]) / len(test),
+                "token_accuracy": torch.cat(right[number]).float().mean().item(),
+                "log_likelihood": torch.cat(likely[number]).mean().item(),
+            }
+            score |= density(torch.cat([logs[:-1] for logs in likely[number]]), [example.output for example in test])
+            score |= {} if written is None else self.compare(written[number], test)
+            plain = self.metric.removeprefix("neg_")
+            if plain not in score:
+                raise TaskError(f"task {tasks[number].name!r} has no text to measure", expected=f"outputs, for {self.metric}")
+            if plain != self.metric:
+                score[self.metric] = -score[plain]
+            found.append(score)
         return found
+
+    def _judge(self, model: PreTrainedModel, batch: TokenRows) -> tuple[Tensor, Tensor]:
+        """Whether each answer token (k,) is the likeliest, and its log-likelihood (k,)."""
+        logits = self._answer_logits(model, batch)
+        targets = batch.targets[batch.targets != -100].to(logits.device)
+        right, likely = [], []
+        for part, wanted in zip(logits.split(_JUDGED), targets.split(_JUDGED), strict=True):
+            precise = part.float()
+            right.append(precise.argmax(-1) == wanted)
+            likely.append(-F.cross_entropy(precise, wanted, reduction="none"))
+        return torch.cat(right).cpu(), torch.cat(likely).cpu()
+
+    def _written(
+        self,
+        rows: RowAdapters,
+        adapters: Stacked | Cores | None,
+        tests: Sequence[Sequence[Example]],
+        encoded: Sequence[Sequence[Any]],
+        sizes: Sequence[Sequence[int]],
+        exact: Sequence[Sequence[bool]],
+    ) -> list[list[str]]:
+        """The greedy answer to every test example, written out where it is not the reference."""
+        answers = [[example.output for example in test] for test in tests]
+        left = [[place for place, same in enumerate(own) if not same] for own in exact]
+        for batch in _batches(left, sizes, self._tokens_at_once):
+            pairs = [(task, place) for task, places in batch for place in places]
+            room = max(16, 2 * max(len(encoded[task][place][1]) for task, place in pairs))
+            own = select(adapters, [task for task, _ in batch])
+            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+                texts = self.generate(model, [tests[task][place].input for task, place in pairs], max_new_tokens=room)
+            for (task, place), text in zip(pairs, texts, strict=True):
+                answers[task][place] = text
+        return answers
 
     @property
     def word_for_word(self) -> bool:  # type: ignore[override]
         """Whether `metric` is exact match."""
         return self.metric == "exact_match"
-
-    def _answers(self, model: nn.Module, inputs: Sequence[str], batch: TokenRows) -> list[str]:
-        """Written answers, with room for the longest reference; none if scores do not need them."""
-        return self.generate(model, inputs, max_new_tokens=max(64, batch.targets.shape[1])) if self.writes else []
 
     @property
     def writes(self) -> bool:
@@ -166,21 +231,41 @@ class _LanguageModel(Objective):
 
     def compare(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         """Scores of written answers."""
-        return {"rouge_l": sum(rouge_l(a, e.output) for a, e in zip(answers, examples, strict=True)) / len(examples)}
+        pairs = [(answer, example.output) for answer, example in zip(answers, examples, strict=True)]
+        return {
+            "rouge_l": sum(rouge_l(*pair) for pair in pairs) / len(pairs),
+            "lenient_match": sum(lenient_match(*pair) for pair in pairs) / len(pairs),
+        }
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _density(likelihood: Tensor, known: Tensor, examples: Sequence[Example]) -> dict[str, float]:
-    """Perplexity and bits per character from log-likelihoods (b, t) of answers, whose last known token is the end."""
-    text = known & (known.cumsum(1) < known.sum(1, keepdim=True))
-    lost = -likelihood[text].double().sum().item()
-    tokens, characters = int(text.sum()), sum(len(example.output) for example in examples)
-    if not tokens or not characters:
-        return {}
-    perplexity, bits = math.exp(min(lost / tokens, _MOST_NATS)), lost / math.log(2) / characters
-    return {"perplexity": perplexity, "bits_per_character": bits}
+def _batches(places: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], most: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Examples of several tasks in batches of about one length: equal runs of places, each of one task.
+
+    Args:
+        places: Of each task, which of its examples.
+        sizes: Tokens of each task's examples.
+        most: Tokens of a batch, padding included; a single run may have more.
+
+    Yields:
+        (task, places) of equal numbers of places; where a task has too few left, its last one comes again.
+    """
+    runs = []
+    for task, own in enumerate(places):
+        order = sorted(own, key=lambda place: sizes[task][place])
+        runs += [(sizes[task][order[start : start + _RUN][-1]], task, order[start : start + _RUN]) for start in range(0, len(order), _RUN)]
+    batch: list[tuple[int, list[int]]] = []
+    width = 0
+    for size, task, run in sorted(runs):
+        if batch and (len(batch) + 1) * max(width, len(run)) * size > most:
+            yield [(one, [*own, *own[-1:] * (width - len(own))]) for one, own in batch]
+            batch, width = [], 0
+        batch.append((task, run))
+        width = max(width, len(run))
+    if batch:
+        yield [(one, [*own, *own[-1:] * (width - len(own))]) for one, own in batch]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
@@ -188,149 +273,3 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
     tensors = [torch.tensor(list(row)[::-1] if left else row, dtype=torch.long) for row in rows]
     padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
     return padded.flip(1) if left else padded
-
-
-class CausalLM(_LanguageModel):
-    """Answers follow the prompt and end with the token that ends a turn.
-
-    Args:
-        tokenizer: The base model's.
-        template: "chat", the tokenizer's own chat template, or text with one `{input}`; by default "chat" where the tokenizer
-            has a chat template, and otherwise the input and a line break.
-        max_length: Most tokens of a prompt; of longer ones the beginning of the input is left out.
-        rouge: Whether scores hold ROUGE-L, for which answers are written out.
-        metric: The score that evaluations report.
-        system: System text of the chat template; None leaves it to the template.
-    """
-
-    name, kind = "causal_lm", "causal_lm"
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
-        max_length: int = 256,
-        rouge: bool = False,
-        metric: str = "exact_match",
-        system: str | None = None,
-    ) -> None:
-        super().__init__(tokenizer, template, max_length, rouge, metric, system)
-        self.prompts = make_prompts(tokenizer, self.template, system, max_length)
-
-    def _usual_template(self) -> str:
-        return CHAT if getattr(self.tokenizer, "chat_template", None) else super()._usual_template()
-
-    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
-        """Prompts padded on the left and answers on the right, so that all answers start in one column."""
-        rows = self.prompts.rows([pair for group in groups for pair in group])
-        prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
-        pad = self.tokenizer.pad_token_id
-        left, right = pad_rows(prompts, pad, left=True), pad_rows(answers, pad)
-        mask = torch.cat([pad_rows([[1] * len(p) for p in prompts], 0, left=True), pad_rows([[1] * len(a) for a in answers], 0)], 1)
-        arguments = {
-            "input_ids": torch.cat([left, right], 1),
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-        }
-        return TokenRows(arguments, pad_rows(answers, -100), len(groups))
-
-    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
-        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
-        width = batch.targets.shape[1]
-        return model(**arguments, logits_to_keep=width + 1, use_cache=False).logits[:, :width]
-
-    @torch.inference_mode()
-    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
-        """Last layer's states at the prompts' last position (b, h)."""
-        prompts = self.prompts.prompts(inputs)
-        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True)
-        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True)
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
-        found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
-        return found.hidden_states[-1][:, -1].float()
-
-    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to inputs, one a row."""
-        writer: Any = model
-        prompts = self.prompts.prompts(inputs)
-        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
-        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True).to(writer.device)
-        output = writer.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(self.prompts.stops),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return [self.prompts.read(row) for row in output[:, ids.shape[1] :].tolist()]
-
-
-class Seq2SeqLM(_LanguageModel):
-    """The encoder reads `template.format(input=...)`, the decoder writes the answer."""
-
-    name, kind = "seq2seq_lm", "seq2seq_lm"
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
-        max_length: int = 256,
-        rouge: bool = False,
-        metric: str = "exact_match",
-    ) -> None:
-        super().__init__(tokenizer, template, max_length, rouge, metric)
-        require_input(self.template)
-
-    def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
-        """Encoder rows and decoder targets, both padded on the right."""
-        flat = [pair for group in groups for pair in group]
-        texts = [self.template.format(input=text) for text, _ in flat]
-        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        answers = [[*self._ids(answer), self.tokenizer.eos_token_id] for _, answer in flat]
-        arguments = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"]}
-        return TokenRows(arguments, pad_rows(answers, -100), len(groups))
-
-    @torch.inference_mode()
-    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
-        """The encoder's last states, averaged over tokens (b, h): a decoder has read nothing yet."""
-        texts = [self.template.format(input=text) for text in inputs]
-        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(model.device)
-        encoder: Any = model.get_encoder()
-        states = encoder(input_ids=read["input_ids"], attention_mask=read["attention_mask"]).last_hidden_state.float()
-        mask = read["attention_mask"][..., None].to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1)
-
-    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
-        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
-        return model(**arguments, labels=batch.targets.to(model.device), use_cache=False).logits
-
-    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to inputs, one a row."""
-        writer: Any = model
-        read = self.tokenizer(
-            [self.template.format(input=text) for text in inputs],
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        ).to(writer.device)
-        output = writer.generate(
-            input_ids=read["input_ids"], attention_mask=read["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
-        )
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L: F-measure of the longest common subsequence of lower-case words (Lin 2004)."""
-    a, b = answer.lower().split(), reference.lower().split()
-    if not a or not b:
-        return float(a == b)
-    row = [0] * (len(b) + 1)
-    for word in a:
-        before = 0
-        for column, other in enumerate(b, start=1):
-            before, row[column] = row[column], before + 1 if word == other else max(row[column], row[column - 1])
-    common = row[-1]
-    return 0.0 if common == 0 else 2 * common / (len(a) + len(b))

@@ -1,0 +1,117 @@
+"""The objective of causal language models: an answer follows a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorag.base.objectives.language_model import LanguageModel, TokenRows, pad_rows
+from lorag.base.objectives.prompts import CHAT, make_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(LanguageModel):
+    """Answers follow the prompt and end with the token that ends a turn.
+
+    Args:
+        tokenizer: The base model's.
+        template: "chat", the tokenizer's own chat template, or text with one `{input}`; by default "chat" where the tokenizer
+            has a chat template, and otherwise the input and a line break.
+        max_length: Most tokens of a prompt; of longer ones the beginning of the input is left out.
+        rouge: Whether scores hold ROUGE-L, for which answers are written out.
+        metric: The score that evaluations report.
+        system: System text of the chat template; None leaves it to the template.
+    """
+
+    name, kind = "causal_lm", "causal_lm"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        max_length: int = 256,
+        rouge: bool = False,
+        metric: str = "exact_match",
+        system: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, template, max_length, rouge, metric, system)
+        self.prompts = make_prompts(tokenizer, self.template, system, max_length)
+
+    def _usual_template(self) -> str:
+        return CHAT if getattr(self.tokenizer, "chat_template", None) else super()._usual_template()
+
+    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:
+        return [(prompt, answer) for prompt, answer in self.prompts.rows(pairs)]
+
+    def _collate(self, rows: Sequence[tuple[Any, list[int]]], tasks: int) -> TokenRows:
+        """Prompts padded on the left and answers on the right, so that all answers start in one column."""
+        prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
+        pad = self.tokenizer.pad_token_id
+        left, right = pad_rows(prompts, pad, left=True), pad_rows(answers, pad)
+        mask = torch.cat([pad_rows([[1] * len(p) for p in prompts], 0, left=True), pad_rows([[1] * len(a) for a in answers], 0)], 1)
+        arguments = {
+            "input_ids": torch.cat([left, right], 1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+        }
+        return TokenRows(arguments, pad_rows(answers, -100), tasks)
+
+    def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        width = batch.targets.shape[1]
+        return self._forward(model, batch, lambda states: states.contiguous()).logits[:, :width]
+
+    def _answer_logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
+        """Logits (k, v) of the k answer tokens: the head, larger than all else in a small model, sees their states alone."""
+        head: Any = model.get_output_embeddings()
+        if head is None or head._forward_hooks or hasattr(head, "lora_A"):  # an adapted head needs whole rows
+            return super()._answer_logits(model, batch)
+        width, known = batch.targets.shape[1], (batch.targets != -100).to(model.device)
+        return self._forward(model, batch, lambda states: states[:, -width - 1 : -1][known][None]).logits[0]
+
+    def _forward(self, model: PreTrainedModel, batch: TokenRows, keep: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - its class's output
+        """Runs the model; `keep` chooses among the states (b, t + 1, h) that its head gets.
+
+        A slice that is not contiguous would make torch copy the head once for every row.
+        """
+        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
+        head: Any = model.get_output_embeddings()
+        hook = None if head is None else head.register_forward_pre_hook(lambda module, given: (keep(given[0]), *given[1:]))
+        try:
+            return model(**arguments, logits_to_keep=batch.targets.shape[1] + 1, use_cache=False)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    @torch.inference_mode()
+    def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
+        """Last layer's states at the prompts' last position (b, h)."""
+        prompts = self.prompts.prompts(inputs)
+        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True)
+        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
+        return found.hidden_states[-1][:, -1].float()
+
+    def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to inputs, one a row."""
+        writer: Any = model
+        prompts = self.prompts.prompts(inputs)
+        ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)
+        mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True).to(writer.device)
+        output = writer.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(self.prompts.stops),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return [self.prompts.read(row) for row in output[:, ids.shape[1] :].tolist()]
