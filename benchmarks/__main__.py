@@ -15,7 +15,7 @@ from benchmarks.machine import describe, device, load_average
 from benchmarks.page import Table, read_page, write_page
 
 # A module has TITLE, a docstring that says what bounds its figures, and measure(quick) -> rows of one table.
-TABLES = ("generation", "vae_step", "rows", "experts", "weight_fit", "growth", "retrieval", "startup")
+TABLES = ("generation", "vae_step", "rows", "base_step", "experts", "weight_fit", "growth", "retrieval", "startup")
 PAGE = Path(__file__).resolve().parent.parent / "docs/benchmarks.md"
 
 

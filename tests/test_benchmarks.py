@@ -13,7 +13,7 @@ from benchmarks.page import Table, read_page, write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 # The others measure sizes of eight-billion-parameter models even in their quick form; their own tests hold them.
-SMALL = ("rows", "experts", "vae_step", "growth", "startup")
+SMALL = ("rows", "base_step", "experts", "vae_step", "growth", "startup")
 
 
 @pytest.fixture

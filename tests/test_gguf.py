@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_gguf import TEMPLATE, write_gguf
 
-from lorag.adapters.provenance import base_fields
+from lorag.adapters.model_card import adapter_card
+from lorag.adapters.provenance import base_fields, prompt_of
 from lorag.base import gguf as gguf_module
 from lorag.base import names
 from lorag.base.base_model import BaseModel
@@ -251,6 +252,26 @@ def test_lorag_json_says_which_weights(llama_layout):
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     }
     assert "weights" not in base_fields(base, "revision:main", llama_layout)
+
+
+def test_lorag_json_says_how_inputs_become_prompts(llama_layout):
+    """The template and the system text, as the objective has them; for people in one line; nothing for other objectives."""
+    base = BaseModel("tiny", "causal_lm")
+    for settings, stored, said in (
+        ({"template": "chat", "max_length": 9}, {"template": "chat"}, "the tokenizer's chat template"),
+        (
+            {"template": "chat", "system": "be good"},
+            {"template": "chat", "system": "be good"},
+            "the tokenizer's chat template, with the system text 'be good'",
+        ),
+        ({"template": "{input}\n"}, {"template": "{input}\n"}, "the template '{input}\\n'"),
+    ):
+        stated = base_fields(base, "revision:main", llama_layout, settings)
+        assert stated["prompt"] == stored and prompt_of({"base_model": stated}) == said
+        assert said.split(",")[0] in adapter_card({"base_model": stated}, base_model="tiny", rank=2, alpha=4.0, modules=["q_proj"])
+    assert "prompt" not in base_fields(base, "revision:main", llama_layout, {"temperature": 0.1})
+    for strange in ({}, {"base_model": []}, {"base_model": {"prompt": "chat"}}, {"base_model": {"prompt": {"template": 3}}}):
+        assert prompt_of(strange) is None
 
 
 @pytest.mark.slow

@@ -173,3 +173,15 @@ def test_a_model_that_its_config_alone_does_not_build(tiny_models):
     del model.model.layers[1]
     layout = LoraLayout.from_model(Wrapper(model, 5), ["q_proj", "more"])
     assert layout.modules == (ModuleShape("inner.model.layers.0.self_attn.q_proj", 32, 32), ModuleShape("more", 32, 5))
+
+
+def test_layers_are_chosen_as_peft_chooses_them(tiny_models):
+    """The upper layers' modules alone, stored by names that select them again; layers that are not there are refused."""
+    model = tiny_models["llama"].build(layers=4)
+    layout = LoraLayout.from_model(model, ["q_proj", "v_proj"], [2, 3])
+    assert list(layout.names) == [f"model.layers.{n}.self_attn.{p}_proj" for n in (2, 3) for p in "qv"]
+    assert LoraLayout.from_model(model, layout.target_modules) == layout
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3]))
+    assert layout.values(3) == sum(p.numel() for n, p in wrapped.named_parameters() if ".lora_" in n)
+    with pytest.raises(LayoutError, match=r"layers \[9\]"):
+        LoraLayout.from_model(tiny_models["llama"].build(), ["q_proj"], [9])

@@ -420,3 +420,11 @@ def test_answers_are_written_only_where_they_are_not_the_reference(tiny_models, 
 def test_lenient_match_by_hand(answer, reference, expected):
     """Case, blanks and punctuation around the whole are forgiven; anything inside, and symbols that mean something, are not."""
     assert lenient_match(answer, reference) is expected
+
+
+def test_tasks_of_free_text_are_written_out(mixed):
+    """Beside exact match they get ROUGE-L and a lenient match, whatever the setting; others do not, and are not written."""
+    runner, tasks = mixed
+    plain, free = runner.scores(None, [tasks[0], dataclasses.replace(tasks[1], free_text=True)], limit=4)
+    assert {"rouge_l", "lenient_match"} <= set(free) and not {"rouge_l", "lenient_match"} & set(plain)
+    assert set(plain) == set(free) - {"rouge_l", "lenient_match"}

@@ -35,9 +35,18 @@ def words_tokenizer(more=(), begins=True, **special):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, padding_side="right", **ends, **special)
 
 
-def _decoder(name, begins=True):
+_CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+
+
+def _decoder(name, begins=True, chat=None):
     config, model = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
-    return lambda: (model(config(**_TEXT)), words_tokenizer(begins=begins))
+
+    def make():
+        tokenizer = words_tokenizer(begins=begins)
+        tokenizer.chat_template = chat
+        return model(config(**_TEXT)), tokenizer
+
+    return make
 
 
 def _t5():
@@ -70,7 +79,7 @@ def _florence2():
 
 
 TINY = {
-    "qwen2": _decoder("Qwen2", begins=False),
+    "qwen2": _decoder("Qwen2", begins=False, chat=_CHAT),
     "gemma2": _decoder("Gemma2"),
     "mistral": _decoder("Mistral"),
     "llama": _decoder("Llama"),

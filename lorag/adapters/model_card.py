@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from lorag.adapters.licences import UNKNOWN, Derived, derive
-from lorag.adapters.provenance import licence_of, public_name
+from lorag.adapters.provenance import licence_of, prompt_of, public_name
 from lorag.files.atomic import write_bytes
 
 __all__ = ["CARD", "PLACE", "adapter_card", "bank_card", "generator_card", "merged_card", "own_card", "write_card"]
@@ -83,6 +83,7 @@ def adapter_card(
     generator, versions = _part(info, "generator"), _part(info, "versions")
     rows = {
         "Base model": base_model and _code(public_name(base_model)) + " " + _cell(_part(info, "base_model").get("identity", "")),
+        "Prompt": prompt_of(info) and _code(str(prompt_of(info))),
         "Method": info.get("method"),
         "Generator": generator.get("revision"),
         "Text embedder": info.get("embedder"),

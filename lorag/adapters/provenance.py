@@ -13,7 +13,7 @@ from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.names import packaged
 
-__all__ = ["base_fields", "licence_of", "parents", "parents_of", "public_name", "versions"]
+__all__ = ["base_fields", "licence_of", "parents", "parents_of", "prompt_of", "public_name", "versions"]
 
 _LIBRARIES = ("torch", "transformers", "peft")
 
@@ -30,13 +30,16 @@ def public_name(name: str) -> str:
     return path.name or "local" if local else name
 
 
-def base_fields(model: BaseModel, identity: str, layout: LoraLayout) -> dict[str, Any]:
+def base_fields(model: BaseModel, identity: str, layout: LoraLayout, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What identifies the base model: name, kind, revision, digest, and the fingerprint of the adapted modules.
 
-    Where a package carries other weights than the hub has, also which: their format and the sha256 of the file.
+    Where a package carries other weights than the hub has, also which: their format and the sha256 of the file. Given the
+    settings of a language model's objective, also the prompt that it was trained with, so that it can be served likewise.
     """
     one = packaged(model.name)
     stored = {"weights": {"format": one.format, "sha256": one.sha256}} if one and one.format and one.identity == identity else {}
+    chosen = {key: settings[key] for key in ("template", "system") if key in settings} if settings else {}
+    prompt = {"prompt": chosen} if chosen else {}
     return {
         "name": public_name(model.name),
         "kind": model.kind,
@@ -44,7 +47,20 @@ def base_fields(model: BaseModel, identity: str, layout: LoraLayout) -> dict[str
         "identity": identity,
         "layout": layout.fingerprint,
         **stored,
+        **prompt,
     }
+
+
+def prompt_of(info: Mapping[str, Any]) -> str | None:
+    """How lorag.json says that inputs become prompts, for people; None if it says nothing."""
+    base = info.get("base_model")
+    prompt = base.get("prompt") if isinstance(base, Mapping) else None
+    if not isinstance(prompt, Mapping) or not isinstance(prompt.get("template"), str):
+        return None
+    system = prompt.get("system")
+    if prompt["template"] == "chat":
+        return "the tokenizer's chat template" + (f", with the system text {system[:200]!r}" if isinstance(system, str) else "")
+    return f"the template {prompt['template'][:200]!r}"
 
 
 def parents(names: Sequence[str], licences: Mapping[str, str], weights: Sequence[float] | None) -> list[dict[str, Any]]:

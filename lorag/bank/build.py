@@ -108,7 +108,7 @@ def build_bank(
         raise ConfigError("a base model with code of its own is run on this machine alone", got=base.name, remedy="Use --backend local.")
     order = _Order(base, objective_name, objective.settings(), config, device, dtype)
     trainer = None if afar else _Trainer(order, objective)
-    layout = LoraLayout.from_model(base.skeleton(), targets) if trainer is None else trainer.runner.layout
+    layout = LoraLayout.from_model(base.skeleton(), targets, config.layers) if trainer is None else trainer.runner.layout
     bank = AdapterBank.create(folder, BankBase(base, base.identity(), layout, objective_name, objective.settings()))
     tasks = list(suite)
     random.Random(config.seed).shuffle(tasks)
@@ -201,7 +201,7 @@ class _Trainer:
     def __init__(self, order: _Order, objective: Objective) -> None:
         self.order = order
         model = order.base.load(order.device, order.dtype)
-        self.runner = Runner(model, LoraLayout.from_model(model, order.config.target_modules), objective)
+        self.runner = Runner(model, LoraLayout.from_model(model, order.config.target_modules, order.config.layers), objective)
 
     def train(self, group: _Group, record: Callable[[int, float], None] | None = None, bar: Any = None) -> _Made:  # noqa: ANN401 - a bar
         losses: list[tuple[int, float]] = []

@@ -27,6 +27,8 @@ class ExpertConfig:
 
     Attributes:
         target_modules: A list of PEFT's target names, or, as text, a regular expression for whole paths or "all-linear".
+        layers: Layers whose modules are adapted, as PEFT's `layers_to_transform`; null takes all. With upper layers alone,
+            gradients stop where they begin, and codes are shorter.
         ranks: Ranks given to groups in turn; one bank may mix them.
         group: Experts trained at once.
         steps: Optimizer steps of each.
@@ -42,6 +44,7 @@ class ExpertConfig:
     """
 
     target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
+    layers: list[int] | None = None
     ranks: list[int] = field(default_factory=lambda: [8])
     group: int = 16
     steps: int = 200

@@ -59,12 +59,13 @@ class LoraLayout:
     fan_in_fan_out: bool = False
 
     @classmethod
-    def from_model(cls, model: nn.Module, target_modules: Sequence[str] | str) -> LoraLayout:
+    def from_model(cls, model: nn.Module, target_modules: Sequence[str] | str, layers: Sequence[int] | None = None) -> LoraLayout:
         """Asks PEFT which modules of a base model the targets name.
 
         Args:
             model: A base model, on any device; it is not changed.
             target_modules: PEFT's target names, a regular expression, or "all-linear".
+            layers: The layers whose modules count, as PEFT's `layers_to_transform`; None takes all.
 
         Raises:
             LayoutError: If nothing matches, or something other than a linear layer does.
@@ -78,12 +79,12 @@ class LoraLayout:
             with warnings.catch_warnings():
                 # PEFT warns that it corrects fan_in_fan_out for Conv1D; the corrected value is recorded below.
                 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-                config = LoraConfig(r=1, target_modules=targets)
+                config = LoraConfig(r=1, target_modules=targets, layers_to_transform=None if layers is None else list(layers))
                 wrapped = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
         except ValueError as error:
             raise LayoutError(
                 f"no module of {type(model).__name__} can be adapted as asked",
-                got=f"target_modules {target_modules!r}: {str(error)[:160]}",
+                got=f"target_modules {target_modules!r}{'' if layers is None else f', layers {list(layers)}'}: {str(error)[:160]}",
                 remedy="Name linear layers of the base model, such as q_proj and v_proj.",
             ) from error
         modules, transposed = [], set()
@@ -104,8 +105,9 @@ class LoraLayout:
         if len(transposed) != 1:
             raise LayoutError("a layout mixes layers that store weights in both orders")
         named: Any = config.target_modules
-        # An expression would be taken literally in the list of names that adapters are saved with.
-        names = sorted([module.name for module in modules] if isinstance(named, str) else named)
+        # An expression would be taken literally in the list of names that adapters are saved with, and bare names match all layers.
+        whole = isinstance(named, str) or layers is not None
+        names = sorted([module.name for module in modules] if whole else named)
         return cls(tuple(names), tuple(modules), transposed.pop())
 
     def __len__(self) -> int:

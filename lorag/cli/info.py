@@ -15,7 +15,7 @@ from lorag.adapters.checks import CONFIG, PROVENANCE
 from lorag.adapters.folder import read_facts
 from lorag.adapters.licences import UNKNOWN, derive
 from lorag.adapters.portability import check_portability
-from lorag.adapters.provenance import licence_of
+from lorag.adapters.provenance import licence_of, prompt_of
 from lorag.adapters.reading import read_provenance
 from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex
@@ -200,6 +200,8 @@ def _adapter(path: Path) -> dict[str, Any]:
     for key in ("description", "method", "seed", "strength", "embedder"):
         if key in info:
             card[key] = info[key]
+    if (prompt := prompt_of(info)) is not None:
+        card["prompt"] = f"{prompt}: serve it the same way"
     if info.get("novelty") is not None:
         card["novelty"] = f"{info['novelty']}, the estimated probability that no task of the bank is of its kind"
     card["norm of ΔW"] = _norms(path)

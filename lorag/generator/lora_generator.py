@@ -298,7 +298,7 @@ class LoraGenerator:
             "examples": len(examples),
             "refine_steps": refine_steps,
             "generator": {"revision": self.revision, "strength": self.strength},
-            "base_model": base_fields(model, self.base.identity, self.base.layout),
+            "base_model": base_fields(model, self.base.identity, self.base.layout, self.base.settings),
             "embedder": public_name(self.embedder.name),
             "parents": parents(self.conditioner.names, self.licenses, None if plan.shares is None else plan.shares.tolist()),
             "norm": round(math.hypot(*norms.values()), 6),

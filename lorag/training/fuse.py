@@ -191,7 +191,7 @@ def fuse_experts(
         "refine_steps": refine_steps,
         "seed": seed,
         "generator": {"revision": generator.revision},
-        "base_model": base_fields(base, generator.base.identity, generator.base.layout),
+        "base_model": base_fields(base, generator.base.identity, generator.base.layout, generator.base.settings),
         "parents": parents(names, {name: bank[name].license for name in names}, learned),
         "versions": versions(),
     }

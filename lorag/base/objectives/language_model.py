@@ -149,8 +149,8 @@ class LanguageModel(Objective):
         character are of the answers' own text, without the end token: for language modelling as ICM-LoRA (arXiv 2501.17635)
         measures it, a suite's inputs are empty and its outputs are the texts.
 
-        With `rouge`, answers are also written out: ROUGE-L and lenient match. Where an answer is an exact match, the
-        reference is what would be written, so that only the others are.
+        With `rouge`, and of tasks of free text, answers are also written out: ROUGE-L and lenient match. Where an answer is an
+        exact match, the reference is what would be written, so that only the others are.
         """
         tests = [test_examples(task, limit) for task in tasks]
         encoded = [self._rows(task, [(e.input, e.output) for e in test]) for task, test in zip(tasks, tests, strict=True)]
@@ -168,7 +168,9 @@ class LanguageModel(Objective):
             for (task, place), hit, logs in zip(pairs, guessed.split(lengths), likelihood.split(lengths), strict=True):
                 right[task][place], likely[task][place] = hit, logs
         exact = [[bool(hit.all()) for hit in own] for own in right]
-        written = self._written(rows, adapters, tests, encoded, sizes, exact) if self.writes else None
+        writes = [self.writes or task.free_text for task in tasks]
+        answered = [own if write else [True] * len(own) for own, write in zip(exact, writes, strict=True)]
+        written = self._written(rows, adapters, tests, encoded, sizes, answered)
         found = []
         for number, test in enumerate(tests):
             score = {
@@ -177,7 +179,7 @@ class LanguageModel(Objective):
                 "log_likelihood": torch.cat(likely[number]).mean().item(),
             }
             score |= density(torch.cat([logs[:-1] for logs in likely[number]]), [example.output for example in test])
-            score |= {} if written is None else self.compare(written[number], test)
+            score |= self.compare(written[number], test) if writes[number] else {}
             plain = self.metric.removeprefix("neg_")
             if plain not in score:
                 raise TaskError(f"task {tasks[number].name!r} has no text to measure", expected=f"outputs, for {self.metric}")
@@ -204,11 +206,11 @@ class LanguageModel(Objective):
         tests: Sequence[Sequence[Example]],
         encoded: Sequence[Sequence[Any]],
         sizes: Sequence[Sequence[int]],
-        exact: Sequence[Sequence[bool]],
+        answered: Sequence[Sequence[bool]],
     ) -> list[list[str]]:
-        """The greedy answer to every test example, written out where it is not the reference."""
+        """The greedy answer to every test example, written out unless it is known to be the reference."""
         answers = [[example.output for example in test] for test in tests]
-        left = [[place for place, same in enumerate(own) if not same] for own in exact]
+        left = [[place for place, known in enumerate(own) if not known] for own in answered]
         for batch in _batches(left, sizes, self._tokens_at_once):
             pairs = [(task, place) for task, places in batch for place in places]
             room = max(16, 2 * max(len(encoded[task][place][1]) for task, place in pairs))
