@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter, stack_adapters
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.base.layout import LoraLayout
 from lorag.base.names import locate
@@ -73,7 +74,7 @@ def choice(count: int) -> None:
     for way, adapters in served.items():
         scores = []
         for start in range(0, count, 16):
-            stacked = stack_adapters(adapters[start : start + 16])
+            stacked = Factors.stack([adapter.factors for adapter in adapters[start : start + 16]])
             scores += [score["exact_match"] for score in runner.scores(stacked, tasks[start : start + 16], limit=TESTS)]
         print(f"exact match of {way:<45} {statistics.mean(scores):.3f}")
 
@@ -91,7 +92,7 @@ def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
     model.generation_config.eos_token_id = None
     texts = [f"Write a sentence about the number {place}." for place in range(max(rows))]
     for count in rows:
-        stacked = stack_adapters(adapters[:count])
+        stacked = Factors.stack([adapter.factors for adapter in adapters[:count]])
         began = time.process_time()
         with runner.use(stacked) as adapted:
             _write(adapted, tokenizer, texts[:count], tokens)
@@ -123,7 +124,7 @@ def _random(layout: LoraLayout, seed: int) -> LoraAdapter:
         m.name: (torch.randn(8, m.in_features, generator=rng) * 0.02, torch.randn(m.out_features, 8, generator=rng) * 0.02)
         for m in layout.modules
     }
-    return LoraAdapter(layout, factors, 8.0)
+    return LoraAdapter(layout, Factors(factors))
 
 
 def suites(folders: list[str], only: set[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
@@ -320,7 +321,9 @@ def test_the_base_must_be_the_generator_s(resolver, tmp_path):
     copy.mkdir()
     (copy / "model.safetensors").write_bytes((Path(locate("sandbox-lm")) / "model.safetensors").read_bytes())
     resolver.check_base(str(copy))
-    (copy / "model.safetensors").write_bytes(b"other")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, copy / "model.safetensors")
     for other in (str(copy), "user/other", str(tmp_path / "hub/models--user--other/snapshots/0")):
         with pytest.raises(BaseModelError, match="is not the one of the generator"):
             resolver.check_base(other)

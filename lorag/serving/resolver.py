@@ -111,11 +111,11 @@ class AdapterResolver:
         base = self.generator.base
         if same_model(served, base.model.name) or base.model.name == _hub_id(served):
             return
-        identity = BaseModel(served, base.model.kind).identity()
-        if identity != base.identity or not Path(served).is_dir():  # without weights at hand an identity is but a revision
+        model = BaseModel(served, base.model.kind)
+        if not Path(served).is_dir() or not model.has_identity(base.identity):  # without weights an identity is but a revision
             raise BaseModelError(
                 "the model that is served is not the one of the generator",
-                got=f"{served}, {identity}",
+                got=f"{served}, {model.identity()}",
                 expected=f"{base.model.name}, {base.identity}",
                 remedy="Serve that one, or name a generator for this one.",
             )
