@@ -14,7 +14,7 @@ from lorag.files.atomic import write_bytes
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.smollm2.drafts import Draft, Limits, draft_detectors, draft_sources, draft_subsets
 from lorag.worlds.smollm2.files import read
-from lorag.worlds.smollm2.formats import CASES, PLAIN, WRAPS, Format
+from lorag.worlds.smollm2.formats import CASES, PLAIN, WRAPS, Format, answers
 from lorag.worlds.smollm2.label_pools import pool_labels
 from lorag.worlds.smollm2.made_inputs import draft_made
 from lorag.worlds.smollm2.notice import notice
@@ -104,7 +104,10 @@ def _fitting(draft: Draft) -> list[Format]:
     outputs = sorted({example.output for example in draft.task.examples})
     verbatim = draft.task.name in read("sources")["verbatim"]
     found = []
+    named = set(draft.task.name.split("_"))  # "negative" as the answer whether something is negative would be a trap
     for words in _WORDS[draft.kind] if "do" not in draft.phrases.texts or draft.kind != "yes_no" else ("plain",):
+        if words in _ANSWERED and named & set(answers(words)):
+            continue
         if words == "initial" and len({output[:1] for output in outputs}) < len(outputs):
             continue
         worded = [Format(words).apply(output) for output in outputs]

@@ -112,13 +112,13 @@ def draft_subsets(drafts: Iterable[Draft], count: int, limits: Limits) -> list[D
 def draft_detectors(labels: Iterable[Label], limits: Limits) -> list[Draft]:
     """One detector for each label; negatives are never of a held-out label, but for those of a held-out family.
 
-    A held-out family gets a few, and none for what training has a detector of.
+    A held-out family gets a few, of single labels first, and none for what training has a detector of.
     """
     labels = list(labels)
     taught = {label.concept for label in labels if label.side == "train"}
     found = []
     families: Counter[str] = Counter()
-    for label in sorted(labels, key=lambda label: zlib.crc32(label.name.encode())):
+    for label in sorted(labels, key=lambda label: (bool(label.members), zlib.crc32(label.name.encode()))):
         families[label.family] += label.side == "unseen_task" and label.concept not in taught
         if label.side == "unseen_task" and (label.concept in taught or families[label.family] > _DETECTORS):
             continue
