@@ -16,7 +16,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank, BankBase
-from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.cli.info import describe_path
@@ -110,7 +110,7 @@ def make_seeds(folder: Path) -> dict[str, list[Files]]:
             bank = bank.add(experts, precision=precision)
         banks.append(bank)
     filled = AdapterBank.create(new("filled"), BASE).add([(f"known-{i}", [f"known task {i}"], [adapter(i)]) for i in range(2)])
-    list(import_adapters(filled.folder, find_sources([str(made["adapter"][0])]), Terms(("a new task",)), embedder=HashEmbedder()))
+    list(import_adapters(filled.folder, find_sources([str(made["adapter"][0])]), ImportOptions(("a new task",)), embedder=HashEmbedder()))
     for name, space_type in (("ridge", SharedSubspace), ("mlp", SharedSubspace), ("ridge", FlatFactors)):
         _generator(banks[0], name, space_type).save_pretrained(new("generator"))
 
@@ -200,7 +200,7 @@ def add_to_bank(folder: Path, rng: random.Random) -> None:
     """Adds a spoiled adapter to a sound bank, which must stay sound."""
     bank_folder = folder / "sound-bank"
     bank = AdapterBank.create(bank_folder, BASE).add([("known", ["a task"], [adapter(1)])])
-    for one in import_adapters(bank_folder, find_sources([str(folder)]), Terms(("a new task",), ignore_extra=rng.random() < 0.5)):
+    for one in import_adapters(bank_folder, find_sources([str(folder)]), ImportOptions(("a new task",), ignore_extra=rng.random() < 0.5)):
         if one.error is not None and not isinstance(one.error, LoragError):
             raise one.error
     after = AdapterBank.from_pretrained(bank_folder)
@@ -211,7 +211,7 @@ def add_to_bank(folder: Path, rng: random.Random) -> None:
 def add_to_spoiled(folder: Path, rng: random.Random) -> None:
     """Adds a sound adapter to a spoiled bank, of which what it remembers of its experts may be all that is spoiled."""
     adapter(7).save_pretrained(folder / "sound")
-    for one in import_adapters(folder, find_sources([str(folder / "sound")]), Terms(("another task",)), embedder=HashEmbedder()):
+    for one in import_adapters(folder, find_sources([str(folder / "sound")]), ImportOptions(("another task",)), embedder=HashEmbedder()):
         if one.error is not None:
             raise one.error
     _whole(AdapterBank.from_pretrained(folder).adapter("sound"))

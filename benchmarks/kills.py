@@ -43,7 +43,7 @@ from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank
 from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
-from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.errors import StorageError
 from lorag.files.tensors import read_header
 from lorag.files.training_state import save_training_state
@@ -54,6 +54,7 @@ from lorag.training.train import TrainConfig, train
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 TEXTS = tuple(f"paint the {colour} {animal}" for colour, animal in TRAINING[:6])
+AS_SAID = ImportOptions(("do it",))
 GROUPS = 4
 ENDLESS = 300.0  # seconds after which a process is taken to hang
 tqdm.tqdm.monitor_interval = 0  # a thread that watches bars would hold locks over a fork
@@ -111,7 +112,7 @@ def build(world: World, folder: Path, report: Report) -> None:
 def add(world: World, folder: Path, report: Report) -> None:
     """`lorag bank add`, for one adapter after the other."""
     for place in world.adapters:
-        for one in import_adapters(folder / "bank", find_sources([str(place)]), Terms((f"do {place.name}",))):
+        for one in import_adapters(folder / "bank", find_sources([str(place)]), ImportOptions((f"do {place.name}",))):
             if one.error is not None:
                 raise one.error
             report(one.name)
@@ -405,7 +406,7 @@ def every_call(world: World) -> dict[str, Any]:
 
     def enlarge(folder: Path) -> Callable[[Report], None]:
         place = world.adapters[0]
-        return lambda report: report(*[one.name for one in import_adapters(folder / "bank", find_sources([str(place)]), Terms(("do it",)))])
+        return lambda report: report(*[one.name for one in import_adapters(folder / "bank", find_sources([str(place)]), AS_SAID)])
 
     for command, work in (("generate", overwrite), ("add", enlarge)):
         for call in range(1, 1000):
@@ -437,7 +438,7 @@ def together(world: World, processes: int = 3) -> dict[str, Any]:
     def one(number: int) -> Callable[[Report], None]:
         def work(report: Report) -> None:
             for place in places[number::processes]:
-                for imported in import_adapters(folder / "bank", find_sources([str(place)]), Terms((f"do {place.name}",))):
+                for imported in import_adapters(folder / "bank", find_sources([str(place)]), ImportOptions((f"do {place.name}",))):
                     if imported.error is not None:
                         raise imported.error
 

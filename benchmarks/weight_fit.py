@@ -30,7 +30,6 @@ from benchmarks.machine import peak_bytes
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
-from lorag.bank.streaming import ExpertStream
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.spaces.shared_subspace import SharedSubspace
@@ -88,7 +87,7 @@ def fit(folder: Path, count: int) -> dict[str, str | float]:
     bank = AdapterBank(folder, whole.base, whole.experts[:count], whole.files)
     peak_before = peak_bytes()
     wall, used = time.perf_counter(), time.process_time()
-    space = SharedSubspace.fit_stream(ExpertStream(bank), bank.base.layout, K, quiet=False)
+    space = SharedSubspace.fit_stream(bank, bank.base.layout, K, quiet=False)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     peak = peak_bytes()
     kept = [space.energy(bank.adapter(expert.name)) for expert in bank.experts[:4]]

@@ -17,8 +17,8 @@ from lorag import LoraAdapter, LoraGenerator, generate_lora
 from lorag.adapters.factors import Factors
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import find_bank
-from lorag.bank.importing import Terms, import_adapters
-from lorag.bank.start import Start, start_bank
+from lorag.bank.importing import ImportOptions, import_adapters
+from lorag.bank.new_bank import NewBank, start_bank
 from lorag.config import load_config
 from lorag.training.preparation import find_tasks
 from lorag.training.train import TrainConfig, train
@@ -48,8 +48,8 @@ def main(out: Path) -> None:
     # 1. Adapters to a bank. Base model, modules and ranks are read from the adapters' own files; each one is checked.
     # (With `embedder=`, as the command line has it, descriptions are compared too, and twins warned of.)
     sources = find_sources([str(out / "adapters")])
-    start_bank(out / "bank", sources, Start())
-    done = list(import_adapters(out / "bank", sources, Terms(licence="apache-2.0")))
+    start_bank(out / "bank", sources, NewBank())
+    done = list(import_adapters(out / "bank", sources, ImportOptions(licence="apache-2.0")))
     refused = [one for one in done if one.error is not None]
     print(f"1. {len(sources)} adapters, {len(refused)} refused; base model and modules are their own")
 

@@ -23,9 +23,9 @@ from lorag.adapters.purpose import card_text, find_purpose
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.check import check_bank, format_findings
-from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.bank.index import BankIndex
-from lorag.bank.start import Start, start_bank
+from lorag.bank.new_bank import NewBank, start_bank
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.names import known_name, same_model
@@ -70,7 +70,7 @@ def write(folder, adapter, description="paint it", change=None, **config):
 
 def run(bank, *places, embedder=None, **terms):
     """Imports and returns what became of each."""
-    return list(import_adapters(bank.folder, find_sources([str(place) for place in places]), Terms(**terms), embedder=embedder))
+    return list(import_adapters(bank.folder, find_sources([str(place) for place in places]), ImportOptions(**terms), embedder=embedder))
 
 
 def opened(bank):
@@ -283,7 +283,7 @@ _WIDE = 2**19  # wide and of low rank: as many bytes as a square one, and little
 WATCHED = """
 import json, sys
 from lorag.adapters.sources import find_sources
-from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.importing import ImportOptions, import_adapters
 folder, places = sys.argv[1], sys.argv[2:]
 sources = find_sources(places)
 list(import_adapters(folder, sources[-1:]))  # what any refusal needs has been loaded
@@ -595,10 +595,10 @@ def test_adding_again_adds_nothing_and_is_no_error(bank, tmp_path, random_adapte
     stopped.close()
     manifest = (bank.folder / "bank.json").read_bytes()
     done = run(bank, tmp_path / "in")
-    assert [(one.name, one.there, one.error) for one in done] == [("t0", True, None), ("t1", True, None), ("t2", False, None)]
+    assert [(one.name, one.existed, one.error) for one in done] == [("t0", True, None), ("t1", True, None), ("t2", False, None)]
     assert (bank.folder / "bank.json").read_bytes() != manifest
     manifest = (bank.folder / "bank.json").read_bytes()
-    assert all(one.there for one in run(bank, tmp_path / "in"))
+    assert all(one.existed for one in run(bank, tmp_path / "in"))
     assert (bank.folder / "bank.json").read_bytes() == manifest
     for other in (
         write(tmp_path / "other" / "t0", random_adapter(LAYOUT, 2, 4.0, seed=99), "task 0"),
@@ -669,7 +669,7 @@ def _wild(folder, base, random_adapter, targets, seed=0, **config):
 
 
 def _start(folder, *places, **said):
-    return start_bank(folder, find_sources([str(place) for place in places]), Start(**said))
+    return start_bank(folder, find_sources([str(place) for place in places]), NewBank(**said))
 
 
 def test_a_folder_of_adapters_starts_a_bank(tmp_path, base, random_adapter, capsys):

@@ -21,7 +21,7 @@ from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank
 from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
-from lorag.bank.importing import Terms, import_adapters
+from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError, UnknownTaskError
 from lorag.generator.batch import AdapterRequest, BatchSettings, read_requests, write_adapters
@@ -188,7 +188,7 @@ def test_what_was_built_here_is_finished_on_ray_in_its_order(ray, base, tmp_path
 
 
 def _import(bank, sources, **more):
-    return list(import_adapters(bank.folder, sources, Terms(), embedder=WordEmbedder(), **more))
+    return list(import_adapters(bank.folder, sources, ImportOptions(), embedder=WordEmbedder(), **more))
 
 
 def test_a_bank_filled_on_ray_is_the_local_one(ray, base, tmp_path):
@@ -213,7 +213,7 @@ def test_a_bank_filled_on_ray_is_the_local_one(ray, base, tmp_path):
     said = [[(one.name, type(one.error), str(one.error), replace(one, error=None)) for one in done] for done in (local, found)]
     assert said[0] == said[1]
     assert sum(one.error is None for one in found) == 7 and any("already has an expert" in str(one.error) for one in found)
-    assert [one.there for one in _import(banks[1], sources[:1], backend=RAY)] == [True]
+    assert [one.existed for one in _import(banks[1], sources[:1], backend=RAY)] == [True]
     assert _files(tmp_path / "ray") == _files(tmp_path / "local")
 
 

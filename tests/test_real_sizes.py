@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from conftest import Allocations
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
-from lorag.bank.streaming import ExpertStream
 from lorag.base.layout import LoraLayout, ModulePlace
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
@@ -197,8 +196,8 @@ def test_decoder_settings_that_cannot_be_used(prepared):
 def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepared, tmp_path):
     """Half the bytes, ΔW within half a percent, no copy on opening, and an adapter does not depend on its batch."""
     layout = prepared.bank.base.layout
-    full = SharedSubspace.fit_stream(ExpertStream(prepared.bank), layout, 8)
-    half = SharedSubspace.fit_stream(ExpertStream(prepared.bank), layout, 8, dtype=torch.bfloat16)
+    full = SharedSubspace.fit_stream(prepared.bank, layout, 8)
+    half = SharedSubspace.fit_stream(prepared.bank, layout, 8, dtype=torch.bfloat16)
     adapter = prepared.bank.adapter("red-cat")
     near, wide = (space.decode(space.encode(adapter)[None], 4)[0] for space in (half, full))
     for name, (rows, columns) in near.items():
@@ -223,7 +222,7 @@ def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepare
 
 def test_large_spaces_take_bf16_by_themselves(monkeypatch, prepared):
     """Beyond a number of values, and not below: what ships stays as it is."""
-    fit = lambda: SharedSubspace.fit_stream(ExpertStream(prepared.bank), prepared.bank.base.layout, 4)  # noqa: E731
+    fit = lambda: SharedSubspace.fit_stream(prepared.bank, prepared.bank.base.layout, 4)  # noqa: E731
     assert fit().bases_in[0].dtype == torch.float32
     monkeypatch.setattr("lorag.spaces.shared_subspace._LARGE", 100)
     assert fit().bases_in[0].dtype == torch.bfloat16
@@ -236,7 +235,7 @@ def test_streamed_experts_are_those_of_the_bank(prepared, tmp_path, precision):
     copy = bank.copy_to(tmp_path / "copy", bank.names[:4], precision)
     other = bank.adapter(bank.names[5]).scaled(2.75)
     copy = copy.add([("other", ["other"], [other])])
-    stream = ExpertStream(copy)
+    stream = copy
     for module in base.layout.names:
         deltas = [column @ row for rows, columns in stream.factors(module) for row, column in zip(rows, columns, strict=True)]
         assert len(deltas) == 5
@@ -246,16 +245,16 @@ def test_streamed_experts_are_those_of_the_bank(prepared, tmp_path, precision):
 
 def test_a_stream_holds_a_few_experts_at_a_time(monkeypatch, prepared):
     """However many experts a shard has, stacks stay below the limit, and nobody is left out."""
-    monkeypatch.setattr("lorag.bank.streaming._MOST", 3 * 4 * 64)
+    monkeypatch.setattr("lorag.bank.shards._MOST", 3 * 4 * 64)
     module = prepared.bank.base.layout.names[2]  # 64 -> 32
-    counts = [len(rows) for rows, _ in ExpertStream(prepared.bank).factors(module)]
+    counts = [len(rows) for rows, _ in prepared.bank.factors(module)]
     assert max(counts) == 3 and sum(counts) == len(prepared.bank)
 
 
 def test_fitting_from_the_stream_is_fitting_from_adapters(prepared):
     """The same bases and normaliser, whichever way experts come."""
     layout = prepared.bank.base.layout
-    streamed = SharedSubspace.fit_stream(ExpertStream(prepared.bank), layout, 8)
+    streamed = SharedSubspace.fit_stream(prepared.bank, layout, 8)
     whole = SharedSubspace.fit(prepared.bank.adapters, layout, 8)
     adapter = prepared.bank.adapter("red-cat")
     assert torch.allclose(streamed.encode(adapter), whole.encode(adapter), atol=1e-4)

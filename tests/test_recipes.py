@@ -19,7 +19,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.sources import listed_sources
 from lorag.bank.bank import AdapterBank
 from lorag.bank.build import BankConfig
-from lorag.bank.start import Start
+from lorag.bank.new_bank import NewBank
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective
@@ -43,7 +43,7 @@ RECIPES = {  # name -> architecture
     "mistral-7b-lots-of-loras": "mistral",
     "qwen2.5-0.5b-sni": "qwen2",
 }
-PARTS = {"add": Start, "build": BankConfig, "train": TrainConfig}
+PARTS = {"add": NewBank, "build": BankConfig, "train": TrainConfig}
 FEW = ["settings.steps=2", "k=8", "embedder=words", "device=cpu", "dtype=float32", "--quiet"]
 HOUSE = ["settings.kernel_steps=2", "settings.colleagues={count: 1, steps: 2}"]
 
@@ -117,7 +117,7 @@ def test_a_copy_of_a_recipe_is_one_too(tmp_path):
     """A person's own file with the same parts works as the shipped one does."""
     (tmp_path / "mine.yaml").write_text("train: {bank: b, method: ridge}\nadd: {base: me/base}\n")
     assert load_config(TrainConfig, str(tmp_path / "mine.yaml"), ["k=3"], "train").method == "ridge"
-    assert load_config(Start, str(tmp_path / "mine.yaml"), [], "add").base == "me/base"
+    assert load_config(NewBank, str(tmp_path / "mine.yaml"), [], "add").base == "me/base"
 
 
 def test_florence_adapters_have_the_published_size():
@@ -268,7 +268,7 @@ HUB = {
 @pytest.mark.parametrize("name", sorted(HUB))
 def test_hub_ids_to_a_generator(name, standin, bases, lorag, tmp_path, random_adapter):
     """Base and adapters come from the hub under the very ids of the recipe; no expert is trained, and no pickle is fetched."""
-    start, (targets, pattern) = load_config(Start, name, [], "add"), HUB[name]
+    start, (targets, pattern) = load_config(NewBank, name, [], "add"), HUB[name]
     folder = bases(RECIPES[name])
     _publish(standin, start.base, folder)
     adapters = _adapters(folder, start.kind, targets, [str(n) for n in range(4)], tmp_path / "adapters", random_adapter, start.base)
@@ -295,7 +295,7 @@ def test_hub_ids_to_a_generator(name, standin, bases, lorag, tmp_path, random_ad
 def test_own_adapters_to_a_generator(bases, lorag, tmp_path, random_adapter):
     """A folder of PEFT folders with a description.txt each; the base is a folder, and the recipe's id its other name."""
     name = "llama-3.1-8b-own-adapters"
-    base, known = bases("llama"), load_config(Start, name, [], "add").base
+    base, known = bases("llama"), load_config(NewBank, name, [], "add").base
     names = [f"own-{n}" for n in range(5)]
     adapters = _adapters(base, "causal_lm", ["q_proj", "v_proj", "down_proj"], names, tmp_path / "adapters", random_adapter, known)
     for number, one in enumerate(names):

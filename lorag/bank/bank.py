@@ -1,6 +1,6 @@
 """Banks: folders of experts, which are adapters of one base model with descriptions of their tasks.
 
-A bank is `bank.json` and shards `experts/*.safetensors`. A shard stacks experts of one rank with their late
+A bank is `bank.json` and shards `experts/*.safetensors`. A shard stacks experts of one rank with their
 checkpoints, so that a thousand small adapters are not a hundred thousand tensors. Experts are read one at a time.
 """
 
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Pair
 from lorag.adapters.merging import merge
 from lorag.adapters.model_card import bank_card
 from lorag.adapters.push import push_files, require_public
-from lorag.bank.entries import Expert, known_details, texts
-from lorag.bank.shards import PRECISIONS, ShardReader, check_shard, stack_checkpoints
+from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, stack_checkpoints
 from lorag.base.bank_base import BankBase
 from lorag.base.base_model import TASK_TYPES
 from lorag.errors import BankError, LoragError, StorageError
@@ -44,6 +45,15 @@ def find_bank(name: AdapterBank | str | Path) -> AdapterBank:
     if isinstance(name, AdapterBank):
         return name
     return AdapterBank.from_pretrained(embedded(_EMBEDDED[name]) if isinstance(name, str) and name in _EMBEDDED else name)
+
+
+def _entry(**values: Any) -> Expert:  # noqa: ANN401 - whatever a manifest or a caller gives
+    try:
+        return Expert(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        what, where = f"the entry of expert {str(values.get('name'))[:80]!r} cannot be used", ".".join(map(str, first["loc"]))
+        raise BankError(what, got=f"{where[:80]}: {str(first.get('input'))[:80]}", expected=first["msg"]) from error
 
 
 class AdapterBank:
@@ -90,10 +100,10 @@ class AdapterBank:
         except OSError as error:
             raise BankError(f"{folder} cannot be made a bank", got=error.strerror or error, remedy="Choose another folder.") from error
         with bank._lock():
-            made = (folder / _MANIFEST).exists()  # by another process, while this one waited
-            if not made:
+            exists = (folder / _MANIFEST).exists()  # by another process, while this one waited
+            if not exists:
                 bank.write_manifest()
-        return cls.create(folder, base) if made else bank
+        return cls.create(folder, base) if exists else bank
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> AdapterBank:
@@ -113,7 +123,7 @@ class AdapterBank:
         """Reads the manifest; with `contents`, every file's checksum is compared, which takes as long as reading the bank."""
         manifest = check_manifest(folder, _MANIFEST, _KIND, _FORMAT, contents=contents)
         try:
-            experts = [Expert(**{**entry, "descriptions": tuple(texts(entry["descriptions"]))}) for entry in manifest["experts"]]
+            experts = [_entry(**entry) for entry in manifest["experts"]]
         except (KeyError, TypeError) as error:
             raise BankError(f"{folder / _MANIFEST} has an unreadable entry", got=repr(error)[:120]) from error
         bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts, manifest["files"])
@@ -125,10 +135,10 @@ class AdapterBank:
         return bank
 
     def _by_file(self) -> dict[str, list[Expert]]:
-        found: dict[str, list[Expert]] = {}
+        by_file: dict[str, list[Expert]] = {}
         for expert in self.experts:
-            found.setdefault(expert.file, []).append(expert)
-        return found
+            by_file.setdefault(expert.file, []).append(expert)
+        return by_file
 
     @contextmanager
     def locked(self) -> Iterator[AdapterBank]:
@@ -187,6 +197,10 @@ class AdapterBank:
         """Reads final checkpoints one at a time."""
         return (self.adapter(name) for name in (self.names if names is None else names))
 
+    def factors(self, module: str) -> Iterator[Pair]:
+        """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of all final checkpoints, in order, a few at a time."""
+        return self._shards.stacks(self.experts, module)
+
     def fuse(self, names: Sequence[str], method: str = "mean", **settings: Any) -> LoraAdapter:  # noqa: ANN401 - the rule's own
         """Merges experts into one adapter by a rule of `lorag.adapters.merging.merge`, which says what the rules' settings are.
 
@@ -225,16 +239,16 @@ class AdapterBank:
         """
         if precision not in PRECISIONS:
             raise BankError("precision cannot be used", got=repr(precision), expected=" or ".join(PRECISIONS))
-        if not experts or not all(late for _, _, late in experts):
+        if not experts or not all(checkpoints for _, _, checkpoints in experts):
             raise BankError("there is nothing to add", got="no expert, or one without a checkpoint")
-        shapes = {(adapter.rank, len(late)) for _, _, late in experts for adapter in late}
+        shapes = {(adapter.rank, len(checkpoints)) for _, _, checkpoints in experts for adapter in checkpoints}
         if len(shapes) != 1:
             raise BankError("experts of one shard must share rank and number of checkpoints", got=sorted(shapes))
-        for name, descriptions, late in experts:
+        for name, descriptions, checkpoints in experts:
             require_name(name, "an expert's name")
             if not descriptions:
                 raise BankError(f"expert {name!r} has no description", remedy="Give one with --description.")
-            for adapter in late:
+            for adapter in checkpoints:
                 if adapter.layout != self.base.layout:
                     raise BankError(f"adapter {name!r} does not fit the bank's layout", remedy="A bank has one base model and layout.")
                 adapter.factors.check_values()
@@ -244,19 +258,19 @@ class AdapterBank:
         digest = hashlib.sha256("/".join(names).encode()).hexdigest()[:8]
         file = f"experts/{names[0]}-{digest}.safetensors"
         entries = [
-            Expert(
+            _entry(
                 name=name,
                 descriptions=tuple(check_description(text) for text in descriptions),
-                rank=late[-1].rank,
-                alpha=float(late[-1].rank),
-                checkpoints=len(late),
+                rank=checkpoints[-1].rank,
+                alpha=float(checkpoints[-1].rank),
+                checkpoints=len(checkpoints),
                 file=file,
                 index=index,
-                **known_details((details or {}).get(name, {})),
+                **(details or {}).get(name, {}),
             )
-            for index, (name, descriptions, late) in enumerate(experts)
+            for index, (name, descriptions, checkpoints) in enumerate(experts)
         ]
-        tensors = stack_checkpoints(self.base.layout, [late for _, _, late in experts], precision)
+        tensors = stack_checkpoints(self.base.layout, [checkpoints for _, _, checkpoints in experts], precision)
         with self.locked() as now:
             if now.base != self.base:
                 raise BankError(f"{self.folder} was begun anew with another base meanwhile", remedy="Add to it again.")

@@ -1,28 +1,36 @@
-"""One adapter from elsewhere, fetched, read and checked for a bank, before it is compared with the bank's experts."""
+"""One adapter from elsewhere, as a candidate for a bank: read, and checked for what it says of its base model and for its size."""
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.checks import Match
 from lorag.adapters.licences import UNKNOWN
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.adapters.sources import Source
-from lorag.bank.admission import check_base, check_norm
 from lorag.base.bank_base import BankBase
-from lorag.errors import LoragError, StorageError
+from lorag.base.names import same_model
+from lorag.errors import BaseMismatchError, LoragError, NormRangeError, StorageError
 
-__all__ = ["Candidate", "Terms", "plausible", "read_candidate"]
+__all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "read_candidate"]
+
+DUPLICATE = 0.999  # cosine of ΔW from which two experts are taken for one
+FAR_OUTSIDE = 20.0  # times the largest, or a part of the smallest, norm of the bank
+_FEWEST_NORMS = 4  # of which a range can be spoken
+_LARGEST_NORM = 1e5  # of any adapter: base models' whole weights are smaller
 
 
 @dataclass(frozen=True)
-class Terms:
-    """On which terms adapters are taken in.
+class ImportOptions:
+    """How adapters are taken into a bank.
 
     Attributes:
         descriptions: What the task is; without one, the adapter's own files must say so.
@@ -43,16 +51,16 @@ class Terms:
     revision: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """One adapter as it was read, here or on a worker.
 
     Attributes:
         where: Its folder.
-        norms: ‖ΔW‖_F, as often as it is judged while the adapter is read: before it is loaded, and as it was loaded.
         adapter: The adapter, unless there is an error.
-        texts: Its descriptions.
-        origin: What they were taken from.
+        norm: ‖ΔW‖_F over all modules.
+        descriptions: Of its task.
+        origin: What these were taken from.
         licence: Its licence.
         missing: Modules of the layout without factors, which count as unchanged.
         ignored: Modules outside of the layout, left out.
@@ -61,9 +69,9 @@ class Candidate:
     """
 
     where: Path | str
-    norms: list[float] = field(default_factory=list)
     adapter: LoraAdapter | None = None
-    texts: tuple[str, ...] = ()
+    norm: float = 0.0
+    descriptions: tuple[str, ...] = ()
     origin: str = ""
     licence: str = UNKNOWN
     missing: tuple[str, ...] = ()
@@ -72,43 +80,86 @@ class Candidate:
     error: LoragError | None = None
 
 
-def plausible(norm: float, where: object) -> None:
-    """Raises NormRangeError where a norm is not that of any adapter, whatever a bank's are."""
-    check_norm(norm, (), where, any_norm=True)
-
-
-def read_candidate(common: tuple[BankBase, Terms, Callable[[float, object], None]], source: Source) -> Candidate:
-    """Fetches, reads and checks one adapter.
+def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Candidate:
+    """Fetches, reads and checks one adapter; a norm that no adapter has is refused before it is loaded, others where the bank is known.
 
     Args:
-        common: What the bank's experts share, on which terms adapters are taken in, and what judges norms.
+        common: What the bank's experts share, and how adapters are taken in.
         source: Where it comes from.
     """
-    base, terms, judge = common
-    found = Candidate(source.label)
-
-    def check_size(norm: float) -> None:
-        found.norms.append(norm)
-        judge(norm, found.where)
-
+    base, options = common
+    where: Path | str = source.label
     try:
-        found.where = folder = source.folder(terms.revision)
-        check = partial(check_base, base, folder, terms.base_aliases)
-        parts = read_folder(folder, base.layout, allow_missing=True, ignore_extra=terms.ignore_extra, check=check, check_norm=check_size)
+        where = folder = source.folder(options.revision)
+        check = partial(check_base, base, folder, options.base_aliases)
+        check_size = partial(check_norm, others=(), where=folder)
+        parts = read_folder(folder, base.layout, allow_missing=True, ignore_extra=options.ignore_extra, check=check, check_norm=check_size)
         adapter = LoraAdapter.from_parts(parts, base.layout)
-        check_size(adapter.factors.norm())
-        texts, origin, licence = terms.descriptions, "--description", parts.info.get("license")
-        if not texts and source.descriptions:
-            texts, origin, licence = source.descriptions, "the list", licence or stated_licence(folder)
-        elif not texts:
+        descriptions, origin, licence = options.descriptions, "--description", parts.info.get("license")
+        if not descriptions and source.descriptions:
+            descriptions, origin, licence = source.descriptions, "the list", licence or stated_licence(folder)
+        elif not descriptions:
             purpose = find_purpose(folder, parts.info)
-            texts, origin, licence = purpose.descriptions, purpose.origin, purpose.licence
+            descriptions, origin, licence = purpose.descriptions, purpose.origin, purpose.licence
     except LoragError as error:
         traceback.clear_frames(error.__traceback__)  # what is kept of the error must not keep what was being read
-        found.error = error
+        return Candidate(where, error=error)
     except OSError as error:  # of the adapter's files: no leave to read them, a share that is gone
-        found.error = StorageError(f"{source.label} cannot be read: {error.strerror or error}")
-    else:
-        found.adapter, found.texts, found.origin, found.licence = adapter, texts, origin, str(terms.licence or licence or UNKNOWN)
-        found.missing, found.ignored, found.ignored_share = parts.missing, parts.ignored, parts.ignored_share
-    return found
+        return Candidate(where, error=StorageError(f"{source.label} cannot be read: {error.strerror or error}"))
+    licence = str(options.licence or licence or UNKNOWN)
+    norm = adapter.factors.norm()
+    return Candidate(where, adapter, norm, descriptions, origin, licence, parts.missing, parts.ignored, parts.ignored_share)
+
+
+def check_base(
+    base: BankBase, where: Path, aliases: Sequence[str], config: Mapping[str, Any], info: Mapping[str, Any], matched: Match
+) -> None:
+    """Checks all that an adapter says of its base model against a bank's, before its values are read.
+
+    Args:
+        base: The bank's.
+        where: The adapter's folder, for messages.
+        aliases: Other names of the bank's base model, under which any revision is taken.
+        config: Its adapter_config.json.
+        info: Its lorag.json, or nothing.
+        matched: Its modules; that their sizes are the layout's is known.
+
+    Raises:
+        BaseMismatchError: If name, revision, digest or layout differ; what the adapter does not state is not compared.
+    """
+    named, revision, expected = config.get("base_model_name_or_path"), config.get("revision"), base.model.name
+
+    def differs(what: str, got: object, expected: object, remedy: str = "A bank has one base model.") -> BaseMismatchError:
+        return BaseMismatchError(f"{where} was made for another base model: {what}", got=str(got)[:120], expected=expected, remedy=remedy)
+
+    if named and named not in aliases and not same_model(str(named), expected):
+        raise differs("its name", named, expected, f"If that is the same model under another name, pass --base-alias {str(named)[:80]}.")
+    if revision and named not in aliases and revision != (base.model.revision or "main"):
+        raise differs("its revision", revision, base.model.revision or "main")
+    given = info.get("base_model")
+    stated: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    if stated.get("identity") and stated["identity"] != base.identity:
+        raise differs("its weights", stated["identity"], base.identity)
+    if stated.get("layout") and not matched.missing and not matched.extra and stated["layout"] != base.layout.fingerprint:
+        raise differs("the layout's fingerprint", stated["layout"], base.layout.fingerprint)
+
+
+def check_norm(norm: float, others: Iterable[float], where: object, *, any_norm: bool = False) -> None:
+    """Checks that an adapter changes something, and not immeasurably more or less than a bank's experts do.
+
+    Raises:
+        NormRangeError: If it does not.
+    """
+    if norm == 0:
+        raise NormRangeError(f"{where} changes nothing: all of its products are zero", remedy="It looks untrained; train it.")
+    sizes = [other for other in others if other > 0]
+    low, high = 0.0, _LARGEST_NORM
+    if len(sizes) >= _FEWEST_NORMS and not any_norm:
+        low, high = min(sizes) / FAR_OUTSIDE, min(high, max(sizes) * FAR_OUTSIDE)
+    if not low <= norm <= high or not math.isfinite(norm):
+        raise NormRangeError(
+            f"{where}: ‖ΔW‖ lies far outside of the bank's norms",
+            got=f"{norm:.4g}",
+            expected=f"{low:.4g} to {high:.4g}",
+            remedy="Is lora_alpha right? If it is meant, pass --any-norm." if norm <= _LARGEST_NORM else "Is lora_alpha right?",
+        )

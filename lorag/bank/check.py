@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorag.bank.admission import DUPLICATE, check_norm
 from lorag.bank.bank import AdapterBank, Expert
+from lorag.bank.candidates import DUPLICATE, check_norm
 from lorag.bank.descriptions import same_words
 from lorag.bank.index import BankIndex
 from lorag.errors import LoragError

@@ -16,16 +16,15 @@ from pathlib import Path
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.sources import Source
-from lorag.bank.admission import DUPLICATE, check_norm
 from lorag.bank.bank import AdapterBank
-from lorag.bank.candidates import Candidate, Terms, plausible, read_candidate
+from lorag.bank.candidates import DUPLICATE, Candidate, ImportOptions, check_norm, read_candidate
 from lorag.bank.descriptions import DescriptionIndex, same_words
 from lorag.bank.index import BankIndex, stamp
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.parallel import Backend
 from lorag.text.embedding import TextEmbedder
 
-__all__ = ["Imported", "Terms", "import_adapters"]
+__all__ = ["ImportOptions", "Imported", "import_adapters"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class Imported:
         source: Where it came from.
         name: Its name in the bank.
         error: Why it was refused, or None.
-        there: Whether the bank had it already, same name, weights and descriptions; nothing was added then.
+        existed: Whether the bank has it already, same name, weights and descriptions; nothing was added then.
         rank: Rank of its factors.
         norm: ‖ΔW‖_F over all modules.
         described_by: What its descriptions were taken from.
@@ -57,7 +56,7 @@ class Imported:
     source: str
     name: str
     error: LoragError | None = None
-    there: bool = False
+    existed: bool = False
     rank: int = 0
     norm: float = 0.0
     described_by: str = ""
@@ -76,39 +75,34 @@ class _Import:
     """A bank that is being added to, and adapters that wait to be written."""
 
     bank: AdapterBank
-    terms: Terms
+    options: ImportOptions
     index: BankIndex
     descriptions: DescriptionIndex | None
     quiet: bool
     wordings: dict[str, list[str]] = field(default_factory=dict)  # words -> experts
     waiting: list[tuple[Imported, LoraAdapter, tuple[str, ...], str]] = field(default_factory=list)
 
-    def judge(self, norm: float, where: object) -> None:
-        """Raises NormRangeError where a norm is not like those of the experts, and of the adapters that wait."""
-        norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
-        check_norm(norm, norms, where, any_norm=self.terms.any_norm)
-
-    def take(self, source: Source, read: Candidate) -> Imported | None:
+    def take(self, source: Source, candidate: Candidate) -> Imported | None:
         """Checks one adapter against the bank; returns what became of it, or None where it now waits to be written."""
-        name = self.terms.name or source.name
+        name, adapter = self.options.name or source.name, candidate.adapter
         try:
-            for norm in read.norms:
-                self.judge(norm, read.where)
-            if read.error is not None:
-                raise read.error
-            if read.adapter is None:
+            if candidate.error is not None:
+                raise candidate.error
+            if adapter is None:
                 raise AssertionError("neither an adapter nor an error")
-            if self._is_there(name, read.adapter, read.texts):
-                return Imported(source.label, name, there=True)
+            norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
+            check_norm(candidate.norm, norms, candidate.where, any_norm=self.options.any_norm)
+            if self._has(name, adapter, candidate.descriptions):
+                return Imported(source.label, name, existed=True)
         except LoragError as error:
             traceback.clear_frames(error.__traceback__)  # what is kept of the error must not keep what was being read
             return Imported(source.label, name, error)
-        one = Imported(source.label, name, rank=read.adapter.rank, norm=read.norms[-1], described_by=read.origin)
-        one = replace(one, missing=read.missing, ignored=read.ignored, ignored_share=read.ignored_share)
-        self.waiting.append((one, read.adapter, read.texts, read.licence))
+        one = Imported(source.label, name, rank=adapter.rank, norm=candidate.norm, described_by=candidate.origin)
+        one = replace(one, missing=candidate.missing, ignored=candidate.ignored, ignored_share=candidate.ignored_share)
+        self.waiting.append((one, adapter, candidate.descriptions, candidate.licence))
         return None
 
-    def _is_there(self, name: str, adapter: LoraAdapter, texts: Sequence[str]) -> bool:
+    def _has(self, name: str, adapter: LoraAdapter, texts: Sequence[str]) -> bool:
         """Whether the bank has just this expert, as after an interruption; another one of its name is an error."""
         taken = name in self.bank or any(one.name == name for one, *_ in self.waiting)
         if not taken:
@@ -192,7 +186,7 @@ class _Import:
 def import_adapters(
     bank_folder: str | Path,
     sources: Iterable[Source],
-    terms: Terms | None = None,
+    options: ImportOptions | None = None,
     *,
     embedder: TextEmbedder | None = None,
     backend: Backend | None = None,
@@ -206,7 +200,7 @@ def import_adapters(
     Args:
         bank_folder: The bank.
         sources: The adapters.
-        terms: On which terms they are taken in.
+        options: How they are taken in.
         embedder: Compares descriptions; without one they are not compared.
         backend: Where adapters are read; None is here. Workers elsewhere must see folders under the same paths.
         quiet: No progress bars.
@@ -223,16 +217,14 @@ def import_adapters(
     descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder)
     if descriptions is not None:
         descriptions.cover(bank, quiet=quiet)
-    job = _Import(bank, terms or Terms(), index, descriptions, quiet)
+    job = _Import(bank, options or ImportOptions(), index, descriptions, quiet)
     for expert in bank.experts:
         for text in expert.descriptions:
             job.wordings.setdefault(same_words(text), []).append(expert.name)
     try:
         listed = list(sources)
         backend = Backend() if backend is None else backend
-        # Elsewhere, the other experts' norms are not known: what is far from them is loaded there, and refused here.
-        common = (bank.base, job.terms, job.judge if backend.name == "local" else plausible)
-        for read in backend.run(read_candidate, common, listed, ordered=True):
+        for read in backend.run(read_candidate, (bank.base, job.options), listed, ordered=True):
             refused = job.take(listed[read.place], read.result())
             if refused is not None:
                 yield refused

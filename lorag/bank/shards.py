@@ -1,29 +1,77 @@
-"""Shards of a bank: experts of one rank with their late checkpoints, stacked module by module, checked and read one by one."""
+"""Shards of a bank: experts of one rank with their checkpoints, stacked module by module, and the one reader of them.
+
+Files are read by position and never mapped: what is read of a map stays in memory until another needs it, so that a bank of any size
+takes the memory of a few experts.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, BinaryIO
 
 import torch
-from safetensors import safe_open
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.factors import Factors
-from lorag.bank.entries import Expert
+from lorag.adapters.factors import Factors, Pair
 from lorag.base.layout import LoraLayout
-from lorag.errors import BankError, DtypeOverflowError
-from lorag.files.artifacts import resolve_inside
+from lorag.errors import ArtifactError, BankError, DtypeOverflowError
+from lorag.files.artifacts import require_name, resolve_inside
 from lorag.files.tensors import TensorSpec, read_header
 
-__all__ = ["PRECISIONS", "ShardReader", "check_shard", "quantise", "stack_checkpoints"]
+__all__ = ["PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "stack_checkpoints"]
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-_STORED = ("F32", "F16", "I8")
-_MOST_OPEN = 8
+_STORED = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+_MOST = 2**21  # values of one factor at a time
+
+
+Side = tuple[str, tuple[int, int], tuple[int, int]]
+_Count = Annotated[int, Strict(), Field(ge=1)]
+_Text = Annotated[str, Strict()]
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Expert:
+    """One expert's entry in a bank's manifest.
+
+    Attributes:
+        name: Its name, unique in the bank.
+        descriptions: What its task is, in one or more wordings.
+        rank: Rank r of its factors.
+        alpha: lora_alpha of its stored factors; the rank in banks that this version writes, whose factors hold the scaling.
+        checkpoints: Number of checkpoints, the final one last.
+        file: Shard that holds it.
+        index: Its place in the shard.
+        suite: The suite that its task came from.
+        license: Licence of the data that it was trained on, or "unknown".
+        score: Its score on its own task's test examples, if measured.
+        examples: Number of examples that it was trained on, if known.
+    """
+
+    name: _Text
+    descriptions: Annotated[tuple[_Text, ...], Field(min_length=1)]
+    rank: _Count
+    alpha: Annotated[float, Strict()]
+    checkpoints: _Count
+    file: _Text
+    index: Annotated[int, Strict(), Field(ge=0)]
+    suite: _Text = ""
+    license: _Text = "unknown"
+    score: Annotated[float, Strict()] | None = None
+    examples: Annotated[int, Strict()] | None = None
+
+    def __post_init__(self) -> None:
+        require_name(self.name, "an expert's name")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -41,17 +89,26 @@ def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter
     tensors: dict[str, Tensor] = {}
     for number, module in enumerate(layout.names):
         for side, factor in enumerate("AB"):
-            values = torch.stack([torch.stack([a.factors[module][side] for a in late]) for late in experts])
+            values = torch.stack([torch.stack([a.factors[module][side] for a in checkpoints]) for checkpoints in experts])
             key = f"{number}.{factor}"
-            stored = values if precision == "int8" else values.to(PRECISIONS[precision])
-            if not torch.isfinite(stored).all():
-                most = max(a.factors[module][side].abs().max().item() for late in experts for a in late)
-                raise DtypeOverflowError(f"values of {module} overflow {precision}", got=f"{most:.3g}", remedy="Store them as float32.")
             if precision == "int8":
                 tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)
-            else:
-                tensors[key] = stored
+                continue
+            tensors[key] = values.to(PRECISIONS[precision])
+            if not torch.isfinite(tensors[key]).all():
+                got = f"{values.abs().max().item():.3g}"
+                raise DtypeOverflowError(f"values of {module} overflow {precision}", got=got, remedy="Store them as float32.")
     return tensors
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _sides(layout: LoraLayout, rank: int) -> Iterator[Side]:
+    """Key, shape of one factor, and shape of its scales in int8, for A and B of each module."""
+    for number, module in enumerate(layout.modules):
+        yield f"{number}.A", (rank, module.in_features), (rank, 1)
+        yield f"{number}.B", (module.out_features, rank), (1, rank)
 
 
 def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: LoraLayout) -> None:
@@ -64,46 +121,97 @@ def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: Lora
     shapes = {(expert.checkpoints, expert.rank) for expert in experts}
     if len(shapes) != 1:
         raise BankError(f"{file} mixes ranks or numbers of checkpoints")
-    late, rank = shapes.pop()
+    checkpoints, rank = shapes.pop()
     count = spec.get("0.A", ("", (0,)))[1][:1]
     expected: TensorSpec = {}
-    for number, module in enumerate(layout.modules):
-        sides = (("A", (rank, module.in_features), (rank, 1)), ("B", (module.out_features, rank), (1, rank)))
-        for factor, tail, scale in sides:
-            key = f"{number}.{factor}"
-            dtype = spec.get(key, ("", ()))[0]
-            expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, late, *tail))
-            if dtype == "I8":
-                expected[f"{key}.scale"] = ("F32", (*count, late, *scale))
-    strange = sorted(key for key in spec.keys() | expected.keys() if spec.get(key) != expected.get(key))
-    if strange:
-        key = strange[0]
+    for key, tail, scale in _sides(layout, rank):
+        dtype = spec.get(key, ("", ()))[0]
+        expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, checkpoints, *tail))
+        if dtype == "I8":
+            expected[f"{key}.scale"] = ("F32", (*count, checkpoints, *scale))
+    odd = sorted(key for key in spec.keys() | expected.keys() if spec.get(key) != expected.get(key))
+    if odd:
+        key = odd[0]
         raise BankError(f"{file} does not hold what its entries say", got=f"{key[:40]} {spec.get(key)}", expected=expected.get(key))
     if any(expert.index >= count[0] for expert in experts):
         raise BankError(f"{file} holds fewer experts than its entries say", got=count[0])
 
 
 class ShardReader:
-    """Reads single experts; keeps a few shards open, so that a bank of any number of shards takes no more memory."""
+    """Reads experts of a bank whose shards `check_shard` has looked at; no file stays open."""
 
     def __init__(self, folder: Path, layout: LoraLayout) -> None:
         self._folder, self._layout = folder, layout
-        self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
+        self._places: dict[str, dict[str, tuple[torch.dtype, int]]] = {}  # file -> key -> precision, where it begins
 
     def read(self, expert: Expert, checkpoint: int) -> Factors:
-        """One checkpoint's factors, in fp32 or fp16, their values checked; checkpoints are counted from either end."""
-        if expert.file not in self._open:
-            shard = safe_open(resolve_inside(self._folder, expert.file), framework="pt")
-            self._open[expert.file] = shard, frozenset(shard.keys())
-            if len(self._open) > _MOST_OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(expert.file)
-        shard, keys = self._open[expert.file]
-        late = range(expert.checkpoints)[checkpoint]
+        """One checkpoint's factors, in fp32, their values checked; checkpoints are counted from either end.
 
-        def read(key: str) -> Tensor:
-            value: Tensor = shard.get_slice(key)[expert.index, late]
-            return value.float() * shard.get_slice(f"{key}.scale")[expert.index, late].float() if f"{key}.scale" in keys else value
+        Raises:
+            ArtifactError: If the shard ends before its tensors do.
+            BankError: If it cannot be read.
+        """
+        number = range(expert.checkpoints)[checkpoint]
+        with self._open(expert.file) as file:
+            values = iter([self._values(file, expert.file, side, [expert], number)[0] for side in _sides(self._layout, expert.rank)])
+        return Factors.with_alpha({name: (next(values), next(values)) for name in self._layout.names}, expert.alpha).check_values()
 
-        tensors = {module: (read(f"{i}.A"), read(f"{i}.B")) for i, module in enumerate(self._layout.names)}
-        return Factors.with_alpha(tensors, expert.alpha).check_values()
+    def stacks(self, experts: Sequence[Expert], module: str) -> Iterator[Pair]:
+        """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of the final checkpoints, in order, a few at a time.
+
+        Raises:
+            ArtifactError: If a shard ends before its tensors do.
+            BankError: If one cannot be read.
+        """
+        place = 2 * self._layout.names.index(module)
+        for (name, rank), group in groupby(experts, key=lambda expert: (expert.file, expert.rank)):
+            members, sides = list(group), list(_sides(self._layout, rank))[place : place + 2]
+            count = max(1, _MOST // max(math.prod(tail) for _, tail, _ in sides))
+            with self._open(name) as file:
+                for start in range(0, len(members), count):
+                    part = members[start : start + count]
+                    a, b = (self._values(file, name, side, part, part[0].checkpoints - 1).double() for side in sides)
+                    scaling = torch.tensor([expert.alpha / expert.rank for expert in part], dtype=torch.float64)
+                    yield a, b * scaling[:, None, None]
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[BinaryIO]:
+        path = resolve_inside(self._folder, file)
+        if file not in self._places:
+            self._places[file] = _places(path)
+        try:
+            with path.open("rb", buffering=0) as opened:
+                yield opened
+        except OSError as error:
+            raise BankError(f"{path} cannot be read", got=error.strerror or error) from error
+
+    def _values(self, opened: BinaryIO, file: str, side: Side, experts: Sequence[Expert], checkpoint: int) -> Tensor:
+        """One factor (n, ...) of one checkpoint of each expert, in fp32."""
+        key, tail, scale = side
+
+        def read(key: str, shape: tuple[int, int]) -> Tensor:
+            dtype, start = self._places[file][key]
+            size, data = math.prod(shape) * dtype.itemsize, bytearray()
+            for expert in experts:
+                opened.seek(start + (expert.index * expert.checkpoints + checkpoint) * size)
+                data += opened.read(size)
+            if len(data) != size * len(experts):
+                raise ArtifactError(f"{opened.name} is cut short", remedy="Run lorag bank check.")
+            return torch.frombuffer(data, dtype=dtype).view(len(experts), *shape).float()
+
+        values = read(key, tail)
+        return values * read(f"{key}.scale", scale) if f"{key}.scale" in self._places[file] else values
+
+
+def _places(path: Path) -> dict[str, tuple[torch.dtype, int]]:
+    """Precision and beginning of each tensor of a shard; they follow one another in the header's order."""
+    spec, _ = read_header(path)
+    odd = sorted(dtype for dtype, _ in spec.values() if dtype not in _STORED)
+    if odd:
+        raise BankError(f"{path} stores values in an unknown way", got=odd[0], expected=", ".join(_STORED))
+    sizes = {key: _STORED[dtype].itemsize * math.prod(shape) for key, (dtype, shape) in spec.items()}
+    place, places = path.stat().st_size - sum(sizes.values()), {}
+    for key, (dtype, _) in spec.items():
+        places[key] = (_STORED[dtype], place)
+        place += sizes[key]
+    return places

@@ -101,8 +101,8 @@ def add(
     A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
     """
     from lorag.adapters.sources import find_sources, listed_sources
-    from lorag.bank.importing import Terms, import_adapters
-    from lorag.bank.start import Start, start_bank
+    from lorag.bank.importing import ImportOptions, import_adapters
+    from lorag.bank.new_bank import NewBank, start_bank
     from lorag.config import load_config, read_settings
     from lorag.parallel import Backend
 
@@ -111,8 +111,8 @@ def add(
         raise typer.BadParameter("no adapter is named: give folders, hub ids or --from FILE")
     if (name is not None or description) and len(sources) > 1:
         raise typer.BadParameter(f"--name and --description are for a single adapter; these are {len(sources)}")
-    planned = load_config(Start, config, [], "add")
-    start = Start(
+    planned = load_config(NewBank, config, [], "add")
+    new = NewBank(
         base or planned.base,
         kind or planned.kind,
         base_revision or planned.revision,
@@ -120,15 +120,15 @@ def add(
         {**planned.settings, **read_settings(objective_setting or [])},
         (*planned.aliases, *(base_alias or ())),
     )
-    started = start_bank(bank, sources, start, revision=revision, quiet=quiet)
+    started = start_bank(bank, sources, new, revision=revision, quiet=quiet)
     if started is not None:
         model, layout = started.base.model, started.base.layout
         typer.echo(f"started {bank}: base model {model.name} ({model.kind}, {started.base.identity}), objective {started.base.objective}")
         typer.echo(f"  {len(layout)} modules: {', '.join(layout.target_modules[:8])}{' …' if len(layout.target_modules) > 8 else ''}")
-    terms = Terms(tuple(description or ()), name, licence, ignore_extra, any_norm, start.aliases, revision)
+    options = ImportOptions(tuple(description or ()), name, licence, ignore_extra, any_norm, new.aliases, revision)
     refused: list[Imported] = []
     where = Backend(backend, address, cpus, gpus)
-    with closing(import_adapters(bank, sources, terms, embedder=_embedder(embedder), backend=where, quiet=quiet)) as done:
+    with closing(import_adapters(bank, sources, options, embedder=_embedder(embedder), backend=where, quiet=quiet)) as done:
         for number, one in enumerate(done, 1):
             if one.error is not None:
                 refused.append(one)
@@ -160,7 +160,7 @@ def _line(one: Imported, head: str) -> str:
     """What became of one adapter: a line, and indented ones for what a person should look at."""
     if one.error is not None:
         return f"{head}refused {one.source}: {type(one.error).__name__}: {one.error}"
-    if one.there:
+    if one.existed:
         return f"{head}skipped {one.name}: it is there already"
     parts = [f"rank {one.rank}", f"norm {one.norm:.3g}", f"described by {one.described_by}"]
     if one.energy is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from lorag.bank.bank import AdapterBank
-from lorag.bank.streaming import ExpertStream
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.files.artifacts import embedded, read_json
@@ -112,7 +111,7 @@ def prepare(
     split = hold_out(bank, suite, without_expert, groups=groups, validation=validation, seed=seed)
     layout = bank.base.layout
     if space is None:
-        space = fit_space(space_name, SpaceInputs(layout, ExpertStream(bank), k, seed=seed, quiet=quiet))
+        space = fit_space(space_name, SpaceInputs(layout, bank, k, seed=seed, quiet=quiet))
     codes, deviations = [], []
     for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])

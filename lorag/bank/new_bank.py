@@ -24,14 +24,14 @@ from lorag.errors import BankError, BaseMismatchError, BaseModelError, ConfigErr
 from lorag.files.artifacts import read_json
 from lorag.progress import progress_bar
 
-__all__ = ["Start", "start_bank"]
+__all__ = ["NewBank", "start_bank"]
 
 _MANIFEST = "bank.json"
 _OWN = {_MANIFEST, ".lock", "experts"}  # what may be left of a bank that was begun and never filled
 
 
 @dataclass(frozen=True)
-class Start:
+class NewBank:
     """What a person says of a new bank; the adapters' configs say what is left open.
 
     Attributes:
@@ -62,29 +62,29 @@ class _Seen:
 
 
 def start_bank(
-    folder: Path, sources: Sequence[Source], start: Start, *, revision: str | None = None, quiet: bool = True
+    folder: Path, sources: Sequence[Source], new: NewBank, *, revision: str | None = None, quiet: bool = True
 ) -> AdapterBank | None:
     """Starts an empty bank that adapters fit, without adding them; None if there is a bank with experts already.
 
     Args:
         folder: The bank. An empty bank that is there is begun anew.
         sources: The adapters. Those that cannot be read, or are of another base model, have no say.
-        start: What is known of the bank.
+        new: What is known of the bank.
         revision: Revision of adapters on the hub.
         quiet: No progress bar.
 
     Raises:
-        BankError: If the folder holds something else, or a bank that is not as `start` says; or if the adapters do not
+        BankError: If the folder holds something else, or a bank that is not as `new` says; or if the adapters do not
             say what their base model is, or disagree.
         BaseMismatchError: If they do not fit the base model.
         BaseModelError: If the base model's config cannot be read, or nothing identifies its weights.
         ConfigError: If objective, kind or settings cannot be used.
     """
-    if _is_filled(folder, start):
+    if _is_filled(folder, new):
         return None
     seen = _look(sources, revision, quiet)
-    name = known_name(start.base or _agreed_name(seen, start.aliases))
-    fitting = [one for one in seen if one.name is None or one.name in start.aliases or same_model(one.name, name)]
+    name = known_name(new.base or _agreed_name(seen, new.aliases))
+    fitting = [one for one in seen if one.name is None or one.name in new.aliases or same_model(one.name, name)]
     if not fitting:
         named = _counted(one.name for one in seen)
         raise BaseMismatchError(
@@ -94,16 +94,16 @@ def start_bank(
             remedy="For another name of the same model, pass it as --base-alias.",
         )
     try:
-        commit = start.revision or _one("revision", (one.revision for one in fitting if one.name not in start.aliases))
-        kind = start.kind or kind_of(name, commit, TASK_TYPES.get(str(_one("kind", (one.kind for one in fitting)))))
+        commit = new.revision or _one("revision", (one.revision for one in fitting if one.name not in new.aliases))
+        kind = new.kind or kind_of(name, commit, TASK_TYPES.get(str(_one("kind", (one.kind for one in fitting)))))
         model = BaseModel(name, kind, commit, is_trusted(name))
         layout = _layout(model, fitting)
     except BaseModelError as error:
-        if start.base is not None or isinstance(error, BaseMismatchError):
+        if new.base is not None or isinstance(error, BaseMismatchError):
             raise
         remedy = f"Say where the base model is: --base HUB_ID_OR_FOLDER --base-alias {name}"
         raise BaseModelError(f"the adapters' base model {name!r} is not at hand", got=error.got, remedy=remedy) from error
-    objective, settings = _objective(model, start)
+    objective, settings = _objective(model, new)
     base = BankBase(model, _identity(model), layout, objective, settings)
     if (folder / _MANIFEST).is_file():
         with AdapterBank.from_pretrained(folder).locked() as now:
@@ -112,22 +112,22 @@ def start_bank(
     return AdapterBank.create(folder, base)
 
 
-def _is_filled(folder: Path, start: Start) -> bool:
-    """Whether there is a bank with experts; it must be what `start` says."""
+def _is_filled(folder: Path, new: NewBank) -> bool:
+    """Whether there is a bank with experts; it must be what `new` says."""
     if not (folder / _MANIFEST).is_file():
         strange = sorted(path.name for path in folder.iterdir() if path.name not in _OWN) if folder.is_dir() else []
         if strange:
-            raise BankError(f"{folder} is no bank and holds other things", got=strange[0][:80], remedy="Give a bank, or a new folder.")
+            raise BankError(f"{folder} is not a bank and holds other things", got=strange[0][:80], remedy="Give a bank, or a new folder.")
         return False
     manifest = read_json(folder / _MANIFEST)
     if not manifest.get("experts"):
         return False
     base = BankBase.from_dict(manifest.get("base", {}))
     for what, own, wanted in (
-        ("base model", base.model.name, start.base),
-        ("kind", base.model.kind, start.kind),
-        ("revision", base.model.revision, start.revision),
-        ("objective", base.objective, start.objective),
+        ("base model", base.model.name, new.base),
+        ("kind", base.model.kind, new.kind),
+        ("revision", base.model.revision, new.revision),
+        ("objective", base.objective, new.objective),
     ):
         if wanted is not None and own != wanted and not (what == "base model" and same_model(str(own), wanted)):
             raise BankError(
@@ -207,12 +207,12 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
     return layout if set(layout.names) == there else LoraLayout.from_model(skeleton, sorted(there))
 
 
-def _objective(model: BaseModel, start: Start) -> tuple[str, dict[str, Any]]:
+def _objective(model: BaseModel, new: NewBank) -> tuple[str, dict[str, Any]]:
     fitting = [name for name, objective in OBJECTIVES.items() if objective.kind == model.kind]
-    chosen = start.objective or fitting[0]
-    if start.objective is not None and chosen not in fitting:
+    chosen = new.objective or fitting[0]
+    if new.objective is not None and chosen not in fitting:
         raise ConfigError("objective and base model do not fit", got=f"{chosen} on a {model.kind}", expected=" or ".join(fitting))
-    return chosen, make_objective(chosen, model.tokenizer(), start.settings).settings() if start.settings else {}
+    return chosen, make_objective(chosen, model.tokenizer(), new.settings).settings() if new.settings else {}
 
 
 def _identity(model: BaseModel) -> str:
