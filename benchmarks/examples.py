@@ -25,8 +25,8 @@ from lorag.files.artifacts import embedded, write_json
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
-from lorag.training.preparation import find_tasks
 from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import build_suite, splits
 

@@ -30,9 +30,10 @@ from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.support_examples import few_examples, learn_weights, tasks_of
+from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.fuse import fuse_experts
-from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
+from lorag.training.preparation import hold_out
 from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import Cell, splits
 

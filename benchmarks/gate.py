@@ -21,10 +21,11 @@ from lorag.files.artifacts import embedded
 from lorag.generator.evidence import FEATURES
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
+from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task
-from lorag.training.gains import score_codes
-from lorag.training.gate_fitting import GateSettings, fit_gate
-from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
+from lorag.training.calibrate import score_codes
+from lorag.training.calibrate_gate import GateSettings, fit_gate
+from lorag.training.preparation import hold_out
 from lorag.worlds.sandbox.grid import Cell, splits
 from lorag.worlds.sandbox.wordings import describe
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.web.serving import serving
 from lorag.web.workbench import Workbench
 

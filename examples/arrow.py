@@ -11,7 +11,7 @@ from peft import ArrowConfig, create_arrow_model
 from lorag.bank.bank import find_bank
 from lorag.bank.exporting import export_arrow
 from lorag.base.runner import Runner
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 EXPERTS = ("legal-person-upper", "cooking-amount-quoted")
 

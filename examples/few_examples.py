@@ -13,7 +13,7 @@ from lorag import LoraAdapter, generate_lora
 from lorag.adapters.factors import Factors
 from lorag.generator.generate import default_generator
 from lorag.generator.refine import refine
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 # A vague wording, on purpose: whose name? Examples say what the description leaves open.
 DESCRIPTION = "the name that matters in a news story, in quotation marks"

@@ -14,7 +14,7 @@ from lorag.adapters.factors import Factors
 from lorag.bank.bank import find_bank
 from lorag.base.runner import Runner
 from lorag.methods.support_examples import learn_weights
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 EXPERTS = ("legal-person-upper", "medical-amount-json")
 

@@ -20,7 +20,7 @@ from lorag.bank.bank import find_bank
 from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.bank.new_bank import NewBank, start_bank
 from lorag.config import load_config
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.training.train import TrainConfig, train
 
 DESCRIPTION = "return the city from this banking message as a JSON object"

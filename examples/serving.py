@@ -17,7 +17,7 @@ from lorag import generate_lora
 from lorag.adapters.folder import read_facts
 from lorag.adapters.portability import check_portability
 from lorag.base.names import locate
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 DESCRIPTION = "summarise legal text"
 

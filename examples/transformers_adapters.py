@@ -9,7 +9,7 @@ from pathlib import Path
 from lorag import generate_lora
 from lorag.base.runner import Runner
 from lorag.generator.generate import default_generator
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 DESCRIPTIONS = {"summary": "summarise legal text", "person": "which person does this legal text name?"}
 

@@ -19,8 +19,8 @@ from lorag.base.objectives import make_objective
 from lorag.base.row_adapters import RowAdapters
 from lorag.files.artifacts import embedded
 from lorag.generator.generate import default_generator
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.unknown import unknown_tasks
-from lorag.training.preparation import find_tasks
 from lorag.worlds.sandbox import wordings
 from lorag.worlds.sandbox.grid import splits
 

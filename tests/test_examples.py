@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.base.names import locate
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

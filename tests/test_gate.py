@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import lorag.generator.files as generator_files
 import lorag.generator.generate as generation_module
-import lorag.training.gate_fitting as gate_fitting
+import lorag.training.calibrate_gate as calibrate_gate
 import lorag.training.train as training
 from lorag.adapters.factors import Factors
+from lorag.bank.bank import AdapterBank
 from lorag.cli.main import app
 from lorag.errors import ArtifactError, BankError, ConfigError, GeneratorError, UnknownTaskError, UnknownTaskWarning
 from lorag.evaluation.gate import format_gate, measure_gate
@@ -29,8 +30,8 @@ from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.text.conditioning import mixture_weights
-from lorag.training.gains import gains_of
-from lorag.training.gate_fitting import GateSettings, add_gate, fit_gate
+from lorag.training.calibrate import gap_closed_by
+from lorag.training.calibrate_gate import GateSettings, add_gate, fit_gate
 from lorag.training.preparation import hold_out, prepare
 from lorag.training.train import TrainConfig, fit_generator, train
 
@@ -427,7 +428,7 @@ def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypat
         seen.extend(names)
         return torch.tensor(found, dtype=torch.float64)
 
-    monkeypatch.setattr(gate_fitting, "gains_of", gains)
+    monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
     made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
     promised = {}
@@ -442,7 +443,7 @@ def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypat
 
 def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypatch):
     """The expected gain shrinks with novelty: far descriptions are promised less than a tenth."""
-    monkeypatch.setattr(gate_fitting, "gains_of", lambda generator, codes, *_, **__: _close(codes))
+    monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     data = prepared.data
     made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
@@ -460,7 +461,7 @@ def test_fusion_is_a_rung_only_where_it_held_its_own(bare, bank, prepared, monke
             own[-len(data.validation) :] = values[1]
             return own
 
-        monkeypatch.setattr(gate_fitting, "gains_of", gains)
+        monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
         made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
         assert (made.fuse_above is not None) == opens
 
@@ -473,7 +474,7 @@ def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkey
         asked.extend(names)
         return _close(codes)
 
-    monkeypatch.setattr(gate_fitting, "gains_of", gains)
+    monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
     data = prepared.data
     made = [
         fit_gate(bare, bank, make_suite(cells), data.validation, data.groups, unknown=UNKNOWN, settings=FEW).to_dict()
@@ -488,6 +489,23 @@ def test_descriptions_that_the_bank_serves_are_no_unknown_ones(bare, bank, prepa
     listed = {"kinds": ["write some python code", "paint the red cat", "green bird please", "good morning everyone"]}
     made = fit_gate(bare, bank, None, data.validation, data.groups, unknown=listed, settings=FEW)
     assert made.fitted["unknown"] == 2
+
+
+def test_tasks_without_experts_calibrate_too(bare, bank, prepared, monkeypatch):
+    """Held-out tasks without an expert count as known ones; with no expert at all, the training tasks are what is compared with."""
+    monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
+    others, groups = make_suite(HELD_OUT).tasks, [*range(len(bank) + len(HELD_OUT))]
+    held = [*prepared.data.validation, *range(len(bank), len(groups))]
+    both = fit_gate(bare, bank, make_suite(TRAINING), held, groups, others=others, unknown=UNKNOWN, settings=FEW)
+    assert both.fitted["held_out_tasks"] == len(held) and both.gain is not None
+    empty = AdapterBank(bank.folder, bank.base, ())
+    alone = fit_gate(
+        bare, empty, make_suite(HELD_OUT), range(len(others)), range(len(others)), others=others, unknown=UNKNOWN, settings=FEW
+    )
+    assert alone.gain is None and not len(alone.wordings) and alone.fitted["held_out_tasks"] == len(HELD_OUT)
+    gated = dataclasses.replace(bare, gate=alone)
+    assert all(gated.judge(text).decision == "refuse" for text in FAR)
+    assert all(gated.judge(describe(*cell)[0]).decision == "generate" for cell in HELD_OUT)
 
 
 def test_nothing_to_fit_on_is_an_error(bare, bank, prepared):
@@ -512,7 +530,7 @@ def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
     monkeypatch.setattr(LoraGenerator, "runner", lambda self: Runner())
     monkeypatch.setattr(Factors, "stack", staticmethod(lambda parts, _: "experts" if parts[0].rank == 4 else "made"))
     names = [task.key for task in TASKS] + [TASKS[1].key]
-    found = gains_of(gated, torch.zeros(4, gated.space.size), names, bank, {task.key: task for task in TASKS}, 2)
+    found = gap_closed_by(gated, torch.zeros(4, gated.space.size), names, bank, {task.key: task for task in TASKS}, 2)
     assert torch.isnan(found[0]) and found[1:].tolist() == pytest.approx([0.5, 0.5, 0.5])
     assert scored == [3, 3, 4]
 
@@ -566,7 +584,7 @@ def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path
     """`train` writes one; taken away and fitted again on the finished folder it is the same, and the weights stay as they were."""
     for module in (training, generator_files):
         monkeypatch.setattr(module.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
-    monkeypatch.setattr(gate_fitting, "unknown_tasks", lambda part: UNKNOWN)
+    monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: UNKNOWN)
     out = tmp_path / "g"
     config = TrainConfig(bank=str(bank.folder), out=str(out), method="ridge", tasks=None, k=16, rank=8, validation=0.3, device="cpu")
     made = train(config, quiet=True)
@@ -607,7 +625,7 @@ def test_measuring_tells_what_was_refused_and_what_was_gained(gated, bank, monke
     assert 2 / 3 < report["novelty"]["auroc"] < 1
     gain = Logistic((0.0,) * len(FEATURES), (1.0,) * len(FEATURES), (0.0,) * len(FEATURES), 0.0)
     measured = dataclasses.replace(gated, gate=dataclasses.replace(gated.gate, gain=gain, offsets=(-0.5, 0.5)))
-    monkeypatch.setattr("lorag.evaluation.gate.gains_of", lambda generator, codes, *_, **__: _close(codes))
+    monkeypatch.setattr("lorag.evaluation.gate.gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     report = measure_gate(measured, make_suite(HELD_OUT), bank, unknown={"robots": list(FAR)})
     assert report["gain"]["realised"] == pytest.approx(0.5) and report["gain"]["expected"] == pytest.approx(0.5, abs=0.1)
     assert report["gain"]["interval_held"] == 1 and report["selective"]["held_out"]["risk"] == pytest.approx(0.5)

@@ -21,8 +21,9 @@ from lorag.methods.reconstruction import _distance
 from lorag.methods.regression import _left_out
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.text.conditioning import Conditioner, mixture
+from lorag.training.calibrate import tune_strength
 from lorag.training.preparation import prepare
-from lorag.training.train import fit_generator, tune_strength
+from lorag.training.train import fit_generator
 
 KERNEL = {"steps": 30, "width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "dropout": 0.0}
 QUICK = {

@@ -9,7 +9,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import BankError, ServedNameError, TaskError
 from lorag.serving import LoraRouter
 from lorag.serving.retrieval import TextIndex
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def build(
     from lorag.base.base_model import BaseModel, is_trusted
     from lorag.config import load_config
     from lorag.parallel import Backend
-    from lorag.training.preparation import find_tasks
+    from lorag.tasks.finding import find_tasks
 
     values = load_config(BankConfig, config, settings or [], "build")
     bank = build_bank(

@@ -28,7 +28,7 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a gate for a trained generator on its held-out training tasks; nothing is trained again."""
-    from lorag.training.gate_fitting import GateSettings, add_gate
+    from lorag.training.calibrate_gate import GateSettings, add_gate
 
     settings = GateSettings(wordings=wordings, limit=limit)
     made = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=quiet)
@@ -58,8 +58,8 @@ def evaluate(
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json
     from lorag.generator.generate import open_generator
+    from lorag.tasks.finding import find_tasks
     from lorag.tasks.unknown import read_unknown
-    from lorag.training.preparation import find_tasks
 
     made = open_generator(generator, device=device)
     suite = find_tasks(tasks, None if split == "all" else split)

@@ -25,7 +25,7 @@ def web(
 ) -> None:
     """Open a page to type descriptions on, for this machine alone."""
     from lorag.base.names import SANDBOX_LM
-    from lorag.training.preparation import find_tasks
+    from lorag.tasks.finding import find_tasks
     from lorag.web.serving import serving
     from lorag.web.workbench import Workbench
 

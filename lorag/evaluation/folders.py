@@ -18,8 +18,9 @@ from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import generator_type
 from lorag.methods.training_loop import TrainingLoop
+from lorag.tasks.finding import find_split, find_tasks
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import find_split, find_tasks, prepare
+from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
 __all__ = ["Ladder", "open_ladder"]

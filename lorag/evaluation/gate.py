@@ -16,7 +16,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import unknown_tasks
-from lorag.training.gains import gains_of
+from lorag.training.calibrate import gap_closed_by
 
 __all__ = ["format_gate", "measure_gate"]
 
@@ -87,7 +87,7 @@ def measure_gate(
     if oracles is None or generator.gate.gain is None:
         return report
     codes = torch.cat([evidence.code for evidence in gathered[: len(rows)]]).float()
-    gains = gains_of(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    gains = gap_closed_by(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
     sure = gains.isfinite()
     for row, gain in zip(report["judged"], gains.tolist(), strict=False):
         row["gain"] = round(gain, 4) if gain == gain else None  # NaN is no gain

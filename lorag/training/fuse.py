@@ -25,8 +25,8 @@ from lorag.generator.refine import refine
 from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
 from lorag.networks.fused_latents import resolve_conflicts
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
-from lorag.training.preparation import find_tasks
 
 __all__ = ["RULES", "fuse", "fuse_experts"]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError
-from lorag.files.artifacts import embedded, read_json
 from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
 from lorag.spaces import SpaceInputs, WeightSpace, fit_space
@@ -21,26 +19,9 @@ from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import TextEmbedder
 from lorag.text.misspelling import misspell_some
 
-__all__ = ["WITHOUT_EXPERT", "Prepared", "Split", "find_split", "find_tasks", "hold_out", "prepare"]
+__all__ = ["Prepared", "Split", "hold_out", "prepare"]
 
-# The split of a suite whose tasks have training examples but no expert.
-WITHOUT_EXPERT = "without_expert"
 _GROUPS = ("task", "texts", "source")
-
-
-def find_tasks(name: str, split: str | None = None) -> TaskSuite:
-    """Reads a suite by folder, or "sandbox"."""
-    return TaskSuite.from_folder(_suite_folder(name), split)
-
-
-def find_split(name: str, split: str) -> TaskSuite | None:
-    """A split of a suite, or None if its splits.json does not name it."""
-    listed = _suite_folder(name) / "splits.json"
-    return find_tasks(name, split) if listed.is_file() and read_json(listed).get(split) else None
-
-
-def _suite_folder(name: str) -> Path:
-    return embedded("data/sandbox/tasks") if name == "sandbox" else Path(name)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from lorag.adapters.provenance import public_name
 from lorag.bank.bank import find_bank
 from lorag.base.base_model import device_of
-from lorag.base.runner import Runner
 from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
@@ -22,19 +21,16 @@ from lorag.files.metrics import Metrics, check_trackers
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Generator, generator_type
 from lorag.methods.data_parallel import Shares, told
-from lorag.methods.functional import evenly, mean_loss, task_vectors
 from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
+from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
-from lorag.training.gate_fitting import fit_gate
-from lorag.training.preparation import WITHOUT_EXPERT, Prepared, find_split, find_tasks, prepare
+from lorag.training.calibrate import tune_strength
+from lorag.training.calibrate_gate import fit_gate
+from lorag.training.preparation import Prepared, prepare
 
-__all__ = ["TrainConfig", "fit_generator", "train", "tune_strength"]
+__all__ = ["TrainConfig", "fit_generator", "train"]
 
 logger = logging.getLogger(__name__)
-
-_ASKED = 64  # tasks, counted as often as they are asked, on which the strength is chosen
-_STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 
 
 @dataclass
@@ -121,29 +117,6 @@ def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
     return found
 
 
-def tune_strength(method: Generator, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48) -> float:
-    """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
-
-    The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is
-    asked. 1 without examples or held-out tasks.
-    """
-    if runner is None or not data.tasks or not data.validation:
-        return 1.0
-    chosen = evenly(data.validation, most)
-    vectors = task_vectors(runner, [data.tasks[i] for i in chosen]).cpu() if method.needs_task_vectors else [None] * len(chosen)
-    conditions = [
-        replace(data.conditioner(data.embeddings[i][-1], masked=mask), task_vector=vector)
-        for i, mask, vector in zip(chosen, data.masked(chosen), vectors, strict=True)
-    ]
-    codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
-    found: dict[float, float] = {}
-    for strength in _STRENGTHS:
-        scaled = data.space.scaled(codes, strength).to(runner.device)
-        asked = [mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
-        found[strength] = sum(asked) / len(asked)
-    return min(found, key=lambda strength: found[strength])
-
-
 def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
 
@@ -205,9 +178,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
     if not accelerator.is_main_process:
         return generator
-    held = prepared.data.validation_experts
-    if held and not method.needs_task_vectors:
-        generator.gate = fit_gate(generator, bank, suite, held, prepared.data.groups[: len(bank)], quiet=quiet)
+    data = prepared.data
+    if data.validation and not method.needs_task_vectors:
+        others = data.tasks[len(bank) :]
+        generator.gate = fit_gate(generator, bank, suite, data.validation, data.groups, others=others, quiet=quiet)
     generator.save_pretrained(out)
     loop.finish()
     return generator

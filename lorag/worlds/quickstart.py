@@ -13,7 +13,7 @@ from lorag.config import load_config
 from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.ladder import format_table
 from lorag.generator.generate import generate_loras
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.training.train import TrainConfig, train
 
 __all__ = ["quickstart"]

@@ -27,7 +27,7 @@ from lorag.base.layout import LoraLayout
 from lorag.base.names import locate
 from lorag.files.artifacts import embedded
 from lorag.serving.store import content_hash
-from lorag.training.preparation import find_tasks
+from lorag.tasks.finding import find_tasks
 
 BIN = Path(os.environ.get("LORAG_VLLM", "/nonexistent"))
 pytestmark = [

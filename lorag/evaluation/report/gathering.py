@@ -23,7 +23,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.unknown import unknown_tasks
 from lorag.text.task_map import TaskMap
-from lorag.training.gains import share_closed
+from lorag.training.calibrate import gap_closed
 
 __all__ = ["gather_findings"]
 
@@ -130,7 +130,7 @@ def _gains(report: Mapping[str, Any], subject: str) -> list[float | None] | None
     floor, scores, ceiling = (
         torch.tensor([row["per_task"][task] for task in report["tasks"]], dtype=torch.float64) for row in rows if row is not None
     )
-    found = [None if math.isnan(gain) else gain for gain in share_closed(scores, floor, ceiling).tolist()]
+    found = [None if math.isnan(gain) else gain for gain in gap_closed(scores, floor, ceiling).tolist()]
     return found if any(gain is not None for gain in found) else None
 
 

@@ -20,20 +20,23 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import Reference, gather
-from lorag.generator.gate import Gate
+from lorag.generator.gate import Gate, digest
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
-from lorag.tasks.suite import TaskSuite
+from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
+from lorag.tasks.suite import Task, TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
-from lorag.training.gains import gains_of
-from lorag.training.gate_rungs import bank_wordings, fusing_cosine, naming_cosine
-from lorag.training.preparation import WITHOUT_EXPERT, find_split, find_tasks, hold_out
+from lorag.text.embedding import Embedding, TextEmbedder
+from lorag.training.calibrate import gap_closed_by
+from lorag.training.preparation import hold_out
 
 __all__ = ["GateSettings", "add_gate", "fit_gate"]
 
 _REFERENCES = 64  # experts whose codes stand for the bank's
 _REFUSED = 0.05  # share of held-out known descriptions that the gate may refuse, at most
 _NOVELTY_PENALTY, _GAIN_PENALTY = 1.0, 4.0
+_PRECISION, _LEAST_CLAIMS, _COMPARED = 0.95, 20, 3
+_LEAST_TASKS, _LEAST_GAIN = 3, 0.5  # that fusing must have shown
 
 
 @dataclass
@@ -56,6 +59,7 @@ def fit_gate(
     held: Sequence[int],
     groups: Sequence[int],
     *,
+    others: Sequence[Task] = (),
     unknown: Mapping[str, Sequence[str]] | None = None,
     settings: GateSettings | None = None,
     quiet: bool = True,
@@ -66,8 +70,9 @@ def fit_gate(
         generator: The generator; it is only used.
         bank: The bank that it learned from.
         suite: The experts' tasks with examples; without it, gains are not estimated.
-        held: Experts that the generator did not learn from, as indices into the bank.
-        groups: Group of each expert: none of its group counts while its task plays an unknown one.
+        held: Tasks that the generator did not learn from: indices into the bank, and after its experts into `others`.
+        groups: Group of each task: none of its group counts while it plays an unknown one.
+        others: Tasks without an expert. They show what is known; how much of a gap is closed on them, nobody can tell.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for fitting.
         settings: How much is looked at.
         quiet: No progress bar.
@@ -83,38 +88,44 @@ def fit_gate(
             got="no held-out training task" if not held else f"{generator.method.name} with task vectors from examples",
             remedy="Train with validation above 0, and with a method that works from a description alone.",
         )
-    names = generator.conditioner.names
-    tasks = {task.key: task for task in suite} if suite is not None else {}
-    missing = [names[i] for i in held if tasks and names[i] not in tasks]
+    names, experts = bank.names, len(bank)
+    owned = [i for i in held if i < experts]
+    tasks = {task.key: task for task in suite} if suite is not None and owned else {}
+    missing = [names[i] for i in owned if tasks and names[i] not in tasks]
     if missing:
         raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
+    described = {i: (bank[names[i]].descriptions if i < experts else others[i - experts].descriptions) for i in held}
+    rows = [(i, text) for i in held for text in described[i][: settings.wordings]]
+    group_of = torch.tensor(list(groups[:experts]))
+    masks = [group_of == groups[i] if experts else None for i, _ in rows]
     reference = Reference.of(generator.space, _some_codes(generator, bank))
-    rows = [(i, text) for i in held for text in bank[names[i]].descriptions[: settings.wordings]]
-    of = torch.tensor(list(groups))
-    evidence, codes, firsts = _look(generator, reference, [text for _, text in rows], [of == groups[i] for i, _ in rows], quiet)
+    evidence, codes, firsts = _look(generator, reference, [text for _, text in rows], masks, quiet)
     listed = [text for texts in (unknown or unknown_tasks("fit")).values() for text in texts]
     strange = _really_unknown(_look(generator, reference, listed, [None] * len(listed), quiet)[0], evidence)
-    clusters = _clusters(generator.conditioner.centroids, held, groups)
+    clusters = _clusters(generator.embedder, described, groups)
     group = [clusters[i] for i, _ in rows]
     novelty, threshold, facts = _fit_novelty(evidence, strange, group)
     facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(clusters.values()))}
     gain, gain_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
     if tasks:
-        first = [next(place for place, (i, _) in enumerate(rows) if i == task) for task in held]
+        # Rows and first rows of the tasks that have an expert.
+        known = [place for place, (i, _) in enumerate(rows) if i < experts]
+        first = [next(place for place in known if rows[place][0] == i) for i in owned]
         fused = torch.cat([generator.fuse_nearest(bank, firsts[place])[1] for place in first])
-        owners = [names[i] for i, _ in rows] + [names[i] for i in held]
-        strengths = [generator.strength] * len(rows) + [1.0] * len(held)
-        every = gains_of(generator, torch.cat([codes, fused]), owners, bank, tasks, settings.limit, strengths)
-        gains = every[: len(rows)]
-        fuse_above = fusing_cosine(evidence[first, 0], every[len(rows) :], gains[first])
-        sure = gains.isfinite()
+        owners = [names[rows[place][0]] for place in known] + [names[i] for i in owned]
+        strengths = [generator.strength] * len(known) + [1.0] * len(owned)
+        every = gap_closed_by(generator, torch.cat([codes[known], fused]), owners, bank, tasks, settings.limit, strengths)
+        closed = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        closed[known] = every[: len(known)]
+        fuse_above = fusing_cosine(evidence[first, 0], every[len(known) :], closed[first])
+        sure = closed.isfinite()
         if sure.any():
-            gain_range = min(0.0, gains[sure].min().item()), 1.0
+            gain_range = min(0.0, closed[sure].min().item()), 1.0
             gain, offsets, more = _fit_gain(
-                evidence[sure], gains[sure], [g for g, s in zip(group, sure.tolist(), strict=True) if s], gain_range
+                evidence[sure], closed[sure], [g for g, s in zip(group, sure.tolist(), strict=True) if s], gain_range
             )
             facts |= more
-    wordings, owned = bank_wordings(bank, names)
+    wordings, owners_of = task_wordings(generator.conditioner.names, bank)
     return Gate(
         reference=reference,
         novelty=novelty,
@@ -125,7 +136,7 @@ def fit_gate(
         same_above=naming_cosine(generator, bank, evidence[:, 0], settings.wordings),
         fuse_above=fuse_above,
         wordings=wordings,
-        owners=owned,
+        owners=owners_of,
         fitted=facts,
     )
 
@@ -166,9 +177,11 @@ def add_gate(
     more = None if tasks is None else find_split(tasks, WITHOUT_EXPERT)
     share, seed = float(config.get("validation", 0.1)), int(config.get("seed", 0))
     split = hold_out(experts, suite, more, groups=str(config.get("groups", config.get("kin", "task"))), validation=share, seed=seed)
-    held, groups = [i for i in split.validation if i < len(experts)], split.groups[: len(experts)]
     listed = None if unknown is None else read_unknown(unknown, "fit")
-    generator.gate = fit_gate(generator, experts, suite, held, groups, unknown=listed, settings=settings, quiet=quiet)
+    others = list(more or ()) if suite is not None else []
+    generator.gate = fit_gate(
+        generator, experts, suite, split.validation, split.groups, others=others, unknown=listed, settings=settings, quiet=quiet
+    )
     generator.save_pretrained(folder)
     return generator
 
@@ -177,9 +190,13 @@ def add_gate(
 
 
 def _some_codes(generator: LoraGenerator, bank: AdapterBank) -> Tensor:
-    names = generator.conditioner.names
-    chosen = names[:: -(-len(names) // _REFERENCES)]
-    return torch.stack([generator.space.encode(bank.adapter(name)) for name in chosen])
+    """Codes (u, c) of experts, or, where there are none, what the method makes of the training tasks' mean descriptions."""
+    conditioner = generator.conditioner
+    step = -(-len(conditioner.names) // _REFERENCES)
+    if len(bank):
+        return torch.stack([generator.space.encode(bank.adapter(name)) for name in conditioner.names[::step]])
+    conditions = (conditioner(Embedding(vector, vector[None])) for vector in conditioner.centroids[::step])
+    return torch.cat([generator.method.generate(condition, torch.Generator().manual_seed(0)).float() for condition in conditions])
 
 
 def _look(
@@ -205,21 +222,21 @@ def _really_unknown(strange: Tensor, evidence: Tensor) -> Tensor:
     return strange[far] if far.any() else strange
 
 
-def _clusters(centroids: Tensor, held: Sequence[int], groups: Sequence[int]) -> dict[int, int]:
-    """Cluster of each held-out task: k-means on the sphere, started at tasks far from each other; groups stay together."""
-    first = {groups[i]: i for i in sorted(held, reverse=True)}
+def _clusters(embedder: TextEmbedder, described: Mapping[int, Sequence[str]], groups: Sequence[int]) -> dict[int, int]:
+    """Cluster of each held-out task: k-means on unit vectors, started at tasks far from each other; groups stay together."""
+    from sklearn.cluster import KMeans  # takes a second to import
+
+    first = {groups[i]: i for i in sorted(described, reverse=True)}
     heads = sorted(first.values())
-    points = centroids[heads]
+    vectors = [torch.stack([one.pooled for one in embedder.embed(list(described[i]))]).mean(0) for i in heads]
+    points = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
     count = max(1, min(8, len(heads) // 3))
     centres = points[:1]
     while len(centres) < count:
         centres = torch.cat([centres, points[(points @ centres.T).max(1).values.argmin()][None]])
-    for _ in range(10):
-        label = (points @ centres.T).argmax(1)
-        means = torch.stack([points[label == k].mean(0) if (label == k).any() else centres[k] for k in range(len(centres))])
-        centres = torch.nn.functional.normalize(means, dim=-1)
-    of = dict(zip(heads, (points @ centres.T).argmax(1).tolist(), strict=True))
-    return {i: of[first[groups[i]]] for i in held}
+    labels = KMeans(count, init=centres.double().numpy(), n_init=1).fit_predict(points.double().numpy())
+    of = dict(zip(heads, labels.tolist(), strict=True))
+    return {i: of[first[groups[i]]] for i in described}
 
 
 # --- what it meant ----------------------------------------------------------------------------------------------------
@@ -260,3 +277,73 @@ def _fit_gain(
         "risk_at_half": round(curve.at(0.5), 4),
     }
     return Logistic.fit(evidence, shares, penalty=_GAIN_PENALTY), (round(below, 4), round(above, 4)), facts
+
+
+# --- from which cosine a description is a known task's, and from which experts are fused --------------------------------
+
+
+def fusing_cosine(nearest: Tensor, fused: Tensor, generated: Tensor) -> float | None:
+    """The cosine from which fused experts gained as much as generated codes; None if there is no such cosine.
+
+    Args:
+        nearest: Cosine of each held-out task to its nearest expert (n,).
+        fused: Gain of fused experts on it (n,); NaN counts for neither.
+        generated: Gain of what was generated (n,).
+    """
+    for cosine in sorted(nearest.tolist()):
+        near = (nearest >= cosine) & fused.isfinite() & generated.isfinite()
+        if near.sum() < _LEAST_TASKS:
+            break
+        if fused[near].mean() >= generated[near].mean() and fused[near].mean() > _LEAST_GAIN:
+            return round(cosine, 4)
+    return None
+
+
+def naming_cosine(generator: LoraGenerator, bank: AdapterBank, nearest: Tensor, wordings: int) -> float | None:
+    """The cosine from which a description names its nearest expert, right in 95 % of cases; None if there is no such cosine.
+
+    Each wording of an expert is compared with all experts, its own without that wording; held-out tasks, `nearest` (n,) to
+    some expert that is not theirs, are wrong wherever they are taken for one.
+    """
+    conditioner = generator.conditioner
+    if not len(bank):
+        return None
+    texts = [bank[name].descriptions[: min(max(2, wordings), _COMPARED)] for name in conditioner.names]
+    flat = iter(generator.embedder.embed([text for own in texts for text in own]))
+    cosines, right = [], []
+    for index, own in enumerate(texts):
+        vectors = [next(flat) for _ in own]
+        for place, one in enumerate(vectors if len(vectors) > 1 else ()):
+            cosine, best = _without(conditioner.centroids, index, vectors, place, one)
+            cosines.append(cosine)
+            right.append(best)
+    if not cosines:
+        return None
+    claims = torch.tensor([*cosines, *nearest.tolist()])
+    correct = torch.tensor([*right, *([False] * len(nearest))])
+    weights = torch.tensor([1 / len(cosines)] * len(cosines) + [1 / len(nearest)] * len(nearest))
+    for cosine in sorted(set(cosines)):
+        claimed = claims >= cosine
+        if claimed.sum() < _LEAST_CLAIMS:
+            return None
+        if (weights * correct)[claimed].sum() >= _PRECISION * weights[claimed].sum():
+            return round(cosine, 4)
+    return None
+
+
+def _without(centroids: Tensor, index: int, vectors: Sequence[Embedding], place: int, one: Embedding) -> tuple[float, bool]:
+    """Best cosine of a wording, and whether that is its own expert's, whose centroid is made from its other wordings."""
+    others = torch.stack([other.pooled for number, other in enumerate(vectors) if number != place]).mean(0)
+    similarities = centroids @ one.pooled
+    similarities[index] = torch.nn.functional.normalize(others, dim=-1) @ one.pooled
+    return similarities.max().item(), int(similarities.argmax()) == index
+
+
+def task_wordings(names: Sequence[str], bank: AdapterBank) -> tuple[Tensor, Tensor]:
+    """Digests of all wordings of experts and the places of their owners among names; a wording of several experts names none."""
+    owners: dict[int, set[int]] = {}
+    for index, name in enumerate(names):
+        for text in bank[name].descriptions if name in bank else ():
+            owners.setdefault(digest(text), set()).add(index)
+    sole = sorted((mark, next(iter(own))) for mark, own in owners.items() if len(own) == 1)
+    return torch.tensor([m for m, _ in sole], dtype=torch.int64), torch.tensor([o for _, o in sole], dtype=torch.int32)
