@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from lorag.generator.generator import LoraGenerator
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
@@ -24,7 +25,6 @@ from lorag.base.names import locate
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.files.artifacts import embedded
-from lorag.generator.generator import LoraGenerator
 from lorag.serving.retrieval import TextIndex
 from lorag.serving.router import LoraRouter
 from lorag.tasks.suite import TaskSuite

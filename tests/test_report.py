@@ -391,6 +391,18 @@ def test_the_gate_is_measured_on_what_came_out(gathered):
     assert found.held_out_best.area <= found.held_out.area and found.with_unknown_best.area <= found.with_unknown.area
 
 
+def test_each_description_is_read_once(ladder, monkeypatch):
+    """Distances, map, gate and norms go by one evidence: no description is embedded again for the next figure."""
+    generator, asked = ladder.generators["looked_up"][0], []
+    embed = type(generator.embedder).embed
+    monkeypatch.setattr(
+        type(generator.embedder), "embed", lambda self, texts, **more: asked.append(list(texts)) or embed(self, texts, **more)
+    )
+    gather_findings(ladder, _scores(ladder))
+    alone = [texts[0] for texts in asked if len(texts) == 1]
+    assert len(alone) == len(set(alone)) and {task.descriptions[0] for task in ladder.suite} <= set(alone)
+
+
 def test_curves_are_read_from_the_generator_s_folder(gathered):
     """Steps and losses; what a kill left of the last line is passed over."""
     assert gathered.curves == Curves((Stage("fit", (10, 20), (0.1, 0.05), (20,), (0.1,)),))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import lorag
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.provenance import public_name
 from lorag.bank.bank import AdapterBank
 from lorag.errors import LoragError
@@ -19,6 +18,7 @@ from lorag.evaluation.ladder import BASELINES, bootstrap, is_learned, shown_desc
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
+from lorag.generator.evidence import Evidence
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.unknown import unknown_tasks
@@ -49,12 +49,12 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
     shown = [list(dict.fromkeys(texts)) for texts in shown]  # of each task, each once
     gains = _gains(report, subject)
     with progress_bar(total=len(tasks), desc="gathering", disable=quiet, leave=False) as bar:
-        novelty, places, adapters = [], [], []
+        novelty, places, evidence = [], [], []
         for texts in shown:
-            conditions = [made.condition(text) for text in texts]
+            evidence.append([made.gather(text) for text in texts])
+            conditions = [one.condition for one in evidence[-1]]
             novelty.append(sum(condition.novelty for condition in conditions) / len(texts))
             places.append(torch.stack([condition.embedding.pooled for condition in conditions]).mean(0))
-            adapters.append(made.generate(texts[0], on_unknown="ignore"))
             bar.update()
     names = [task.name for task in tasks]
     return Findings(
@@ -68,8 +68,8 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         pairs=_pairs(report),
         distances=_distances(names, novelty, gains),
         map=_map(made, names, torch.stack(places), gains),
-        selective=_selective(made, names, shown, gains, quiet),
-        norms=_norms(ladder.bank, adapters, quiet),
+        selective=_selective(made, evidence, gains, quiet),
+        norms=_norms(ladder.bank, made, [of_task[0] for of_task in evidence], quiet),
         curves=_curves(ladder, subject),
     )
 
@@ -167,19 +167,17 @@ def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, gains: Seque
 
 
 def _selective(
-    made: LoraGenerator, names: Sequence[str], shown: Sequence[Sequence[str]], gains: Sequence[float | None] | None, quiet: bool
+    made: LoraGenerator, evidence: Sequence[Sequence[Evidence]], gains: Sequence[float | None] | None, quiet: bool
 ) -> Selective | Absent:
     if made.gate is None or made.gate.gain is None:
         return Absent("The generator has no gate that expects a gain; lorag gate fit GENERATOR fits one.")
     if gains is None:
         return Absent(_NO_GAINS)
     strange = [text for texts in unknown_tasks("test").values() for text in texts]
-    rows = [(list(texts), 1 - gain) for texts, gain in zip(shown, gains, strict=True) if gain is not None]
+    rows = [(of_task, 1 - gain) for of_task, gain in zip(evidence, gains, strict=True) if gain is not None]
     known = len(rows)
-    rows += [([text], 1.0) for text in strange]
-    expected = []
-    for texts, _ in progress_bar(rows, desc="judging", disable=quiet, leave=False):
-        expected.append(_mean([float(made.judge(text).expected_gain or 0.0) for text in texts]))
+    rows += [([made.gather(text)], 1.0) for text in progress_bar(strange, desc="judging", disable=quiet, leave=False)]
+    expected = [_mean([float(made.gate.decide(one).expected_gain or 0.0) for one in described]) for described, _ in rows]
     trust, risk = torch.tensor(expected, dtype=torch.float64), torch.tensor([lost for _, lost in rows], dtype=torch.float64)
     return Selective(
         risk_coverage(trust[:known], risk[:known]),
@@ -193,13 +191,16 @@ def _selective(
     )
 
 
-def _norms(bank: AdapterBank, adapters: Sequence[LoraAdapter], quiet: bool) -> Norms | Absent:
+def _norms(bank: AdapterBank, generator: LoraGenerator, evidence: Sequence[Evidence], quiet: bool) -> Norms | Absent:
     if not len(bank):
         return Absent("The bank holds no expert to compare with.")
     step = -(-len(bank) // _MOST_EXPERTS)
     chosen = bank.names[::step]
     experts = [bank.adapter(name).norms() for name in progress_bar(chosen, desc="measuring experts", disable=quiet, leave=False)]
-    made = [adapter.norms() for adapter in adapters]
+    made = [
+        generator.space.decode(one.code, generator.rank)[0].scaled(generator.strength).norms()
+        for one in progress_bar(evidence, desc="measuring adapters", disable=quiet, leave=False)
+    ]
     modules = list(bank.base.layout.names)
     grouped = len(modules) > _MOST_ROWS
     members: dict[str, list[str]] = {}
