@@ -159,8 +159,8 @@ def test_every_shipped_expert_is_sound():
 
 def test_novelty_tells_the_world_from_the_rest(embedded_generator, held_out):
     """Descriptions of held-out tasks are less novel than what no task of the world asks for."""
-    inside = [embedded_generator.condition(task.descriptions[0]).novelty for task in held_out]
-    outside = [embedded_generator.condition(text).novelty for text in UNKNOWN]
+    inside = [embedded_generator.condition(task.descriptions[0]).distance for task in held_out]
+    outside = [embedded_generator.condition(text).distance for text in UNKNOWN]
     pairs = [(a, b) for a in inside for b in outside]
     assert sum(a < b for a, b in pairs) / len(pairs) > 0.75  # area under the curve
 

@@ -431,8 +431,8 @@ def test_novelty_is_zero_for_what_is_stored_and_grows_with_distance():
     """Zero for the description of an expert, more for one of which it shares a word, most for one that shares none."""
     texts = ["red dog", "blue cat", "green bird"]
     conditioner = Conditioner.fit(["a", "b", "c"], [EMBEDDER.embed([text]) for text in texts])
-    stored = [conditioner(EMBEDDER.embed([text])[0]).novelty for text in texts]
-    near, far = (conditioner(EMBEDDER.embed([text])[0]).novelty for text in ("red bird", "compute logarithms"))
+    stored = [conditioner(EMBEDDER.embed([text])[0]).distance for text in texts]
+    near, far = (conditioner(EMBEDDER.embed([text])[0]).distance for text in ("red bird", "compute logarithms"))
     assert all(value < 1e-5 for value in stored)
     assert 0.05 < near < far
 

@@ -352,7 +352,7 @@ def test_distance_is_that_of_the_descriptions_shown(gathered, ladder):
     made = ladder.generators["looked_up"][0]
     tasks = {task.name: task for task in ladder.suite}
     for name, distance in zip(gathered.distances.names, gathered.distances.distance, strict=True):
-        shown = [made.condition(text).novelty for text in tasks[name].descriptions[:2]]
+        shown = [made.condition(text).distance for text in tasks[name].descriptions[:2]]
         assert distance == pytest.approx(sum(shown) / 2)
     assert list(gathered.distances.distance) == sorted(gathered.distances.distance)
 

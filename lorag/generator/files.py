@@ -117,7 +117,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
         digest = str(manifest["files"][_WEIGHTS]["sha256"])
         if not all(isinstance(name, str) for name in names):
-            raise TypeError("an expert's name that is no text")
+            raise TypeError("an expert's name that is not text")
         gate = None
         if manifest.get("gate") is not None:
             wordings, owners = tensors["gate.wordings"], tensors["gate.owners"]

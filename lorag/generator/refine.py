@@ -26,7 +26,7 @@ def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int) -> li
     """Checked examples.
 
     Raises:
-        TaskError: If one is no pair of texts, or if steps are asked for without examples.
+        TaskError: If one is not a pair of texts, or if steps are asked for without examples.
     """
     if refine_steps < 0:
         raise TaskError("refine_steps must not be negative", got=refine_steps)
@@ -115,7 +115,7 @@ def _train(
 
 
 def _answered(runner: Runner, adapters: Sequence[LoraAdapter], tasks: Sequence[Task]) -> list[bool]:
-    """Which of the adapters give the outputs of all their examples; classes chosen from few are no proof of it."""
+    """Which of the adapters give the outputs of all their examples; classes chosen from few do not prove it."""
     if not runner.objective.word_for_word:
         return [False] * len(tasks)
     known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]

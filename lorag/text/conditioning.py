@@ -37,14 +37,14 @@ class Condition:
         similarities: Cosine to each expert of the bank (n,); a masked one has -1, and in a bank of more than 100,000 experts
             with an index of them (extra `faiss`) so has every one that is not among the 64 nearest.
         neighbours: The nearest experts and their cosines, best first.
-        novelty: 1 - the best cosine; 0 only for the sole description of an expert.
+        distance: 1 - the best cosine; 0 only for the sole description of an expert.
         task_vector: Mean hidden state of the base model over example inputs (h,), if there were any.
     """
 
     embedding: Embedding
     similarities: Tensor
     neighbours: tuple[tuple[str, float], ...]
-    novelty: float
+    distance: float
     task_vector: Tensor | None = None
 
     @property

@@ -49,11 +49,11 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
     shown = [list(dict.fromkeys(texts)) for texts in shown]  # of each task, each once
     gains = _gains(report, subject)
     with progress_bar(total=len(tasks), desc="gathering", disable=quiet, leave=False) as bar:
-        novelty, places, evidence = [], [], []
+        distances, places, evidence = [], [], []
         for texts in shown:
             evidence.append([made.gather(text) for text in texts])
             conditions = [one.condition for one in evidence[-1]]
-            novelty.append(sum(condition.novelty for condition in conditions) / len(texts))
+            distances.append(sum(condition.distance for condition in conditions) / len(texts))
             places.append(torch.stack([condition.embedding.pooled for condition in conditions]).mean(0))
             bar.update()
     names = [task.name for task in tasks]
@@ -66,7 +66,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         seeds=seeds,
         ladder=_rungs(report),
         pairs=_pairs(report),
-        distances=_distances(names, novelty, gains),
+        distances=_distances(names, distances, gains),
         map=_map(made, names, torch.stack(places), gains),
         selective=_selective(made, evidence, gains, quiet),
         norms=_norms(ladder.bank, made, [of_task[0] for of_task in evidence], quiet),
