@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,22 @@ def find_generator(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         ArtifactError: If there is none.
     """
-    if not Path(name).is_dir() and str(name) in _SHIPPED:
-        return embedded(f"checkpoints/{_SHIPPED[str(name)]}")
     if not Path(name).is_dir() and isinstance(name, str) and safe_name(name) == name:
-        expected = f"{', '.join(_SHIPPED)}, a folder, or a hub id such as user/name"
+        shipped = _shipped()
+        if name in shipped:
+            return shipped[name]
+        expected = f"{', '.join(shipped)}, a folder, or a hub id such as user/name"
         raise ArtifactError(f"no generator {name}", got="neither a folder nor the name of a shipped one", expected=expected)
     return fetch(name, "generator", revision)
+
+
+def _shipped() -> dict[str, Path]:
+    """Folders of the generators that this installation has, by name."""
+    found = {}
+    for name, folder in _SHIPPED.items():
+        with contextlib.suppress(ArtifactError):  # it may be left out
+            found[name] = embedded(f"checkpoints/{folder}")
+    return found
 
 
 def write_generator(generator: LoraGenerator, folder: Path) -> str:
