@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from lorag.generator.generator import LoraGenerator
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
@@ -25,12 +24,13 @@ from lorag.base.names import locate
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.files.artifacts import embedded
+from lorag.generator.lora_generator import LoraGenerator
 from lorag.serving.retrieval import TextIndex
 from lorag.serving.router import LoraRouter
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import TaskSuite
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import SentenceEmbedder
-from lorag.training.preparation import find_tasks
 from lorag.worlds.sandbox.wordings import describe
 
 EXAMPLES, TESTS = 8, 8
