@@ -60,6 +60,7 @@ QUICK = {
 LEARNED = ("ridge", "mlp", "kernel", "house")
 VAES = ("icm_lora", "sg_lora")
 GAUGE_FREE = ("mean", "nearest", "top_k", "sg_rescaled", "sg_ridge", *LEARNED, *VAES)
+BANK_METHODS = sorted(set(GENERATORS) - {"aligned"})  # which has a file of its own, for it takes another weight space
 EMBEDDER = WordEmbedder()
 
 
@@ -115,7 +116,7 @@ def _error(adapter, cell):
 # --- every method -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("name", BANK_METHODS)
 def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     """`count` codes of length c; methods that do not sample repeat one code, those that do obey their rng."""
     generator = fitted(name)
@@ -129,7 +130,7 @@ def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     assert generator.method.size() > 0
 
 
-@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("name", BANK_METHODS)
 def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     """Every file of the adapter, made with the fitted generator, with the opened one, and with it saved once more."""
     generator = fitted(name)
@@ -144,7 +145,7 @@ def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     assert opened.origin == generator.origin and opened.revision == generator.revision != "unsaved"
 
 
-@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("name", BANK_METHODS)
 def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, name):
     """generate_loras of three descriptions of different lengths equals each alone, byte for byte, in any order."""
     texts = ["red dog", "would you please paint the blue fish for me today", "pink cat please"]
@@ -181,7 +182,7 @@ def test_unknown_methods_and_settings_are_named():
 
 def test_stored_tensors_that_do_not_fit_are_refused(fitted):
     """GeneratorError on a missing tensor, for every method."""
-    for name in GENERATORS:
+    for name in BANK_METHODS:
         tensors = fitted(name).method.tensors()
         lost = {key: tensors[key] for key in sorted(tensors)[1:]}
         with pytest.raises(GeneratorError, match=name):

@@ -112,7 +112,7 @@ def test_house_learns_without_any_expert(bare, tmp_path):
     opened = LoraGenerator.from_pretrained(tmp_path, embedder=EMBEDDER)
     mine, other = (one.generate("paint the red cat", on_unknown="ignore") for one in (generator, opened))
     assert all(torch.equal(mine.delta(name), other.delta(name)) for name in mine.layout.names)
-    assert mine.info["neighbours"] == []
+    assert mine.info["neighbours"][0][0] in generator.conditioner.names  # training tasks, where there is no expert
 
 
 def test_multitask_and_hypernet_learn_without_any_expert(bare):
@@ -122,7 +122,7 @@ def test_multitask_and_hypernet_learn_without_any_expert(bare):
     assert _fit(bare, "hypernet", width=16, depth=1, module_width=8, functional=few).method.network is not None
 
 
-@pytest.mark.parametrize("name", sorted(set(GENERATORS) - {"multitask", "house"}))
+@pytest.mark.parametrize("name", sorted(set(GENERATORS) - {"aligned", "multitask", "house"}))
 def test_methods_of_experts_say_that_there_is_none(bare, name):
     """One line with what to do, before any training."""
     with pytest.raises(GeneratorError, match="there is none to learn from"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorag.errors import ConfigError
+from lorag.methods.aligned import Aligned
 from lorag.methods.base import Generator
 from lorag.methods.baselines import Mean, Multitask, Nearest, RandomExpert, SgMixture, TopK
 from lorag.methods.house import House
@@ -21,7 +22,7 @@ GENERATORS: dict[str, type[Generator]] = {
     method.name: method
     for method in (
         *(RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, SgRescaled, Ridge, SgRidge),
-        *(Mlp, Kernel, IcmLora, SgLora, Hypernet, IcmFusion, House),
+        *(Mlp, Kernel, IcmLora, SgLora, Hypernet, IcmFusion, House, Aligned),
     )
 }
 

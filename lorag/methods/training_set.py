@@ -34,6 +34,7 @@ class TrainingSet:
         validation: Tasks held out for early stopping and calibration, ascending; never tasks of the test split.
         conditioner: Compares descriptions with those of the experts.
         tasks: The tasks with their examples; empty without examples, and every task has an expert then.
+        alignment: For a space of activation bases, the map (g, e, k) from embeddings to its input directions; None for others.
     """
 
     space: WeightSpace
@@ -45,6 +46,7 @@ class TrainingSet:
     validation: Sequence[int]
     conditioner: Conditioner
     tasks: Sequence[Task] = ()
+    alignment: Tensor | None = None
 
     @property
     def embedding_size(self) -> int:

@@ -10,13 +10,14 @@ from torch import Tensor
 from lorag.base.layout import LoraLayout
 from lorag.errors import ConfigError, GeneratorError
 from lorag.files.artifacts import parse_json
+from lorag.spaces.activation_bases import ActivationBases
 from lorag.spaces.flat_factors import FlatFactors
 from lorag.spaces.shared_subspace import SharedSubspace
 from lorag.spaces.weight_space import SpaceInputs, WeightSpace
 
-__all__ = ["SPACES", "FlatFactors", "SharedSubspace", "SpaceInputs", "WeightSpace", "fit_space", "open_space"]
+__all__ = ["SPACES", "ActivationBases", "FlatFactors", "SharedSubspace", "SpaceInputs", "WeightSpace", "fit_space", "open_space"]
 
-SPACES: dict[str, type[WeightSpace]] = {space.kind: space for space in (SharedSubspace, FlatFactors)}
+SPACES: dict[str, type[WeightSpace]] = {space.kind: space for space in (SharedSubspace, FlatFactors, ActivationBases)}
 
 
 def fit_space(kind: str, inputs: SpaceInputs) -> WeightSpace:

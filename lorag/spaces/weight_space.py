@@ -82,15 +82,13 @@ def no_experts(kind: str) -> GeneratorError:
 class WeightSpace(ABC):
     """Maps adapters of one layout to codes (c,) in fp32 and back.
 
-    Codes are standardised: a space has tensors `mean` and `scale`, in a shape of its own choice.
+    A space that standardises its codes stores the normaliser as `mean` and `scale`, in a shape of its own choice.
     """
 
     kind: ClassVar[str]  # its name in settings and files
     degree: ClassVar[float] = 1.0  # ΔW grows with the distance of a code from `zero` to the power of 1 / degree
 
     layout: LoraLayout
-    mean: Tensor
-    scale: Tensor
 
     # --- what a kind of space says -------------------------------------------------------------------------------
 
@@ -180,5 +178,6 @@ class WeightSpace(ABC):
         if odd:
             got, wanted = found.get(odd[0]), expected.get(odd[0])
             raise GeneratorError(f"a stored weight space does not fit its layout: tensor {odd[0]}", got=got, expected=wanted)
-        if not (self.mean.isfinite().all() and self.scale.isfinite().all() and (self.scale > 0).all()):
+        mean, scale = tensors.get("mean", torch.zeros(())), tensors.get("scale", torch.ones(()))
+        if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
             raise GeneratorError("a stored weight space has a mean or scale that is not a number, or a scale of 0")

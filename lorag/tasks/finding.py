@@ -7,10 +7,11 @@ from pathlib import Path
 from lorag.files.artifacts import embedded, read_json
 from lorag.tasks.suite import TaskSuite
 
-__all__ = ["WITHOUT_EXPERT", "find_split", "find_tasks"]
+__all__ = ["TRAIN", "VALIDATION", "WITHOUT_EXPERT", "find_split", "find_tasks"]
 
 # The split of a suite whose tasks have training examples but no expert.
 WITHOUT_EXPERT = "without_expert"
+TRAIN, VALIDATION = "train", "validation"  # the splits from which a run without a bank learns
 _SHIPPED = ("sandbox", "smollm2")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
@@ -14,9 +15,10 @@ from lorag.errors import ConfigError
 from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
 from lorag.spaces import SpaceInputs, WeightSpace, fit_space
-from lorag.tasks.suite import TaskSuite, connected
+from lorag.spaces.activation_bases import ActivationBases, alignment
+from lorag.tasks.suite import Task, TaskSuite, connected
 from lorag.text.conditioning import Conditioner
-from lorag.text.embedding import TextEmbedder
+from lorag.text.embedding import Embedding, TextEmbedder
 from lorag.text.misspelling import misspell_some
 
 __all__ = ["Prepared", "Split", "hold_out", "prepare"]
@@ -57,6 +59,7 @@ def prepare(
     space: WeightSpace | None = None,
     space_name: str = "shared_subspace",
     k: int = 32,
+    rank: int = 16,
     wordings: int = 0,
     typos: float = 0.0,
     validation: float = 0.1,
@@ -64,6 +67,7 @@ def prepare(
     seed: int = 0,
     suite: TaskSuite | None = None,
     without_expert: TaskSuite | None = None,
+    held_out: TaskSuite | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quiet: bool = False,
@@ -71,11 +75,12 @@ def prepare(
     """Encodes a bank's experts and the descriptions of all tasks.
 
     Args:
-        bank: The training experts, and only they; it may be empty where the weight space is given.
+        bank: The training experts, and only they; it may be empty where the weight space is given, or needs none.
         embedder: Embeds descriptions.
         space: A fitted weight space; without one, `space_name` is fitted.
         space_name: A kind of `lorag.spaces`.
-        k: Dimensions of a shared subspace.
+        k: Dimensions of a shared subspace; input directions of activation bases.
+        rank: Rank of factors in activation bases.
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that get a typing error.
         validation: Share of the tasks held out for early stopping, of those with an expert and of the others alike.
@@ -83,16 +88,19 @@ def prepare(
         seed: Chooses which.
         suite: The experts' tasks; without it there are no examples, and nothing runs the base model.
         without_expert: More training tasks, which have examples but no expert.
+        held_out: Tasks for validation, which have no expert; without them a share is held out.
         device: Where the base model runs.
         dtype: In which precision.
         quiet: No progress bars.
     """
     bank.base.check()
-    more = [] if suite is None else list(without_expert or ())
-    split = hold_out(bank, suite, without_expert, groups=groups, validation=validation, seed=seed)
+    more = [] if suite is None else [*(without_expert or ()), *(held_out or ())]
+    split = hold_out(bank, suite, without_expert, groups=groups, validation=validation, seed=seed, held_out=held_out)
     layout = bank.base.layout
+    runner = None if suite is None else Runner.open(bank.base, device, dtype)
     if space is None:
-        space = fit_space(space_name, SpaceInputs(layout, bank, k, seed=seed, quiet=quiet))
+        training = [more[i - len(bank)] for i in split.training if i >= len(bank)]
+        space = fit_space(space_name, SpaceInputs(layout, bank, k, rank, runner, training, seed, quiet))
     codes, deviations = [], []
     for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
         late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
@@ -102,14 +110,13 @@ def prepare(
     texts = [misspell_some(own[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, own in enumerate(described)]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
     embeddings = [[next(flat) for _ in own] for own in texts]
-    runner, examples, near = None, [], space
-    if suite is not None:
+    examples, near = [], space
+    if suite is not None and runner is not None:
         tasks = {task.key: task for task in suite}
         missing = [name for name in bank.names if name not in tasks]
         if missing:
             raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
         examples = [*(tasks[name] for name in bank.names), *more]
-        runner = Runner.open(bank.base, device, dtype)
         near = space.to(runner.device, torch.float32)
     data = TrainingSet(
         space=near,
@@ -119,14 +126,39 @@ def prepare(
         groups=split.groups,
         training=split.training,
         validation=split.validation,
-        conditioner=Conditioner.fit(bank.names, embeddings[: len(bank)], embedder.size),
+        conditioner=_conditioner(bank, more, embeddings, split, embedder.size),
         tasks=examples,
+        alignment=_alignment(space, embedder, quiet),
     )
     return Prepared(bank, space, data, embedder, runner)
 
 
+def _conditioner(
+    bank: AdapterBank, more: Sequence[Task], embeddings: Sequence[Sequence[Embedding]], split: Split, size: int
+) -> Conditioner:
+    """Compares descriptions with those of the experts, or, where there are none, of the training tasks."""
+    if len(bank) or not more:
+        return Conditioner.fit(bank.names, embeddings[: len(bank)], size)
+    return Conditioner.fit([more[i].key for i in split.training], [embeddings[i] for i in split.training])
+
+
+def _alignment(space: WeightSpace, embedder: TextEmbedder, quiet: bool) -> Tensor | None:
+    """The map (g, e, k) from embeddings to directions of the base model's inputs, where the space was found from texts."""
+    if not isinstance(space, ActivationBases) or space.read is None:
+        return None
+    embeddings = torch.stack([one.pooled for one in embedder.embed(space.read.texts, quiet=quiet)])
+    return alignment(space.read.coordinates, embeddings)
+
+
 def hold_out(
-    bank: AdapterBank, suite: TaskSuite | None, without_expert: TaskSuite | None, *, groups: str, validation: float, seed: int
+    bank: AdapterBank,
+    suite: TaskSuite | None,
+    without_expert: TaskSuite | None,
+    *,
+    groups: str,
+    validation: float,
+    seed: int,
+    held_out: TaskSuite | None = None,
 ) -> Split:
     """Groups and split of a bank's tasks and of those without an expert: those that `prepare` finds with the same arguments.
 
@@ -141,7 +173,11 @@ def hold_out(
             "groups cannot be used", got=repr(groups), expected=" or ".join(_GROUPS), remedy="Other than task, it needs tasks=PATH."
         )
     experts, rng = len(bank), torch.Generator().manual_seed(seed)
-    of = _groups([*bank.names, *(task.key for task in (without_expert or () if suite is not None else ()))], suite, groups)
+    more = [] if suite is None else [*(without_expert or ()), *(held_out or ())]
+    of = _groups([*bank.names, *(task.key for task in more)], suite, groups)
+    if held_out is not None and not experts:
+        first = len(of) - len(held_out)
+        return Split(of, list(range(first)), list(range(first, len(of))))
     members: dict[int, list[int]] = {}
     for task, group in enumerate(of):
         members.setdefault(group, []).append(task)

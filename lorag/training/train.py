@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from lorag.adapters.provenance import public_name
-from lorag.bank.bank import find_bank
-from lorag.base.base_model import device_of
+from lorag.bank.bank import AdapterBank, BankBase, find_bank
+from lorag.base.base_model import BaseModel, device_of
+from lorag.base.layout import LoraLayout
+from lorag.base.objectives import make_objective
 from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
@@ -22,7 +24,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Generator, generator_type
 from lorag.methods.data_parallel import Shares, told
 from lorag.methods.training_loop import TrainingLoop
-from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
+from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_split, find_tasks
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.calibrate import tune_strength
 from lorag.training.calibrate_gate import fit_gate
@@ -38,15 +40,20 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        bank: Bank folder or hub id; "sandbox" is the embedded one.
+        bank: Bank folder or hub id; "sandbox" is the embedded one, and what is taken where no base is given either.
+        base: Base model to train on without a bank, from the tasks' examples alone: a name, hub id or folder.
+        kind: Its kind.
+        objective: How it learns and is scored.
+        objective_settings: Settings of the objective.
+        target_modules: Modules of it that adapters change: PEFT's names, or, as text, an expression for whole paths.
         out: Folder of the trained generator.
         method: A registered generator.
         settings: The method's own settings.
         tasks: Suite with the experts' examples, for functional training and for choosing the strength; "sandbox" is the
             embedded one, null leaves both out.
         embedder: Text embedder.
-        space: "shared_subspace" or "flat_factors".
-        k: Dimensions of a shared subspace on each side.
+        space: "shared_subspace", "flat_factors", or, which needs no bank, "activation_bases".
+        k: Dimensions of a shared subspace on each side; input directions of activation bases.
         rank: Rank of generated adapters.
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that are read with a typing error.
@@ -66,7 +73,12 @@ class TrainConfig:
 
     RENAMED: ClassVar[dict[str, str]] = {"kin": "groups"}
 
-    bank: str = "sandbox"
+    bank: str | None = None
+    base: str | None = None
+    kind: str = "causal_lm"
+    objective: str = "causal_lm"
+    objective_settings: dict[str, Any] = field(default_factory=dict)
+    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     out: str = "runs/generator"
     method: str = "house"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +129,23 @@ def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
     return found
 
 
+def _find_bank(config: TrainConfig) -> AdapterBank:
+    """The bank that a run names, or one without experts on the base model that it names.
+
+    Raises:
+        ConfigError: If it names both.
+    """
+    if config.base is None:
+        return find_bank(config.bank or "sandbox")
+    if config.bank is not None:
+        raise ConfigError("bank and base cannot both be given", got=f"{config.bank}, {config.base}", remedy="A bank states its base.")
+    model = BaseModel(config.base, config.kind)
+    objective = make_objective(config.objective, model.tokenizer(), config.objective_settings)
+    layout = LoraLayout.from_model(model.skeleton(), config.target_modules)
+    base = BankBase(model, model.identity(), layout, config.objective, objective.settings())
+    return AdapterBank(Path(config.out), base, ())
+
+
 def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
 
@@ -146,7 +175,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
         raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
     method = generator_type(config.method).with_settings(config.settings)
-    bank = find_bank(config.bank)
+    bank = _find_bank(config)
     suite = find_tasks(config.tasks) if config.tasks else None
     embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
     if accelerator.is_main_process:
@@ -163,7 +192,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         groups=config.groups,
         seed=config.seed,
         suite=suite,
-        without_expert=find_split(config.tasks, WITHOUT_EXPERT) if config.tasks else None,
+        without_expert=find_split(config.tasks, WITHOUT_EXPERT if len(bank) else TRAIN) if config.tasks else None,
+        held_out=find_split(config.tasks, VALIDATION) if config.tasks and not len(bank) else None,
+        rank=config.rank,
         device=config.device,
         dtype=config.dtype,
         quiet=quiet,
@@ -173,7 +204,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     loop.metrics = Metrics(out, config.trackers, plain, main=accelerator.is_main_process)
     # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
     settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
-    settings |= {key: public_name(plain[key]) for key in ("bank", "tasks") if plain[key]}
+    settings |= {key: public_name(plain[key]) for key in ("bank", "base", "tasks") if plain[key]}
     origin = {"config": settings, "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
     if not accelerator.is_main_process:

@@ -112,6 +112,14 @@ class Objective(abc.ABC):
             seed: Seed of what an objective draws, such as the labelled texts of prototypes.
         """
 
+    def read(self, inputs: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Arguments with which the model reads inputs, and which tokens (b, t) are of an input's own.
+
+        Raises:
+            ConfigError: If this objective's inputs are not read token by token.
+        """
+        raise ConfigError(f"objective {self.name} does not read inputs token by token", expected="a causal language model")
+
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to inputs, one a row, of at most `max_new_tokens` tokens.
 

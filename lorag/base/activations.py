@@ -1,0 +1,112 @@
+"""What flows through the modules that adapters change: inputs averaged over a text, and gradients of a loss at their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorag.base.runner import Runner
+from lorag.tasks.suite import Task
+
+__all__ = ["InputStatistics", "input_statistics", "output_gradients"]
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Inputs of adapted modules on n texts. Modules that read the same tensor, as q and v of a layer do, share one entry.
+
+    Attributes:
+        entry: For each module of the layout, the number of its entry.
+        means: For each of g entries, the input averaged over the tokens of each text (n, i).
+        moments: For each entry, the mean over all those tokens of x xᵀ (i, i).
+    """
+
+    entry: tuple[int, ...]
+    means: tuple[Tensor, ...]
+    moments: tuple[Tensor, ...]
+
+
+@contextmanager
+def _watched(runner: Runner, hook: Any) -> Iterator[None]:  # noqa: ANN401 - a function of (name) that gives a torch hook
+    modules = dict(runner.model.named_modules())
+    handles = [modules[name].register_forward_hook(hook(name)) for name in runner.layout.names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def input_statistics(runner: Runner, texts: Sequence[str], batch: int = 32) -> Iterator[InputStatistics]:
+    """Reads texts with the bare base model, as its objective writes prompts, and gives the statistics of each batch.
+
+    Only tokens of the text itself count, not those with which every prompt begins or ends.
+
+    Args:
+        runner: The base model.
+        texts: Inputs of tasks.
+        batch: Texts at once; texts of like length stand together, in the order of `sorted(texts, key=len)`.
+
+    Raises:
+        ConfigError: If the objective's prompts cannot be read token by token.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str):  # noqa: ANN202 - a torch hook
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = inputs[0]
+
+        return keep
+
+    ordered = sorted(texts, key=len)
+    for start in range(0, len(ordered), batch):
+        arguments, own = runner.objective.read(ordered[start : start + batch])
+        with _watched(runner, hook):
+            runner.model(**{key: value.to(runner.device) for key, value in arguments.items()})
+        own = own.to(runner.device)
+        places: dict[int, int] = {}
+        entry = tuple(places.setdefault(id(seen[name]), len(places)) for name in runner.layout.names)
+        distinct = {number: seen[name] for name, number in zip(runner.layout.names, entry, strict=True)}
+        means, moments = [], []
+        for number in range(len(distinct)):
+            x = distinct[number].float()
+            means.append(((x * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu())
+            tokens = x[own]
+            moments.append((tokens.T @ tokens / len(tokens)).cpu())
+        yield InputStatistics(entry, tuple(means), tuple(moments))
+
+
+def output_gradients(runner: Runner, tasks: Sequence[Task], count: int, seed: str) -> dict[str, Tensor]:
+    """Σ g gᵀ (o, o) of each adapted module, over tokens: g is the gradient of the tasks' losses at the module's output.
+
+    Args:
+        runner: The base model.
+        tasks: Tasks whose training examples are drawn.
+        count: Examples of each.
+        seed: Seed of the draw.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str):  # noqa: ANN202 - a torch hook
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.retain_grad()
+            outputs[name] = output
+            return output
+
+        return keep
+
+    with torch.enable_grad(), _watched(runner, hook):
+        runner.losses(None, tasks, count, seed).sum().backward()
+    found = {}
+    for name, output in outputs.items():
+        gradient = output.grad if output.grad is not None else torch.zeros_like(output)
+        rows = gradient.float().flatten(0, -2)
+        found[name] = (rows.T @ rows).cpu()
+    return found

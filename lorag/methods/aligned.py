@@ -1,0 +1,118 @@
+"""Our method for banks that are small or missing: low-rank factors from the description, learned from the base model's loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorag.base.runner import Runner
+from lorag.errors import ConfigError, GeneratorError
+from lorag.methods.base import NetworkGenerator, ReaderSettings, collate
+from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
+from lorag.methods.training_loop import TrainingLoop
+from lorag.methods.training_set import TrainingSet
+from lorag.networks.factor_network import FactorNetwork
+from lorag.spaces.activation_bases import ActivationBases
+
+__all__ = ["Aligned"]
+
+_TYPICAL = 512  # descriptions from which the probes' centre is taken
+
+
+@dataclass
+class AlignedSettings(ReaderSettings):
+    """Size and training, beside those of the reader.
+
+    Attributes:
+        width: Of the transformer that reads the description.
+        features: Between reading and factors.
+        probes: Rows of each module that are linear in the description's vector and begin along the texts that mean the same.
+        directions: Leading input directions that the other rows use.
+        functional: Steps through the frozen base model.
+    """
+
+    width: int = 192
+    features: int = 256
+    probes: int = 2
+    directions: int = 64
+    functional: FunctionalSettings = field(
+        default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=4, focus=0.5, validate_every=100)
+    )
+
+
+class Aligned(NetworkGenerator):
+    """Reads a description, and writes factors in bases of the base model's own activations.
+
+    A text embedder and a base model both place texts by what they mean. A linear map between the two places is fitted on plain
+    texts (`spaces.activation_bases.alignment`). Through it, a description of texts that no training task was about already
+    points at those texts, at every module, before anything was trained: these are the probes. What is done with what they find is
+    learned through the base model, from examples of many tasks.
+    """
+
+    name = "aligned"
+    settings_type = AlignedSettings
+    settings: AlignedSettings
+    entry: tuple[int, ...]  # of each module, the number of its input basis
+    shape: tuple[int, int, int]  # rank, input and output directions
+
+    def build(self, embedding: int, code: int) -> FactorNetwork:
+        """The untrained network."""
+        s, (rank, inputs, outputs) = self.settings, self.shape
+        if not 0 < s.probes < rank:
+            raise ConfigError("settings.probes cannot be used", got=s.probes, expected=f"1 to {rank - 1}, below the rank")
+        if len(self.entry) * rank * (inputs + outputs) != code:
+            raise GeneratorError(f"{self.name}: modules, rank and directions do not make up a code", got=code)
+        return FactorNetwork(
+            embedding,
+            self.entry,
+            inputs=inputs,
+            outputs=outputs,
+            rank=rank,
+            probes=s.probes,
+            directions=s.directions,
+            features=s.features,
+            width=s.width,
+            queries=s.queries,
+            layers=s.layers,
+            heads=s.heads,
+            dropout=s.dropout,
+            word_dropout=s.word_dropout,
+            noise=s.noise,
+        )
+
+    @property
+    def learns_from_tasks(self) -> bool:
+        """Always: there is nothing else that it learns from."""
+        return True
+
+    def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
+        """Begins from the alignment, then takes functional steps; stops early on held-out training tasks."""
+        require_runner(self.name, data, runner)
+        space = data.space
+        if not isinstance(space, ActivationBases) or data.alignment is None:
+            raise GeneratorError(f"{self.name} needs bases of activations", remedy="Train it with space=activation_bases and tasks=SUITE.")
+        self.entry, self.shape = space.entry, (space.rank, *space.shape)
+        self.sizes = (data.embedding_size, space.size)
+        with loop.seeded():
+            network = self.build(*self.sizes)
+        step = max(1, len(data.training) // _TYPICAL)
+        _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
+        network.align(data.alignment, tokens, mask)
+        self.network = network.to(loop.accelerator.device)
+        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's parameters, its sizes, and those of the space."""
+        return {**super().tensors(), "entry": torch.tensor(self.entry), "shape": torch.tensor(self.shape)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Builds the network and loads its parameters."""
+        left = dict(tensors)
+        entry, shape = left.pop("entry", None), left.pop("shape", None)
+        if entry is None or shape is None or entry.dtype != torch.int64 or shape.shape != (3,):
+            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no usable sizes of the weight space")
+        self.entry, self.shape = tuple(entry.tolist()), tuple(shape.tolist())
+        super().restore(left)

@@ -1,0 +1,116 @@
+"""From a description to low-rank factors: rows that read a module's input, columns that write to its output.
+
+Most rows and all columns come from features of the description. The remaining rows, the probes, are linear in the description's own
+vector, so that they can begin as what is known before any task is learned: along which directions of a module's input lie the texts
+that mean what the description says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorag.networks.code_networks import Blur, Reading
+
+__all__ = ["FactorNetwork"]
+
+_SLOW = 0.1  # how fast the alignment learns beside all else: it begins as a good guess
+
+
+class FactorNetwork(nn.Module):
+    """Maps a description to a code: for each module rows (r, k), then columns (r, l), flattened.
+
+    Args:
+        embedding: Length e of the description's vectors.
+        entry: For each of m modules the number of its input basis, of g.
+        inputs: Input directions k of a module.
+        outputs: Output directions l of a module.
+        rank: Rows r of a module, the probes among them.
+        probes: Rows that are linear in the description's vector.
+        directions: Leading input directions, beside the last, that rows from features use.
+        features: Number of features f.
+        width: Of the transformer that reads the description.
+        queries: Its learned queries.
+        layers: Its layers.
+        heads: Of its attention.
+        dropout: In it.
+        word_dropout: Share of a description's tokens hidden in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        entry: Sequence[int],
+        *,
+        inputs: int,
+        outputs: int,
+        rank: int,
+        probes: int,
+        directions: int,
+        features: int,
+        width: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        word_dropout: float,
+        noise: float,
+    ) -> None:
+        super().__init__()
+        m, g, rows = len(entry), max(entry) + 1, rank - probes
+        self.entry, self.sizes = tuple(entry), (m, rank, inputs, outputs, rows, probes)
+        self.directions = min(directions, inputs - 1)
+        self.augment = Blur(word_dropout, noise)
+        self.reading = Reading(embedding, width=width, queries=queries, layers=layers, heads=heads, hidden=features, dropout=dropout)
+        self.norm = nn.LayerNorm(features)
+        d = self.directions + 1
+        self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
+        self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(features * d))
+        self.column_start = nn.Parameter(torch.zeros(m, rank, outputs))
+        self.column_weights = nn.Parameter(torch.zeros(m, features, rank * outputs))
+        self.focus = nn.Parameter(torch.randn(probes, embedding) * 0.02)
+        self.register_buffer("centre", torch.zeros(probes, embedding))
+        self.alignment = nn.Parameter(torch.zeros(g, embedding, inputs - 1))
+        self.turn = nn.Parameter(torch.ones(g, probes, inputs - 1))
+
+    centre: Tensor
+
+    def probe_vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """One vector of unit length for each probe (b, p, e): the tokens' mean, weighted by what the probe looks for."""
+        weights = torch.einsum("pe,bte->bpt", self.focus, tokens).masked_fill(~mask[:, None], -1e4).softmax(-1)
+        return nn.functional.normalize(torch.einsum("bpt,bte->bpe", weights, tokens), dim=-1)
+
+    @torch.no_grad()
+    def align(self, alignment: Tensor, tokens: Tensor, mask: Tensor) -> None:
+        """Begins the probes from a linear map of embeddings to directions.
+
+        Args:
+            alignment: (g, e, k - 1), from a centred embedding to the directions of texts that mean the same.
+            tokens: Vectors of typical descriptions (b, t, e).
+            mask: True at real tokens (b, t).
+        """
+        vectors = self.probe_vectors(tokens, mask)
+        self.centre.copy_(vectors.mean(0))
+        probes = torch.einsum("bpe,gek->bgpk", vectors - self.centre, alignment)
+        size = probes.square().sum(-1).mean((0, 2)).sqrt().clamp_min(1e-8)
+        self.alignment.copy_(alignment / size[:, None, None] / _SLOW)
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
+        m, rank, inputs, outputs, rows, probes = self.sizes
+        pooled, tokens, seen = self.augment(pooled, tokens, mask)
+        seen = torch.where(seen.any(1, keepdim=True), seen, mask)
+        features = self.norm(self.reading(pooled, tokens, seen))
+        b = len(features)
+        read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, m, rows, -1)
+        unused = read.new_zeros(b, m, rows, inputs - 1 - self.directions)
+        read = torch.cat([read[..., :-1], unused, read[..., -1:]], -1)
+        shift = self.probe_vectors(tokens, seen) - self.centre
+        probe = torch.einsum("bpe,gek->bgpk", shift, _SLOW * self.alignment) * self.turn
+        probe = torch.cat([probe, probe.new_zeros(*probe.shape[:-1], 1)], -1)[:, list(self.entry)]
+        write = self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, m, rank, outputs)
+        return torch.cat([torch.cat([read, probe], 2).flatten(2), write.flatten(2)], 2).flatten(1)

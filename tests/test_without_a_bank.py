@@ -1,0 +1,181 @@
+"""Training without experts: packed rows, bases from the base model's activations, and the method that learns in them."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import stack_adapters
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.factors import Factors
+from lorag.bank.bank import AdapterBank
+from lorag.base.activations import input_statistics
+from lorag.base.objectives import make_objective
+from lorag.base.objectives.packing import fitting, pack, shared_start
+from lorag.base.runner import Runner
+from lorag.errors import ConfigError, GeneratorError
+from lorag.generator.lora_generator import LoraGenerator
+from lorag.methods import generator_type
+from lorag.methods.training_loop import TrainingLoop
+from lorag.spaces import SpaceInputs, fit_space, open_space
+from lorag.training.preparation import prepare
+from lorag.training.train import TrainConfig, fit_generator, train
+
+SMALL = {"width": 16, "heads": 2, "queries": 2, "features": 24, "probes": 1, "directions": 8, "noise": 0.0, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_models, tokenizer):
+    return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def runner(base):
+    return Runner.open(base, "cpu")
+
+
+@pytest.fixture(scope="module")
+def space(runner):
+    return fit_space("activation_bases", SpaceInputs(runner.layout, None, 12, 3, runner, list(make_suite(TRAINING[:8]))))
+
+
+# --- packed rows ------------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows_lose_what_rows_of_their_own_lose(base, runner, random_adapter):
+    """Examples in one row see the shared beginning and themselves alone, at their own positions: each task's loss is the same."""
+    tasks = list(make_suite(TRAINING[:3]))
+    adapters = stack_adapters([random_adapter(runner.layout, seed=i) for i in range(3)])
+    packed = Runner(runner.model, runner.layout, make_objective("causal_lm", runner.objective.tokenizer, {**base.settings, "pack": 4096}))
+    with torch.no_grad():
+        alone, together = (one.losses(adapters, tasks, 5, "seed") for one in (runner, packed))
+    assert torch.allclose(alone, together, atol=1e-5)
+    assert packed.objective.settings()["pack"] == 4096 and "pack" not in runner.objective.settings()
+
+
+def test_a_row_takes_the_examples_that_fit_and_at_least_one():
+    """The shared beginning counts once."""
+    examples = [([1, 2, 3, 4], [9]), ([1, 2, 5, 6], [9]), ([1, 2, 7, 7], [9])]
+    assert shared_start([prompt for prompt, _ in examples]) == 2
+    assert [len(fitting(examples, most)) for most in (1, 8, 10, 11)] == [1, 2, 2, 3]
+    rows = pack([examples[:2], examples[2:]], 0)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 7, 7, 0, 0]]
+    assert rows.position_ids[0].tolist() == [0, 1, 2, 3, 2, 3]
+    assert [(int(r), int(c), int(t)) for r, c, t in zip(rows.rows, rows.columns, rows.targets, strict=True)] == [
+        (0, 3, 9),
+        (0, 5, 9),
+        (1, 3, 9),
+    ]
+    assert not rows.seen[0, 0, 4, 2] and rows.seen[0, 0, 4, 0]
+
+
+# --- bases ------------------------------------------------------------------------------------------------------------
+
+
+def test_input_directions_are_white_and_the_last_one_is_a_bias(runner, space):
+    """Averaged inputs of the training texts have unit variance and no mean along each direction; along the bias they are 1."""
+    texts = sorted({example.input for task in make_suite(TRAINING[:8]) for example in task.split("train")})
+    means = [torch.cat(parts) for parts in zip(*(part.means for part in input_statistics(runner, texts)), strict=True)]
+    for mean, basis in zip(means, space.bases_in, strict=True):
+        along = mean @ basis.float()
+        assert torch.allclose(along[:, :-1].var(0), torch.ones(along.shape[1] - 1), atol=0.2)  # but for what the bias takes
+        assert along[:, :-1].mean(0).abs().max() < 0.05
+        assert torch.allclose(along[:, -1].mean(), torch.tensor(1.0), atol=0.02)
+
+
+def test_modules_that_read_one_input_share_a_basis(runner, space):
+    """q and v of a layer do."""
+    entries = dict(zip(runner.layout.names, space.entry, strict=True))
+    shared = {entries[name] for name in entries if "layers.0" in name and name.endswith(("q_proj", "v_proj"))}
+    assert len(shared) == 1 and len(space.bases_in) < len(runner.layout)
+
+
+def test_codes_of_what_the_bases_hold_come_back(runner, space):
+    """Decoding an encoded adapter of the space gives it again; strength scales ΔW; zero changes nothing."""
+    codes = torch.randn(2, space.size, generator=torch.Generator().manual_seed(0))
+    made = space.decode(codes, 3)
+    for code, factors in zip(codes, made, strict=True):
+        adapter = LoraAdapter(runner.layout, factors)
+        again = space.decode(space.encode(adapter)[None], 3)[0]
+        assert again.cosine(factors) > 0.999 and space.energy(adapter) > 0.999
+        assert space.decode(space.scaled(code[None], 0.5), 3)[0].norm() == pytest.approx(0.5 * factors.norm(), rel=1e-4)
+    assert space.decode(space.zero[None], 3)[0].norm() == 0
+    assert space.decode(codes, 2)[0].rank == 2 and space.best_rank(16) == 3
+    tensors, values = space.tensors()
+    opened = open_space(tensors, values)
+    assert torch.equal(opened.decode(codes, 3)[0].delta(runner.layout.names[0]), made[0].delta(runner.layout.names[0]))
+
+
+def test_bases_need_tasks_and_enough_texts(runner):
+    """Each lack has its own words."""
+    with pytest.raises(GeneratorError, match="needs tasks"):
+        fit_space("activation_bases", SpaceInputs(runner.layout, None, 12, 3, runner, []))
+    with pytest.raises(GeneratorError, match="more texts than directions"):
+        fit_space("activation_bases", SpaceInputs(runner.layout, None, 12, 3, runner, list(make_suite(TRAINING[:1], train=8))))
+
+
+def test_a_stored_space_that_does_not_fit_is_refused(space):
+    """A basis of another size, or entries that name none."""
+    tensors, values = space.tensors()
+    with pytest.raises(GeneratorError, match="does not fit its layout"):
+        open_space({**tensors, "bases_out.0": torch.zeros(3, 3)}, values)
+    with pytest.raises(GeneratorError, match="cannot be read"):
+        open_space(tensors, {**values, "entry": [5] * len(values["entry"])})
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+def _fitted(base, tmp_path, steps):
+    empty = AdapterBank(tmp_path, base, ())
+    prepared = prepare(
+        empty,
+        WordEmbedder(),
+        space_name="activation_bases",
+        k=12,
+        rank=3,
+        suite=make_suite(TRAINING),
+        without_expert=make_suite(TRAINING[:14]),
+        held_out=make_suite(TRAINING[14:]),
+        device="cpu",
+        quiet=True,
+    )
+    functional = {"steps": steps, "tasks": 8, "examples": 2, "learning_rate": 0.01, "validate_every": 20}
+    method = generator_type("aligned").with_settings({**SMALL, "functional": functional})
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    return prepared, fit_generator(prepared, method, loop, rank=3, strength=1.0, origin={})
+
+
+def test_it_learns_from_examples_alone(base, tmp_path, runner):
+    """Without any expert, generated adapters lose less on held-out tasks than the bare base; another task's description loses more."""
+    prepared, generator = _fitted(base, tmp_path, 60)
+    assert len(prepared.data.codes) == 0 and prepared.data.validation == list(range(14, len(TRAINING)))
+    assert generator.conditioner.names == tuple(task.key for task in list(make_suite(TRAINING))[:14])
+    tasks = [prepared.data.tasks[i] for i in range(14)]
+    made = [generator.generate(task.descriptions[0]) for task in tasks]
+    with torch.no_grad():
+        bare = runner.losses(None, tasks, 8, "check").mean()
+        own = runner.losses(Factors.stack([one.factors for one in made]), tasks, 8, "check").mean()
+        other = runner.losses(Factors.stack([one.factors for one in [*made[5:], *made[:5]]]), tasks, 8, "check").mean()
+    assert own < bare - 0.2 and own < other - 0.05
+
+
+def test_a_saved_generator_writes_the_same_adapter(base, tmp_path):
+    """Space, network and probes come back to the bit."""
+    _, generator = _fitted(base, tmp_path / "bank", 2)
+    generator.save_pretrained(tmp_path / "g")
+    opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
+    first, second = (one.generate("paint the red dog") for one in (generator, opened))
+    for name in first.layout.names:
+        assert torch.equal(first.factors[name][0], second.factors[name][0]) and torch.equal(first.factors[name][1], second.factors[name][1])
+
+
+def test_it_says_what_it_needs(base, tmp_path):
+    """Another space, or a bank beside a base, is refused before time is spent."""
+    bank = make_bank(tmp_path / "bank", base, TRAINING[:8])
+    prepared = prepare(bank, WordEmbedder(), k=12, suite=make_suite(TRAINING[:8]), device="cpu", quiet=True)
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    with pytest.raises(GeneratorError, match="needs bases of activations"):
+        generator_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)
+    with pytest.raises(ConfigError, match="bank and base cannot both"):
+        train(TrainConfig(bank=str(bank.folder), base="sandbox-lm", out=str(tmp_path / "out")), quiet=True)
