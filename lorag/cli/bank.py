@@ -79,7 +79,9 @@ def add(
     base_alias: Annotated[list[str] | None, typer.Option(help="Another name of the bank's base model; may be repeated.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     embedder: Annotated[str | None, typer.Option(help="Compares descriptions; 'none' compares none.")] = None,
-    base: Annotated[str | None, typer.Option(help="Of a new bank: base model, a hub id or a folder.", rich_help_panel=_NEW)] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a new bank: a hub id, folder, GGUF file or short name of the base model.", rich_help_panel=_NEW)
+    ] = None,
     kind: Annotated[
         str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq.", rich_help_panel=_NEW)
     ] = None,
