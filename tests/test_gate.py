@@ -295,7 +295,7 @@ def test_without_a_gate_it_says_so(bare):
         warnings.simplefilter("error")
         info = bare.generate(FAR[0], on_unknown="raise").info["gate"]
     assert info["decision"] == "generate" and "no gate" in info["reason"] and "lorag gate fit" in info["reason"]
-    assert info["novelty"] is info["expected_gain"] is info["expected_gain_interval"] is None
+    assert info["novelty"] is info["expected_gap_closed"] is info["expected_gap_closed_interval"] is None
 
 
 def test_the_gate_changes_no_weight(gated, bare):
@@ -418,7 +418,7 @@ def test_shipped_generators_have_names(tmp_path, monkeypatch):
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypatch):
+def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, monkeypatch):
     """Where near tasks gained .8 and far ones .2, a near description is promised more, and intervals hold the truth."""
     data = prepared.data
     seen = []
@@ -434,21 +434,21 @@ def test_expected_gain_follows_what_was_measured(bare, bank, prepared, monkeypat
     promised = {}
     for (colour, animal), truth in zip(HELD_OUT, (0.8, 0.8, 0.2, 0.2), strict=True):
         verdict = gated.judge(f"paint the {colour} {animal}")
-        promised.setdefault(truth, []).append(verdict.expected_gain / (1 - verdict.novelty))
-        assert verdict.interval[0] <= verdict.expected_gain <= verdict.interval[1]
+        promised.setdefault(truth, []).append(verdict.expected_gap_closed / (1 - verdict.novelty))
+        assert verdict.interval[0] <= verdict.expected_gap_closed <= verdict.interval[1]
         assert verdict.interval[0] - 0.1 <= truth <= verdict.interval[1] + 0.1
     assert sum(promised[0.8]) / 2 > sum(promised[0.2]) / 2 + 0.1
     assert set(seen) <= set(bank.names) and made.fitted["gain"] == pytest.approx(0.5, abs=0.3)
 
 
 def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypatch):
-    """The expected gain shrinks with novelty: far descriptions are promised less than a tenth."""
+    """The expected gap closed shrinks with novelty: far descriptions are promised less than a tenth."""
     monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     data = prepared.data
     made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
-    assert all(gated.judge(text).expected_gain < 0.1 for text in FAR)
-    assert all(gated.judge(describe(*cell)[0]).expected_gain > 0.35 for cell in HELD_OUT)
+    assert all(gated.judge(text).expected_gap_closed < 0.1 for text in FAR)
+    assert all(gated.judge(describe(*cell)[0]).expected_gap_closed > 0.35 for cell in HELD_OUT)
 
 
 def test_fusion_is_a_rung_only_where_it_held_its_own(bare, bank, prepared, monkeypatch):

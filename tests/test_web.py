@@ -307,8 +307,8 @@ def test_nothing_from_outside_becomes_markup(bench):
         "decision": HOSTILE,
         "reason": HOSTILE,
         "novelty": 0.5,
-        "expected_gain": 0.5,
-        "expected_gain_interval": [0.1, 0.9],
+        "expected_gap_closed": 0.5,
+        "expected_gap_closed_interval": [0.1, 0.9],
     }
     answers = SimpleNamespace(inputs=(HOSTILE,), columns=((HOSTILE, (HOSTILE,)),))
     order = SimpleNamespace(description=HOSTILE)
@@ -348,7 +348,13 @@ def test_bars_are_as_long_as_the_cosines():
 
 def test_a_generator_without_a_gate_promises_nothing():
     """Novelty and gain that were not estimated are called so, and the plain distance stands in."""
-    gate = {"decision": "generate", "reason": "no gate was fitted", "novelty": None, "expected_gain": None, "expected_gain_interval": None}
+    gate = {
+        "decision": "generate",
+        "reason": "no gate was fitted",
+        "novelty": None,
+        "expected_gap_closed": None,
+        "expected_gap_closed_interval": None,
+    }
     text = _Tags(drawings.draw_verdict(gate, 0.8)).text
     assert text.count("not estimated") == 2 and "0.20" in text and "no gate was fitted" in text
 
@@ -426,4 +432,4 @@ def test_without_gradio_the_command_says_what_to_install(bench, monkeypatch, cap
 def test_the_toy_gate_is_asked(generators):
     """The fixtures' stand-in for a gate reaches adapters' provenance, so that what the tests above see is the gate's."""
     assert isinstance(generators["ridge"].gate, Picky)
-    assert generators["ridge"].generate(TEXT).info["gate"]["expected_gain"] == 0.62
+    assert generators["ridge"].generate(TEXT).info["gate"]["expected_gap_closed"] == 0.62

@@ -11,7 +11,7 @@ from lorag.cli.options import Device, Quiet
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="What a generator cannot do: novelty, expected gain, refusals.")
+app = typer.Typer(no_args_is_help=True, help="What a generator cannot do: novelty, expected gap closed, refusals.")
 
 Unknown = Annotated[Path | None, typer.Option(help="YAML of descriptions that the bank cannot serve: kind -> fit, test -> texts.")]
 
@@ -53,7 +53,7 @@ def evaluate(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure refusals, expected gain and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
+    """Measure refusals, expected gap closed and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
     from lorag.bank.bank import find_bank
     from lorag.evaluation.gate import format_gate, measure_gate
     from lorag.files.artifacts import embedded, write_json

@@ -114,9 +114,11 @@ def generate(
     gate = adapter.info["gate"]
     if gate["decision"] == "refuse":
         print(f"lorag: do not expect this adapter to work: {gate['reason']}", file=sys.stderr)
-    if gate["expected_gain"] is not None:
-        low, high = gate["expected_gain_interval"]
-        print(f"{gate['served']}; expected to close {gate['expected_gain']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}")
+    if gate["expected_gap_closed"] is not None:
+        low, high = gate["expected_gap_closed_interval"]
+        print(
+            f"{gate['served']}; expected to close {gate['expected_gap_closed']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}"
+        )
     print(f"nearest experts: {nearest}")
     print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
 

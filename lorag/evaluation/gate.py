@@ -45,7 +45,7 @@ def measure_gate(
     Returns:
         `novelty`: AUROC, share refused of each kind, calibration error of the probability; `gain`, where oracles are given:
         mean expected and realised, calibration error, share of intervals that held it; `selective`: risk-coverage of the
-        held-out tasks alone, ranked by expected gain, and of these with the unknown descriptions, on which all gain is lost;
+        held-out tasks alone, ranked by expected gap closed, and of these with the unknown descriptions, which close none of it;
         `judged`: each description with what was found.
 
     Raises:
@@ -79,7 +79,13 @@ def measure_gate(
         },
     }
     report["judged"] = [
-        {"task": task, "description": text, "novelty": v.novelty, "expected_gain": v.expected_gain, "evidence": _short(v.evidence)}
+        {
+            "task": task,
+            "description": text,
+            "novelty": v.novelty,
+            "expected_gap_closed": v.expected_gap_closed,
+            "evidence": _short(v.evidence),
+        }
         for v, (task, text) in zip(
             [*inside, *outside], [*((task.key, text) for task, text in rows), *((None, t) for _, t in strange)], strict=True
         )
@@ -91,9 +97,9 @@ def measure_gate(
     sure = gains.isfinite()
     for row, gain in zip(report["judged"], gains.tolist(), strict=False):
         row["gain"] = round(gain, 4) if gain == gain else None  # NaN is no gain
-    expected = torch.tensor([float(v.expected_gain or 0.0) for v in inside], dtype=torch.float64)[sure]
+    expected = torch.tensor([float(v.expected_gap_closed or 0.0) for v in inside], dtype=torch.float64)[sure]
     gains, ends = gains[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
-    lost = torch.tensor([float(v.expected_gain or 0.0) for v in outside], dtype=torch.float64)
+    lost = torch.tensor([float(v.expected_gap_closed or 0.0) for v in outside], dtype=torch.float64)
     report["gain"] = {
         "expected": round(expected.mean().item(), 4),
         "realised": round(gains.mean().item(), 4),
@@ -150,10 +156,10 @@ def format_gate(report: Mapping[str, Any]) -> str:
             f"calibration error {gain['calibration_error']:.3f}",
             f"the interval held {gain['interval_held']:.1%} of what was realised; its width is {gain['interval_width']:.2f} on average",
             "",
-            f"{'ranked by expected gain':<26}{'AURC':>8}{'(best)':>8}{'risk':>8}{'at half':>9}{'ratio':>8}",
+            f"{'ranked by expected gap closed':<30}{'AURC':>8}{'(best)':>8}{'risk':>8}{'at half':>9}{'ratio':>8}",
         ]
         for name, row in report["selective"].items():
             ratio = "" if row["half_to_full"] is None else f"{row['half_to_full']:.3f}"
             what = name.replace("_", " ").replace("held out", "held-out tasks")
-            lines.append(f"{what:<26}{row['aurc']:>8.3f}{row['aurc_best']:>8.3f}{row['risk']:>8.3f}{row['risk_at_half']:>9.3f}{ratio:>8}")
+            lines.append(f"{what:<30}{row['aurc']:>8.3f}{row['aurc_best']:>8.3f}{row['risk']:>8.3f}{row['risk_at_half']:>9.3f}{ratio:>8}")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ class Verdict:
         decision: "expert" (it is a known task's), "fuse" (close to some), "generate" (within reach) or "refuse" (far).
         reason: In a sentence, which names the evidence that decided.
         novelty: Estimated probability that it is not a task of the bank's kind, from 0 to 1; None if no gate was fitted.
-        expected_gain: Share of the gap between base model and expert that its adapter should close; None if none was measured.
+        expected_gap_closed: Share of the gap between base model and expert that its adapter should close; None if none was measured.
         interval: 90 % of held-out tasks' gains lay as near to their estimate.
         nearest: Nearest tasks and their cosines.
         known: The expert that it names, if it does.
@@ -71,7 +71,7 @@ class Verdict:
     decision: str
     reason: str
     novelty: float | None = None
-    expected_gain: float | None = None
+    expected_gap_closed: float | None = None
     interval: tuple[float, float] | None = None
     nearest: tuple[tuple[str, float], ...] = ()
     known: str | None = None
@@ -86,8 +86,8 @@ class Verdict:
             "decided_by": list(self.decided_by),
             "evidence": {name: float(f"{value:.5g}") for name, value in self.evidence.items()},
             "novelty": self.novelty,
-            "expected_gain": self.expected_gain,
-            "expected_gain_interval": None if self.interval is None else list(self.interval),
+            "expected_gap_closed": self.expected_gap_closed,
+            "expected_gap_closed_interval": None if self.interval is None else list(self.interval),
             "nearest": [list(pair) for pair in self.nearest],
         }
 
@@ -122,9 +122,9 @@ class Gate:
         reference: What evidence is compared with.
         novelty: From evidence to novelty.
         refuse_above: Novelty beyond which a description is refused.
-        gain: From evidence to the expected gain, in shares of `gain_range`; None where no task could be scored.
+        gain: From evidence to the gap that should be closed, in shares of `gain_range`; None where no task could be scored.
         gain_range: Smallest and largest gain that it can give.
-        offsets: Of the interval around the expected gain.
+        offsets: Of the interval around what should be closed.
         same_above: Cosine from which a description counts as its nearest expert's; None if no cosine told them apart.
         fuse_above: Cosine from which fused experts did as well as generated adapters; None if they never did.
         wordings: Digests (w,) of the wordings of the bank's tasks, int64.

@@ -82,7 +82,7 @@ def _label(x: float, y: float, text: str) -> str:
 
 
 def draw_verdict(gate: Mapping[str, Any], cosine: float) -> str:
-    """Decision, novelty and expected gain, as far as the generator estimates them.
+    """Decision, novelty and expected gap closed, as far as the generator estimates them.
 
     Args:
         gate: As `adapter.info["gate"]` holds it.
@@ -93,15 +93,17 @@ def draw_verdict(gate: Mapping[str, Any], cosine: float) -> str:
         rows.append(("Novelty", f"not estimated; 1 - the best cosine is {1 - cosine:.2f}"))
     else:
         rows.append(("Novelty", f"{gate['novelty']:.2f}: the estimated probability that no task of the bank is of its kind"))
-    if gate["expected_gain"] is None:
-        rows.append(("Expected gain", "not estimated"))
+    if gate["expected_gap_closed"] is None:
+        rows.append(("Expected gap closed", "not estimated"))
     else:
-        rows.append(("Expected gain", f"{gate['expected_gain']:.0%} of the way from the base model to an expert{_between(gate)}"))
+        rows.append(
+            ("Expected gap closed", f"{gate['expected_gap_closed']:.0%} of the way from the base model to an expert{_between(gate)}")
+        )
     return f'<dl class="lorag-facts">{"".join(f"<dt>{key}</dt><dd>{_safe(text)}</dd>" for key, text in rows)}</dl>'
 
 
 def _between(gate: Mapping[str, Any]) -> str:
-    interval = gate["expected_gain_interval"]
+    interval = gate["expected_gap_closed_interval"]
     return "" if interval is None else f"; between {interval[0]:.0%} and {interval[1]:.0%} for 9 of 10 tasks"
 
 
@@ -112,11 +114,11 @@ def draw_made(made: Sequence[Made], order: Order) -> str:
         info = one.adapter.info
         gate = info["gate"]
         novelty = "not estimated" if gate["novelty"] is None else f"{gate['novelty']:.2f}"
-        gain = "not estimated" if gate["expected_gain"] is None else f"{gate['expected_gain']:.0%}"
+        gain = "not estimated" if gate["expected_gap_closed"] is None else f"{gate['expected_gap_closed']:.0%}"
         what = f"same as {one.repeats}" if one.repeats else gate["served"]
         values = (what, one.adapter.rank, f"{info['norm']:.2f}", novelty, gain, f"{one.seconds:.2f} s")
         body.append(f'<tr><th scope="row">{_safe(one.label)}</th>' + "".join(f"<td>{_safe(value)}</td>" for value in values) + "</tr>")
-    named = ("Adapter", "What", "Rank", "Norm of ΔW", "Novelty", "Expected gain", "Took")
+    named = ("Adapter", "What", "Rank", "Norm of ΔW", "Novelty", "Expected gap closed", "Took")
     head = "".join(f'<th scope="col">{name}</th>' for name in named)
     return _scrolling("lorag-made", head, body, f"Adapters for “{_safe(' '.join(order.description.split())[:120])}”")
 

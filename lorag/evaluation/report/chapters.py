@@ -160,8 +160,8 @@ def _selective(found: Findings) -> Chapter:
     half, full = one.held_out.at(0.5), one.held_out.risk[-1]
     mixed_half, mixed = one.with_unknown.at(0.5), one.with_unknown.risk[-1]
     answer = (
-        f"Expected gain {one.expected:.3f} on average, realised {one.realised:.3f}. Serving only the half that the gate trusts most leaves "
-        f"{half:.3f} of the gap open instead of {full:.3f}; with {one.unknown} that no bank serves among them, {mixed_half:.3f} "
+        f"Gap closed: expected {one.expected:.3f} on average, realised {one.realised:.3f}. Serving only the half that the gate trusts most "
+        f"leaves {half:.3f} of the gap open instead of {full:.3f}; with {one.unknown} that no bank serves among them, {mixed_half:.3f} "
         f"instead of {mixed:.3f}."
     )
     rows = tuple(

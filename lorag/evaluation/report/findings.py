@@ -103,7 +103,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Selective:
-    """Risk, the share of the gap that stays open, when only the tasks of the highest expected gain are served.
+    """Risk, the share of the gap that stays open, when only the tasks with the highest expected gap closed are served.
 
     Attributes:
         held_out: Of the evaluated tasks: the gate's order.
@@ -112,7 +112,7 @@ class Selective:
         with_unknown_best: The order of somebody who knows.
         tasks: Number of evaluated tasks.
         unknown: Number of the others.
-        expected: Mean expected gain of the evaluated tasks.
+        expected: Mean expected gap closed of the evaluated tasks.
         realised: Mean gain.
     """
 

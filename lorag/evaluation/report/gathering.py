@@ -177,7 +177,7 @@ def _selective(
     rows = [(of_task, 1 - gain) for of_task, gain in zip(evidence, gains, strict=True) if gain is not None]
     known = len(rows)
     rows += [([made.gather(text)], 1.0) for text in progress_bar(strange, desc="judging", disable=quiet, leave=False)]
-    expected = [_mean([float(made.gate.decide(one).expected_gain or 0.0) for one in described]) for described, _ in rows]
+    expected = [_mean([float(made.gate.decide(one).expected_gap_closed or 0.0) for one in described]) for described, _ in rows]
     trust, risk = torch.tensor(expected, dtype=torch.float64), torch.tensor([lost for _, lost in rows], dtype=torch.float64)
     return Selective(
         risk_coverage(trust[:known], risk[:known]),
