@@ -114,11 +114,10 @@ def generate(
     gate = adapter.info["gate"]
     if gate["decision"] == "refuse":
         print(f"lorag: do not expect this adapter to work: {gate['reason']}", file=sys.stderr)
-    if gate["expected_gap_closed"] is not None:
+    elif gate["expected_gap_closed"] is not None:
         low, high = gate["expected_gap_closed_interval"]
-        print(
-            f"{gate['served']}; expected to close {gate['expected_gap_closed']:.0%} of the gap ({low:.0%} to {high:.0%}): {gate['reason']}"
-        )
+        share = f"{gate['expected_gap_closed']:.0%} of the gap ({low:.0%} to {high:.0%})"
+        print(f"{gate['served']}; expected to close {share}: {gate['reason']}")
     print(f"nearest experts: {nearest}")
     print(f'next: PeftModel.from_pretrained(base_model, "{folder}"), or LoraAdapter.apply_to()')
 
