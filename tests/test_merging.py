@@ -1,5 +1,6 @@
 """Merging rules: each against a dense reference, and what holds for all of them whatever form the experts come in."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,9 @@ from toy_world import other_form, true_adapter
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.merging import MERGES, merge
-from lorag.errors import AdapterError
+from lorag.cli.main import main
+from lorag.errors import AdapterError, ConfigError
+from lorag.training.fuse import fuse, read_weights
 
 EXACT_ALONE = {"mean": {}, "cat": {}, "ties": {"density": 1.0}, "lego": {}}
 CELLS = (("red", "dog"), ("blue", "fish"), ("pink", "cat"))
@@ -226,3 +229,55 @@ def test_adapters_that_do_not_belong_together_are_refused(experts, random_adapte
     strange = LoraAdapter(experts[0].layout, experts[0].factors, "another-base")
     with pytest.raises(AdapterError, match="another-base"):
         merge([experts[0], strange])
+
+
+# --- adapters that are in no bank -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loose(llama_layout, random_adapter, tmp_path):
+    """Two folders of other ranks and scalings; the second changes two modules only."""
+    few = dataclasses.replace(llama_layout, target_modules=tuple(sorted(llama_layout.names[:2])), modules=llama_layout.modules[:2])
+    one, other = random_adapter(llama_layout, 3, 6.0, seed=1), random_adapter(few, 5, 2.5, seed=2)
+    return {str(adapter.save_pretrained(tmp_path / name)): adapter for name, adapter in (("one", one), ("other", other))}
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_loose_adapters_are_fused_by_every_rule(loose, llama_layout, method):
+    """Any ranks, scalings and modules, from folders: as if all changed all modules, the missing ones by nothing."""
+    fused = fuse(list(loose), bank=None, method=method)
+    assert set(fused.layout.names) == set(llama_layout.names)
+    assert fused.factors.norm() > 0 and fused.factors.check_values()
+    assert sorted(parent["name"] for parent in fused.info["parents"]) == ["one", "other"]
+
+
+def test_weights_count(loose, capsys, tmp_path):
+    """a=.7,b=.3 is 7/10 of one ΔW and 3/10 of the other, from Python and from the command line."""
+    (one, first), (other, second) = loose.items()
+    fused = fuse({one: 0.7, other: 0.3}, bank=None)
+    for name in first.layout.names:
+        wanted = 0.7 * first.delta(name) + (0.3 * second.delta(name) if name in second.layout.names else 0)
+        assert torch.allclose(fused.delta(name), wanted, atol=1e-5)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fuse", f"{one}=.7", f"{other}=.3", "--out", str(tmp_path / "fused")])
+    assert not stopped.value.code and "2 adapters by mean" in capsys.readouterr().out
+    back = LoraAdapter.from_pretrained(tmp_path / "fused", fused.layout)
+    assert all(torch.allclose(back.delta(name), fused.delta(name), atol=1e-6) for name in fused.layout.names)
+
+
+def test_what_does_not_belong_together_is_not_fused(loose, llama_layout, random_adapter, tmp_path):
+    """Modules of other sizes, weights for some only, a weight that is not a number, tasks without a bank: refused by name."""
+    first = next(iter(loose))
+    wide = dataclasses.replace(
+        llama_layout, modules=tuple(dataclasses.replace(m, in_features=m.in_features + 1) for m in llama_layout.modules)
+    )
+    strange = str(random_adapter(wide).save_pretrained(tmp_path / "wide"))
+    with pytest.raises(AdapterError, match="different base models"):
+        fuse([first, strange], bank=None)
+    with pytest.raises(ConfigError, match="some adapters only"):
+        read_weights(["a=.5", "b"])
+    with pytest.raises(ConfigError, match="not a number"):
+        read_weights(["a=.5", "b=x"])
+    with pytest.raises(ConfigError, match="bank"):
+        fuse([first], bank=None, tasks="sandbox")
+    assert read_weights(["a", "b"]) == ["a", "b"] and read_weights(["a=.5", "b=2"]) == {"a": 0.5, "b": 2.0}

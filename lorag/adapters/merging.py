@@ -8,7 +8,7 @@ the dense matrices of one module at a time, and what they make is compressed to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair, Svd, balanced, thin_svd
 from lorag.adapters.provenance import parents_of
+from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError
 
-__all__ = ["MERGES", "check_mergeable", "merge"]
+__all__ = ["MERGES", "aligned", "check_mergeable", "merge"]
 
 _NEGLIGIBLE = 1e-6  # of the largest singular value: what rounding leaves of a rank that is not there
 
@@ -169,6 +170,28 @@ def check_mergeable(adapters: Sequence[LoraAdapter]) -> None:
     bases = sorted({adapter.base_model for adapter in adapters if adapter.base_model is not None})
     if len(bases) > 1:
         raise AdapterError("adapters of different base models cannot be merged", got=", ".join(bases)[:160])
+
+
+def aligned(adapters: Sequence[LoraAdapter]) -> list[LoraAdapter]:
+    """The same adapters in one layout, of all modules that any of them changes: those that one lacks, it leaves unchanged.
+
+    Raises:
+        AdapterError: If a module has different sizes, or is stored in both orders: they are of different base models.
+    """
+    modules = {module.name: module for adapter in adapters for module in adapter.layout.modules}
+    for adapter in adapters:
+        other = next((m for m in adapter.layout.modules if m != modules[m.name]), None)
+        if other is not None or adapter.layout.fan_in_fan_out != adapters[0].layout.fan_in_fan_out:
+            shape = other or adapter.layout.modules[0]
+            got = f"{shape.name[:120]} of {shape.out_features} x {shape.in_features} beside another size or order"
+            raise AdapterError("adapters of different base models cannot be merged", got=got)
+    if all(adapter.layout == adapters[0].layout for adapter in adapters):
+        return list(adapters)
+    layout = LoraLayout(tuple(sorted(modules)), tuple(modules.values()), adapters[0].layout.fan_in_fan_out)
+    return [
+        replace(one, layout=layout, factors=Factors({**Factors.zeros(layout, one.rank).tensors, **one.factors}), info=one.info)
+        for one in adapters
+    ]
 
 
 def merge(

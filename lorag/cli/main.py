@@ -191,9 +191,9 @@ def evaluate(
 
 @app.command()
 def fuse(
-    names: Annotated[list[str], typer.Argument(help="Experts of the bank.")],
+    names: Annotated[list[str], typer.Argument(help="Experts of the bank, or adapter folders and hub ids; NAME=WEIGHT weighs them.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
-    bank: Annotated[str, typer.Option(help="The bank.")] = "sandbox",
+    bank: Annotated[str | None, typer.Option(help="The bank; by default 'sandbox', or none for folders and hub ids.")] = None,
     method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego or icm_fusion.")] = "mean",
     generator: Annotated[str | None, typer.Option(help="Folder of a generator of method icm_fusion.")] = None,
     rule: Annotated[str, typer.Option(help="Of icm_fusion: uniform, conflict or learned.")] = "uniform",
@@ -202,12 +202,17 @@ def fuse(
     seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Fuse experts of a bank into one adapter."""
+    """Fuse experts of a bank, or adapters of any ranks by folder or hub id, into one adapter."""
     from lorag.training.fuse import fuse as run
+    from lorag.training.fuse import read_weights
 
-    adapter = run(names, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
+    given = read_weights(names)
+    if bank is None and not all("/" in name or Path(name).is_dir() for name in given):
+        bank = "sandbox"
+    adapter = run(given, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
     folder = adapter.save_pretrained(out)
-    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} experts by {method}")
+    parts = "adapters" if bank is None else "experts"
+    print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} {parts} by {method}")
     if "energy" in adapter.info:
         print(f"its rank keeps {adapter.info['energy']:.1%} of the merged weights' energy")
     print(f"next: lorag info {folder}")

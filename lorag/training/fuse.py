@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.merging import MERGES
+from lorag.adapters.merging import MERGES, aligned, merge
 from lorag.adapters.provenance import base_fields, parents, versions
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import TASK_TYPES
@@ -28,7 +29,7 @@ from lorag.networks.fused_latents import resolve_conflicts
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["RULES", "fuse", "fuse_experts"]
+__all__ = ["RULES", "fuse", "fuse_experts", "read_weights"]
 
 RULES = ("uniform", "conflict", "learned")
 
@@ -210,9 +211,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def fuse(
-    names: Sequence[str],
+    names: Sequence[str] | Mapping[str, float],
     *,
-    bank: str = "sandbox",
+    bank: str | None = "sandbox",
     method: str = "mean",
     generator: str | None = None,
     rule: str = "uniform",
@@ -221,11 +222,12 @@ def fuse(
     seed: int = 0,
     device: str = "auto",
 ) -> LoraAdapter:
-    """Opens everything by name and fuses experts of a bank.
+    """Opens everything by name and fuses adapters into one.
 
     Args:
-        names: The experts.
-        bank: Bank folder, hub id, or "sandbox".
+        names: Experts of the bank, or, without a bank, adapter folders and hub ids, of any ranks and scalings; as a mapping, with
+            the weight of each.
+        bank: Bank folder, hub id, or "sandbox"; None for adapters that are in no bank.
         method: A rule of `merging`, or "icm_fusion".
         generator: Folder of an `icm_fusion` generator, for that method only.
         rule: Its rule.
@@ -236,10 +238,12 @@ def fuse(
         device: Where the base model runs.
 
     Raises:
-        ConfigError: If the method is unknown, or the generator is missing or not asked for.
+        AdapterError: If an adapter cannot be read, the adapters do not belong together, or a weight cannot be used.
+        ConfigError: If the method is unknown, or a setting asks for a bank or a generator that is not given.
         BankError: If the bank has no such expert.
     """
-    names = _distinct(names)
+    weights = list(names.values()) if isinstance(names, Mapping) else None
+    names = _distinct(list(names))
     if method not in (*MERGES, "icm_fusion"):
         raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join((*MERGES, "icm_fusion")))
     if (generator is None) == (method == "icm_fusion"):
@@ -248,20 +252,45 @@ def fuse(
             got=f"method {method}, generator {generator}",
             remedy="Train one with lorag train method=icm_fusion out=DIR, then --method icm_fusion --generator DIR.",
         )
+    rng = torch.Generator().manual_seed(seed)
+    if bank is None:
+        if tasks is not None or generator is not None:
+            raise ConfigError("tasks and generators are of a bank's experts", got="no bank", remedy="Add the adapters to one.")
+        loose = [LoraAdapter.from_pretrained(name) for name in names]
+        named = [replace(one, info={"expert": Path(name).name, **one.info}) for name, one in zip(names, loose, strict=True)]
+        return merge(aligned(named), method, weights=weights, rank=rank, rng=rng)
     experts = find_bank(bank)
     for name in names:
         experts[name]  # raises before anything is loaded
     suite = find_tasks(tasks) if tasks is not None else None
     if generator is not None:
         opened = LoraGenerator.from_pretrained(generator, device=device)
-        return fuse_experts(opened, experts, names, rule=rule, suite=suite, rank=rank, seed=seed)
-    weights = None
+        shares = None if weights is None else dict(zip(names, weights, strict=True))
+        return fuse_experts(opened, experts, names, rule=rule, suite=suite, weights=shares, rank=rank, seed=seed)
+    learned: Sequence[float] | Tensor | None = weights
     if suite is not None:
         base = experts.base
         base.check()
         runner = Runner.open(base, device)
         own = tasks_of(suite, names)
         warn_of_shared_inputs(runner, own)
-        if method == "cat":
-            weights = learn_weights(runner, list(experts.adapters(names)), own, seed=seed)
-    return experts.fuse(names, method, rank=rank, weights=weights, rng=torch.Generator().manual_seed(seed))
+        if method == "cat" and weights is None:
+            learned = learn_weights(runner, list(experts.adapters(names)), own, seed=seed)
+    return experts.fuse(names, method, rank=rank, weights=learned, rng=rng)
+
+
+def read_weights(names: Sequence[str]) -> list[str] | dict[str, float]:
+    """Names, or names with weights where they are written NAME=WEIGHT.
+
+    Raises:
+        ConfigError: If some have a weight and others do not.
+    """
+    pairs = {name: weight for name, sign, weight in (text.rpartition("=") for text in names if not Path(text).exists()) if sign}
+    if not pairs:
+        return list(names)
+    if len(pairs) != len(names):
+        raise ConfigError("weights are given to some adapters only", got=", ".join(names)[:120], expected="one for each, or none")
+    try:
+        return {name: float(weight) for name, weight in pairs.items()}
+    except ValueError as error:
+        raise ConfigError("a weight is not a number", got=", ".join(names)[:120], expected="NAME=WEIGHT, such as legal=.7") from error
