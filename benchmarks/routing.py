@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
+from lorag import LoraAdapter, LoraGenerator
 from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.base.layout import LoraLayout
@@ -24,7 +24,6 @@ from lorag.base.names import locate
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.files.artifacts import embedded
-from lorag.generator.lora_generator import LoraGenerator
 from lorag.serving.retrieval import TextIndex
 from lorag.serving.router import LoraRouter
 from lorag.tasks.finding import find_tasks
@@ -98,13 +97,13 @@ def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
             _write(adapted, tokenizer, texts[:count], tokens)
         together = count * tokens / (time.process_time() - began)
         print(f"row adapters, {count} rows, {count} adapters: {together:.1f} tokens a second")
-    peft = adapters[0].apply_to(model, name="0")
+    peft = adapters[0].apply_to(model, name="a0")
     some = min(8, len(adapters))
     for number in range(1, some):
-        adapters[number].apply_to(peft, name=str(number))
+        adapters[number].apply_to(peft, name=f"a{number}")
     began = time.process_time()
     for number in range(some):
-        peft.set_adapter(str(number))
+        peft.set_adapter(f"a{number}")
         _write(peft, tokenizer, [texts[number]], tokens)
     alone = some * tokens / (time.process_time() - began)
     print(f"PEFT, adapters switched between {some} requests: {alone:.1f} tokens a second; at {max(rows)} rows {together / alone:.1f} x")

@@ -373,6 +373,12 @@ def test_applying_is_silent(tiny, random_adapter):
         random_adapter(tiny.layout()).apply_to(tiny.build())
 
 
+def test_names_may_be_numbers(tiny_models, llama_layout, random_adapter):
+    """An adapter that is called as a layer is, such as 1, can be added beside another one."""
+    wrapped = random_adapter(llama_layout).apply_to(tiny_models["llama"].build(), name="0")
+    assert set(random_adapter(llama_layout, seed=1).apply_to(wrapped, name="1").peft_config) == {"0", "1"}
+
+
 def test_without_a_base_model_apply_to_asks_for_one(llama_layout, random_adapter):
     """An adapter that names no base model needs one passed."""
     with pytest.raises(BaseModelError, match="names no base model"):

@@ -237,7 +237,9 @@ class LoraAdapter:
             result: Any = set_peft_model_state_dict(wrapped, self.state_dict(), adapter_name=name)
         except RuntimeError as error:
             raise BaseModelError("the adapter's shapes do not fit the base model", got=str(error).splitlines()[-1][:160]) from error
-        lost = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key] + list(result.unexpected_keys)
+        lost = [key for key in result.missing_keys if key.endswith((f".lora_A.{name}.weight", f".lora_B.{name}.weight"))] + list(
+            result.unexpected_keys
+        )
         if lost:
             raise BaseModelError("the adapter could not be placed whole", got=f"{len(lost)} tensors such as {lost[0]}")
         wrapped.set_adapter(name, inference_mode=True)
