@@ -126,7 +126,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "icm_uniform": lambda: fused(world.generator),
         "icm_conflict": lambda: fused(world.generator, rule="conflict"),
         "icm_learned": lambda: fused(world.generator, rule="learned", suite=world.suite),
-        "icm_worst": lambda: fused(world.generator, rule="learned", worth="worst", suite=world.suite),
+        "icm_worst": lambda: fused(world.generator, rule="learned", reduction="worst", suite=world.suite),
         "icm_refined": lambda: fused(world.generator, rule="learned", suite=world.suite, refine_steps=world.steps),
         "joint": lambda: joint(world, tasks),
     }
@@ -153,7 +153,6 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     expert = train_group(world.generator.runner(), [few], 4, TRAINING)[0][-1]
     expert = replace(expert, base_model=world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
-    counts = {few.key: RARE, **{task.key: world.bank[task.key].examples or len(task.split("train")) for task in tasks[1:]}}
     others = list(world.bank.adapters(names[1:]))
 
     def fused(**more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
@@ -164,8 +163,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
         "mean": lambda: merge([expert, *others]),
         "icm_uniform": lambda: fused(),
         "icm_learned": lambda: fused(rule="learned"),
-        "icm_learned_counts": lambda: fused(rule="learned", counts=counts),
-        "icm_worst_counts": lambda: fused(rule="learned", worth="worst", counts=counts),
+        "icm_worst": lambda: fused(rule="learned", reduction="worst"),
         "mean_refined": lambda: refined(world, merge([expert, *others]), [few, *tasks[1:]], seed),
         "icm_refined": lambda: fused(rule="learned", refine_steps=world.steps),
     }

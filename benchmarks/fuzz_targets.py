@@ -25,7 +25,8 @@ from lorag.errors import LoragError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
 from lorag.files.training_state import load_training_state, save_training_state
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
+from lorag.methods.method import nested
 from lorag.methods.regression import MlpSettings
 from lorag.spaces import FlatFactors, SharedSubspace
 from lorag.tasks.suite import Example, Task, TaskSuite
@@ -151,14 +152,14 @@ def _generator(bank: AdapterBank, name: str, space_type: type[SharedSubspace] | 
     )
     conditioner = Conditioner.fit(bank.names, [embedder.embed(expert.descriptions) for expert in bank.experts])
     settings = {"width": MlpSettings.width // 96} if name == "mlp" else {}
-    method = generator_type(name).with_settings(settings)
+    method = method_type(name).with_settings(settings)
     rng = torch.Generator().manual_seed(0)
     values = {"weight": (embedder.size, space.size), "bias": (space.size,), "centre": (embedder.size,)}
     if name == "ridge":
-        method.restore({key: torch.randn(shape, generator=rng) * 0.1 for key, shape in values.items()})
+        method.restore({key: torch.randn(size, generator=rng) * 0.1 for key, size in values.items()}, {})
     else:
-        network = method.build(embedder.size, space.size)
-        method.restore({**network.state_dict(), "sizes": torch.tensor([embedder.size, space.size])})
+        shape = {"embedding": embedder.size, "code": space.size}
+        method.restore(nested(network=method.build(shape).state_dict()), shape)
     rank = space.rank if isinstance(space, FlatFactors) else 2
     return LoraGenerator(base=BASE, space=space, conditioner=conditioner, method=method, embedder=embedder, rank=rank)
 

@@ -85,11 +85,11 @@ def make_generator(layout: LoraLayout, rank: int) -> LoraGenerator:
         torch.full((len(layout),), 0.01),
     )
     method = House(HouseSettings(decoder="shared"))
-    method.kinds, method.depths = number_places(layout.places)
-    method.colleagues = method.settings.colleagues.count
-    method.sizes = (EMBEDDING, space.size)
+    kinds, depths = (places.tolist() for places in number_places(layout.places))
+    members = 1 + method.settings.ensemble.count
+    method.shape = {"embedding": EMBEDDING, "code": space.size, "members": members, "kinds": kinds, "depths": depths}
     torch.manual_seed(0)
-    method.network = method.build(*method.sizes).requires_grad_(False).eval()
+    method.network = method.build(method.shape).requires_grad_(False).eval()
     names = [f"task-{number}" for number in range(EXPERTS)]
     conditioner = Conditioner(names, torch.nn.functional.normalize(torch.randn(EXPERTS, EMBEDDING, generator=rng), dim=1))
     base = BankBase(BaseModel("llama-3.1-8b", "causal_lm"), "revision:main", layout, "causal_lm", {})

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from benchmarks.machine import device, median_seconds, memory_bytes, peak_bytes, synchronise
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.methods.icm_lora import IcmLora, IcmLoraSettings
-from lorag.methods.latent import negative_elbo
-from lorag.networks.conv_cvae import ConvVae
-from lorag.networks.cvae import ConditionalVae
+from lorag.methods.vae import negative_elbo
+from lorag.networks.conv_vae import ConvVae
+from lorag.networks.vae import ConditionalVae
 from lorag.spaces import SharedSubspace
 from lorag.spaces.principal_codes import PrincipalCodes
 
@@ -117,7 +117,7 @@ def _build(what: str, adapter: Adapter, size: int, code: int) -> tuple[Condition
     if what == "conv":
         return ConvVae(size, EMBEDDING), None
     coordinates = min(EXPERTS - 1, code)
-    network = IcmLora(IcmLoraSettings()).build(EMBEDDING, 0, coordinates)
+    network = IcmLora(IcmLoraSettings()).build({"embedding": EMBEDDING, "vector": 0, "elements": coordinates})
     # Rows of nearly unit length; that they are orthogonal changes no time.
     basis = torch.randn(coordinates, code).div_(code**0.5)
     return network, PrincipalCodes(torch.zeros(code), basis, 1.0)

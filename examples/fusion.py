@@ -36,7 +36,7 @@ def main(out: Path) -> None:
         merged = bank.fuse(EXPERTS, method)
         show(f"{method}, one adapter", [merged, merged])
     # Weights by expert and module, learned on eight examples of each task, by the loss of the task that is worst off.
-    weights = learn_weights(runner, list(bank.adapters(EXPERTS)), list(tasks), steps=50, learning_rate=0.1, worth="worst")
+    weights = learn_weights(runner, list(bank.adapters(EXPERTS)), list(tasks), steps=50, learning_rate=0.1, reduction="worst")
     learned = bank.fuse(EXPERTS, "cat", weights=weights)
     show("cat, one adapter", [learned, learned])
     learned.save_pretrained(out)

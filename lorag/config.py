@@ -182,13 +182,18 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def from_plain(schema: type[T], values: Mapping[str, Any]) -> T:
+def from_plain(schema: type[T], values: Mapping[str, Any], outer: str = "") -> T:
     """Builds a config dataclass from its JSON form; what is left out has its default.
+
+    Args:
+        schema: The dataclass.
+        values: Its JSON form.
+        outer: What stands before its keys where a user writes them, such as "settings.".
 
     Raises:
         ConfigError: Naming the key that is unknown or has a value of the wrong type.
     """
-    return _merge(schema, _uninterpolated(dict(values), "a stored config"))
+    return _merge(schema, _uninterpolated(dict(values), "a stored config"), outer=outer)
 
 
 def _put(into: dict[str, Any], keys: Sequence[str], value: Any, whole: str) -> None:  # noqa: ANN401 - YAML is any value
@@ -209,22 +214,22 @@ def _refuse_renamed(schema: Any, values: Any, outer: str = "") -> None:  # noqa:
     renamed, types = getattr(schema, "RENAMED", {}), get_type_hints(schema)
     for key, value in values.items() if isinstance(values, Mapping) else ():
         if key in renamed:
-            new = f"{outer}{renamed[key]}"
+            new = renamed[key] if "=" in renamed[key] else f"{outer}{renamed[key]}"
             raise ConfigError(f"{outer}{key} has another name now", got=f"{outer}{key}", expected=new, remedy=f"Write {new}.")
         if is_dataclass(types.get(key)):
             _refuse_renamed(types[key], value, f"{outer}{key}.")
 
 
-def _merge(schema: type[T], *parts: Any) -> T:  # noqa: ANN401 - dictionaries and OmegaConf's own
+def _merge(schema: type[T], *parts: Any, outer: str = "") -> T:  # noqa: ANN401 - dictionaries and OmegaConf's own
     for part in parts:
-        _refuse_renamed(schema, part)
+        _refuse_renamed(schema, part, outer)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {what}" if key else what, expected=f"settings among {known}") from error
+        raise ConfigError(f"{outer}{key}: {what}" if key else what, expected=f"settings among {known}") from error
 
 
 def to_plain(config: object) -> dict[str, Any]:

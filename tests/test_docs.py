@@ -17,7 +17,7 @@ import lorag
 from lorag.bank.build import BankConfig
 from lorag.cli.main import app
 from lorag.config import load_config, read_settings
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.training.train import TrainConfig
 from lorag.worlds.sandbox.build import SandboxConfig
 
@@ -75,7 +75,7 @@ def test_a_command_of_the_pages_parses(words):
     settings = values["settings"] or []
     config = load_config(SCHEMAS[path], values.get("config"), settings, path[-1])
     if path == ("train",):
-        generator_type(config.method).with_settings(config.settings)
+        method_type(config.method).with_settings(config.settings)
 
 
 def test_a_wrong_command_is_found_out():

@@ -19,7 +19,7 @@ from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate,
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.files.artifacts import write_json
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
@@ -44,7 +44,7 @@ def world(tmp_path_factory, tiny_models, tokenizer):
 def _generator(bank, name, embedder=EMBEDDER):
     prepared = prepare(bank, embedder, k=24, device="cpu", quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, generator_type(name)(), loop, rank=24, strength=1.0, origin={})
+    return fit_generator(prepared, method_type(name)(), loop, rank=24, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")

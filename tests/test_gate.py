@@ -26,7 +26,7 @@ from lorag.generator.files import find_generator
 from lorag.generator.gate import Gate
 from lorag.generator.generate import generate_lora, open_generator
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.text.conditioning import mixture_weights
@@ -65,7 +65,7 @@ def prepared(bank):
 def bare(prepared):
     """A ridge generator without a gate."""
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, generator_type("ridge")(), loop, rank=8, strength=1.0, origin={})
+    return fit_generator(prepared, method_type("ridge")(), loop, rank=8, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_evidence_tells_more_than_the_nearest_expert(gated, gate):
 def test_samples_that_disagree_are_evidence(bare, prepared, gate):
     """A method that samples shows how far its samples lie apart; a deterministic one shows none."""
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    drawn = fit_generator(prepared, generator_type("sg_mixture")(), loop, rank=8, strength=1.0, origin={})
+    drawn = fit_generator(prepared, method_type("sg_mixture")(), loop, rank=8, strength=1.0, origin={})
     for generator, disagrees in ((drawn, True), (bare, False)):
         condition = generator.condition("paint the red dog")
         found = gather(generator, "paint the red dog", condition, reference=gate.reference)
@@ -596,7 +596,7 @@ def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path
     again = add_gate(out, bank=str(bank.folder))
     refit = json.loads((out / "generator.json").read_text())["gate"]
     assert refit["fitted"] == stored["fitted"] and refit["refuse_above"] == pytest.approx(stored["refuse_above"], abs=1e-3)
-    assert all(torch.equal(again.method.tensors()[k], v) for k, v in made.method.tensors().items())
+    assert all(torch.equal(again.method.state().tensors[k], v) for k, v in made.method.state().tensors.items())
 
 
 def test_the_same_tasks_are_held_out_again(bank, prepared):

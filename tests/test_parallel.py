@@ -27,7 +27,7 @@ from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDepen
 from lorag.generator.batch import AdapterRequest, BatchSettings, read_requests, write_adapters
 from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.parallel import Backend, FanOutError
 from lorag.tasks.suite import TaskSuite
@@ -80,7 +80,7 @@ def generator(tmp_path_factory, base):
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, CELLS)
     prepared = prepare(bank, SentenceEmbedder.from_pretrained(device="cpu"), k=8, device="cpu", quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), True, Accelerator(cpu=True))
-    made = fit_generator(prepared, generator_type("sg_mixture").with_settings({}), loop, rank=4, strength=1.0, origin={})
+    made = fit_generator(prepared, method_type("sg_mixture").with_settings({}), loop, rank=4, strength=1.0, origin={})
     return made.save_pretrained(tmp_path_factory.mktemp("generator"))
 
 

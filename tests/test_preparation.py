@@ -6,15 +6,15 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.networks.expert_attention import ExpertAttention
+from lorag.networks.experts import ExpertAttention
 from lorag.tasks.derived import derive
 from lorag.tasks.suite import Example, Task, TaskSuite, connected
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
-SMALL = {"kernel_steps": 0, "colleagues": {"count": 0}}
+SMALL = {"kernel_steps": 0, "ensemble": {"count": 0}}
 SMALL |= {"functional": {"steps": 6, "tasks": 6, "examples": 2, "learning_rate": 0.02, "validate_every": 3}}
 
 
@@ -41,8 +41,8 @@ def _prepare(bank, **more):
     return prepare(bank, WordEmbedder(), k=20, device="cpu", quiet=True, **more)
 
 
-def _fit(prepared, **settings):
-    method = generator_type("house").with_settings({**SMALL, **settings})
+def _fit(prepared, name="house", **settings):
+    method = method_type(name).with_settings({**(SMALL if name == "house" else {}), **settings})
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method, loop, rank=8, strength=1.0, origin={})
 
@@ -99,7 +99,7 @@ def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkey
     assert {8, 9, 10} <= set(drawn) <= set(range(11))
     for method, settings in (("ridge", {}), ("kernel", {"steps": 3}), ("icm_lora", {"steps": 3, "kernel": {"steps": 3}})):
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-        generator_type(method).with_settings(settings).fit(data, loop)
+        method_type(method).with_settings(settings).fit(data, loop)
 
 
 def test_a_task_without_an_expert_is_held_out_with_its_group(bank):
@@ -146,20 +146,19 @@ def test_attention_starts_from_plain_similarity():
         assert torch.allclose(attention(keys), zero + expected @ (codes - zero), atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["experts", "both"])
-def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypatch):
-    """While house learns, no task sees an expert of its group or of the validation tasks; at use all are seen."""
+def test_attention_is_trained_without_a_task_s_own_expert(bank, monkeypatch):
+    """While it learns, no task sees an expert of its group or of the validation tasks; at use all are seen."""
     prepared = _prepare(bank, suite=_suite(shared=[(0, 3)]), groups="texts", validation=0.2)
     seen = []
     whole = ExpertAttention.weights
 
-    def weights(self, pooled, hidden=None):
-        found = whole(self, pooled, hidden)
-        seen.append((found.detach(), hidden))
+    def weights(self, pooled, masked=None):
+        found = whole(self, pooled, masked)
+        seen.append((found.detach(), masked))
         return found
 
     monkeypatch.setattr(ExpertAttention, "weights", weights)
-    generator = _fit(prepared, source=source, width=16, queries=2, layers=1, heads=2, hidden=16)
+    generator = _fit(prepared, "attention", functional=SMALL["functional"])
     held = list(prepared.data.validation)
     assert len(held) == 1 and len(seen) > 6
     for found, hidden in seen:
@@ -176,22 +175,16 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, source, monkeypa
     assert len(seen) == 1 and torch.equal(seen[0][1][0], own)
 
 
-def test_a_house_of_both_parts_is_stored_whole(bank, tmp_path):
+def test_attention_is_stored_whole(bank, tmp_path):
     """Opened again, it writes the same ΔW."""
     from lorag.generator.lora_generator import LoraGenerator
 
-    generator = _fit(_prepare(bank, suite=_suite()), source="both", width=16, queries=2, layers=1, heads=2, hidden=16)
+    generator = _fit(_prepare(bank, suite=_suite()), "attention", functional=SMALL["functional"])
     generator.save_pretrained(tmp_path / "g")
     opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
     mine, other = (one.generate("red dog please") for one in (generator, opened))
     for name in mine.layout.names:
         assert torch.equal(mine.delta(name), other.delta(name))
-
-
-def test_an_unknown_source_is_refused():
-    """With the key and the choices."""
-    with pytest.raises(ConfigError, match="settings.source"):
-        generator_type("house").with_settings({"source": "stars"})
 
 
 def test_derived_suites_keep_together_what_shares_texts_or_a_source(tmp_path):

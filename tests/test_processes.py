@@ -23,9 +23,8 @@ from lorag.bank.bank import AdapterBank
 from lorag.config import load_config
 from lorag.errors import ConfigError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
-from lorag.methods.data_parallel import Batch, Shares
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods import method_type
+from lorag.methods.training_loop import Batch, LoopSettings, Shares, TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.train import TrainConfig, train
 
@@ -39,7 +38,7 @@ HOUSE = {
     "heads": 2,
     "queries": 2,
     "functional": {"steps": 9, "tasks": 7, "examples": 2, "validate_every": 4},
-    "colleagues": {"count": 1, "steps": 5, "batch": 9},
+    "ensemble": {"count": 1, "steps": 5, "batch": 9},
 }
 QUIET = {"dropout": 0.0, "word_dropout": 0.0, "noise": 0.0}
 CELLS = TRAINING[:9]
@@ -54,7 +53,7 @@ def learn(prepared, folder, *, stop=None, settings=QUIET, method="house", **more
 
     `stop` interrupts the functional stage before that step.
     """
-    chosen = generator_type(method).with_settings({**HOUSE, **settings})
+    chosen = method_type(method).with_settings({**HOUSE, **settings})
     loop = TrainingLoop(folder, torch.Generator().manual_seed(0), True, Accelerator(cpu=True), **more)
     if stop is not None:
         run = loop.run
@@ -74,7 +73,7 @@ def learn(prepared, folder, *, stop=None, settings=QUIET, method="house", **more
         return None
     with torch.no_grad():
         codes = chosen.predict([one for own in prepared.data.embeddings for one in own])
-    return {**chosen.tensors(), "codes": codes}
+    return {**chosen.state().tensors, "codes": codes}
 
 
 def prepared_in(folder):

@@ -29,7 +29,7 @@ from lorag.cli import main as cli
 from lorag.errors import ArtifactError, BaseModelError, StorageError
 from lorag.files import hub
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.train import _licences, fit_generator
@@ -65,7 +65,7 @@ def fitted(toy):
 
     def fit(method):
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
-        return fit_generator(prepared, generator_type(method)(), loop, rank=8, strength=1.0, origin={})
+        return fit_generator(prepared, method_type(method)(), loop, rank=8, strength=1.0, origin={})
 
     return fit
 
@@ -313,7 +313,7 @@ def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
         patch.setattr(BankBase, "check", lambda self: None)  # toys/base-lm is on no hub
         made = prepare(hosted, WordEmbedder(), k=16, quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
-    generator = fit_generator(made, generator_type("ridge")(), loop, rank=8, strength=1.0, origin={})
+    generator = fit_generator(made, method_type("ridge")(), loop, rank=8, strength=1.0, origin={})
     generator.push_to_hub("me/generator")
     assert set(standin.files("me/generator")) == {"generator.json", "generator.safetensors", CARD}
     back = LoraGenerator.from_pretrained("me/generator", embedder=WordEmbedder())
@@ -362,10 +362,10 @@ def test_tasks_without_an_expert_count_as_parents_where_they_were_learned_from(t
     data = SimpleNamespace(tasks=tasks, training=range(len(tasks)))
     prepared = SimpleNamespace(bank=toy, data=data)
     own = {expert.name: expert.license for expert in toy.experts}
-    assert _licences(prepared, generator_type("house").with_settings({})) == {**own, "extra": "AGPL-3.0"}
-    assert _licences(prepared, generator_type("multitask")()) == {**own, "extra": "AGPL-3.0"}
-    assert _licences(prepared, generator_type("ridge")()) == own
-    assert _licences(prepared, generator_type("house").with_settings({"functional": {"steps": 0}})) == own
+    assert _licences(prepared, method_type("house").with_settings({})) == {**own, "extra": "AGPL-3.0"}
+    assert _licences(prepared, method_type("multitask")()) == {**own, "extra": "AGPL-3.0"}
+    assert _licences(prepared, method_type("ridge")()) == own
+    assert _licences(prepared, method_type("house").with_settings({"functional": {"steps": 0}})) == own
     assert {"name": "extra", "weight": None, "license": "AGPL-3.0"} in parents(NAMES, {**own, "extra": "AGPL-3.0"}, None)
     assert "extra" not in {one["name"] for one in parents(NAMES, {**own, "extra": "AGPL-3.0"}, [1.0] * len(NAMES))}
 

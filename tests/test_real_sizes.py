@@ -16,9 +16,9 @@ from lorag.base.layout import LoraLayout, ModulePlace
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.networks.module_decoder import ModuleDecoder
+from lorag.networks.modules import ModuleDecoder
 from lorag.spaces import FlatFactors, SharedSubspace, open_space
 from lorag.spaces.shared_bases import Span
 from lorag.training.preparation import prepare
@@ -142,8 +142,8 @@ def prepared(tmp_path_factory, tiny_models, tokenizer):
 
 def _fit(prepared, **settings):
     small = {"functional": {"steps": 0}, "steps": 40, "width": 32, "queries": 2, "hidden": 32, "decoder_width": 32, "decoder_blocks": 1}
-    small |= {"colleagues": {"count": 1, "steps": 4}, "kernel_steps": 4}
-    method = generator_type("house").with_settings({**small, "noise": 0.0, "word_dropout": 0.0, "dropout": 0.0, **settings})
+    small |= {"ensemble": {"count": 1, "steps": 4}, "kernel_steps": 4}
+    method = method_type("house").with_settings({**small, "noise": 0.0, "word_dropout": 0.0, "dropout": 0.0, **settings})
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
 
@@ -167,9 +167,9 @@ def test_house_with_a_shared_decoder_learns_and_comes_back(prepared, tmp_path):
 def test_small_codes_keep_the_flat_decoder(prepared):
     """`auto` changes nothing for a small base model, and what a file holds decides, whatever the setting says."""
     auto = _fit(prepared, steps=1)
-    assert auto.method.kinds is None and "reading.head.known" in auto.method.tensors()
-    other = generator_type("house").with_settings({**auto.method.values(), "decoder": "shared"})
-    other.restore(auto.method.tensors())
+    assert "kinds" not in auto.method.shape and "network.head.experts" in auto.method.state().tensors
+    other = method_type("house").with_settings({**auto.method.values(), "decoder": "shared"})
+    other.restore(*auto.method.state())
     embeddings = WordEmbedder().embed(["red dog"])
     with torch.inference_mode():
         assert torch.equal(other.predict(embeddings), auto.method.predict(embeddings))
@@ -179,15 +179,16 @@ def test_decoder_settings_that_cannot_be_used(prepared):
     """Unknown names, sizes, and a space whose modules' parts differ in length are named errors; so are impossible places."""
     for wrong in ({"decoder": "round"}, {"decoder_blocks": 1000}, {"decoder_width": 0}):
         with pytest.raises(ConfigError):
-            generator_type("house").with_settings(wrong)
-    method = generator_type("house").with_settings({"decoder": "shared", "functional": {"steps": 0}})
+            method_type("house").with_settings(wrong)
+    method = method_type("house").with_settings({"decoder": "shared", "functional": {"steps": 0}})
     with pytest.raises(GeneratorError, match="share a decoder"):
         flat = FlatFactors.fit(prepared.bank.adapters, prepared.space.layout)
-        method._shares_decoder(dataclasses.replace(prepared.data, space=flat))
-    tensors = _fit(prepared, decoder="shared", steps=1).method.tensors()
-    for change in ({"kinds": tensors["kinds"] + 1000}, {"depths": tensors["depths"][1:]}, {"kinds": tensors["kinds"].float()}):
+        method.shares_decoder(dataclasses.replace(prepared.data, space=flat))
+    tensors, shape = _fit(prepared, decoder="shared", steps=1).method.state()
+    far, floats = [kind + 1000 for kind in shape["kinds"]], [float(kind) for kind in shape["kinds"]]
+    for change in ({"kinds": far}, {"depths": shape["depths"][1:]}, {"kinds": floats}, {"kinds": [True]}, {"depths": 3}):
         with pytest.raises(LoragError):
-            generator_type("house").with_settings({"decoder": "shared"}).restore({**tensors, **change})
+            method_type("house").with_settings({"decoder": "shared"}).restore(tensors, {**shape, **change})
 
 
 # --- bases in bf16, and a bank that streams -----------------------------------------------------------------------------

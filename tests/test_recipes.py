@@ -45,7 +45,7 @@ RECIPES = {  # name -> architecture
 }
 PARTS = {"add": NewBank, "build": BankConfig, "train": TrainConfig}
 FEW = ["settings.steps=2", "k=8", "embedder=words", "device=cpu", "dtype=float32", "--quiet"]
-HOUSE = ["settings.kernel_steps=2", "settings.colleagues={count: 1, steps: 2}"]
+HOUSE = ["settings.kernel_steps=2", "settings.ensemble={count: 1, steps: 2}"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.evaluation.reproduction import delta_error
 from lorag.generator.refine import check_examples, refine, refine_tasks
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task
 from lorag.training.preparation import prepare
@@ -206,7 +206,7 @@ def test_a_generator_refines_what_it_generates(world, tmp_path):
     bank = make_bank(tmp_path / "bank", base, CELLS)
     prepared = prepare(bank, WordEmbedder(), k=12, device="cpu", quiet=True, validation=0.0)
     loop = TrainingLoop(None, torch.Generator(), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, generator_type("mean")(), loop, rank=6, strength=1.0, origin={})
+    generator = fit_generator(prepared, method_type("mean")(), loop, rank=6, strength=1.0, origin={})
     text, pairs = describe(*CELLS[0])[0], _pairs(tasks[0], 16)
     plain, given, refined = (
         generator.generate(text, **more) for more in ({}, {"examples": pairs}, {"examples": pairs, "refine_steps": 20})

@@ -27,7 +27,7 @@ from lorag.evaluation.report.writing import write_report
 from lorag.generator.calibration import Logistic, risk_coverage
 from lorag.generator.evidence import FEATURES, Reference
 from lorag.generator.gate import Gate
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
@@ -286,7 +286,7 @@ def ladder(tmp_path_factory, tiny_models, tokenizer):
     oracles = make_bank(tmp_path_factory.mktemp("oracles"), base, HELD_OUT)
     prepared = prepare(bank, WordEmbedder(), k=8, device="cpu", quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    made = [fit_generator(prepared, generator_type(name)(), loop, rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
+    made = [fit_generator(prepared, method_type(name)(), loop, rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
     made[1].gate = _gate(made[1], prepared.data.codes)
     folder = tmp_path_factory.mktemp("generator")
     rows = [{"stage": "fit", "step": step, "loss": 1 / step, "validation": 2 / step if step == 20 else None} for step in (10, 20)]

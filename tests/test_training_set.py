@@ -10,7 +10,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from lorag.config import load_config
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import GENERATORS, generator_type
+from lorag.methods import METHODS, method_type
 from lorag.methods.functional import evenly, mean_loss
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
@@ -18,7 +18,7 @@ from lorag.training.preparation import hold_out, prepare
 from lorag.training.train import TrainConfig, fit_generator
 
 EMBEDDER = WordEmbedder()
-HOUSE = {"kernel_steps": 0, "steps": 0, "width": 32, "queries": 2, "layers": 1, "hidden": 32, "colleagues": {"count": 1, "steps": 4}}
+HOUSE = {"kernel_steps": 0, "steps": 0, "width": 32, "queries": 2, "layers": 1, "hidden": 32, "ensemble": {"count": 1, "steps": 4}}
 HOUSE |= {"functional": {"steps": 20, "tasks": 8, "examples": 2, "learning_rate": 3e-3, "validate_every": 10}}
 
 
@@ -51,7 +51,7 @@ def bare(tmp_path_factory, base, whole):
 
 
 def _fit(prepared, name, **settings):
-    method = generator_type(name).with_settings(settings)
+    method = method_type(name).with_settings(settings)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method, loop, rank=4, strength=None, origin={})
 
@@ -76,7 +76,7 @@ def test_early_stopping_looks_at_tasks_without_an_expert(whole, monkeypatch):
         return losses(adapters, tasks, count, seed)
 
     monkeypatch.setattr(whole.runner, "losses", watched)
-    generator_type("multitask").with_settings({"steps": 4, "tasks": 16, "batch": 1}).fit(
+    method_type("multitask").with_settings({"steps": 4, "tasks": 16, "batch": 1}).fit(
         whole.data,
         TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True)),
         whole.runner,
@@ -122,7 +122,7 @@ def test_multitask_and_hypernet_learn_without_any_expert(bare):
     assert _fit(bare, "hypernet", width=16, depth=1, module_width=8, functional=few).method.network is not None
 
 
-@pytest.mark.parametrize("name", sorted(set(GENERATORS) - {"aligned", "multitask", "house"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"aligned", "multitask", "house"}))
 def test_methods_of_experts_say_that_there_is_none(bare, name):
     """One line with what to do, before any training."""
     with pytest.raises(GeneratorError, match="there is none to learn from"):

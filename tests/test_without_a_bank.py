@@ -15,7 +15,7 @@ from lorag.base.objectives.packing import fitting, pack, shared_start
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.training.preparation import prepare
@@ -141,7 +141,7 @@ def _fitted(base, tmp_path, steps):
         quiet=True,
     )
     functional = {"steps": steps, "tasks": 8, "examples": 2, "learning_rate": 0.01, "validate_every": 20}
-    method = generator_type("aligned").with_settings({**SMALL, "functional": functional})
+    method = method_type("aligned").with_settings({**SMALL, "functional": functional})
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return prepared, fit_generator(prepared, method, loop, rank=3, strength=1.0, origin={})
 
@@ -176,6 +176,6 @@ def test_it_says_what_it_needs(base, tmp_path):
     prepared = prepare(bank, WordEmbedder(), k=12, suite=make_suite(TRAINING[:8]), device="cpu", quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     with pytest.raises(GeneratorError, match="needs bases of activations"):
-        generator_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)
+        method_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)
     with pytest.raises(ConfigError, match="bank and base cannot both"):
         train(TrainConfig(bank=str(bank.folder), base="sandbox-lm", out=str(tmp_path / "out")), quiet=True)

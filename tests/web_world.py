@@ -6,7 +6,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
 from lorag.bank.bank import BankBase
 from lorag.generator.gate import Verdict
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
@@ -31,7 +31,7 @@ class Picky:
 def fit(prepared, name, **settings):
     """A generator of the toy bank, with that gate."""
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    made = fit_generator(prepared, generator_type(name).with_settings(settings), loop, rank=8, strength=1.0, origin={})
+    made = fit_generator(prepared, method_type(name).with_settings(settings), loop, rank=8, strength=1.0, origin={})
     made.gate = Picky()
     return made
 

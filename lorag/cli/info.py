@@ -22,7 +22,7 @@ from lorag.bank.index import BankIndex
 from lorag.errors import ArtifactError, LoragError, printable
 from lorag.files.artifacts import read_json
 from lorag.files.tensors import load_tensors, read_header
-from lorag.methods.latent import Diagnostics
+from lorag.methods.vae import Diagnostics
 from lorag.tasks.suite import TaskSuite
 
 __all__ = ["describe_path"]

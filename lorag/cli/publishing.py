@@ -1,4 +1,4 @@
-"""Commands on where adapters go next: export, push."""
+"""Commands on where adapters and generators go next: export, push, convert."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command()(export)
     app.command()(push)
+    app.command()(convert)
 
 
 def export(
@@ -68,3 +69,15 @@ def push(
         raise ArtifactError(f"{folder} is nothing that can be published", expected="an adapter, bank or generator")
     typer.echo(f"published {folder} as {repository}: {address}")
     typer.echo(f'next: from_pretrained("{repository}")')
+
+
+def convert(
+    generator: Annotated[Path, typer.Argument(help="Folder of a generator that an older lorag wrote.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write a generator of an older format in today's; it makes the same adapters."""
+    from lorag.generator.convert import convert_generator
+
+    method = convert_generator(generator, out)
+    typer.echo(f"{out}: {method} generator in today's format")
+    typer.echo(f'next: lorag generate "your description" --out my-adapter --generator {out}')

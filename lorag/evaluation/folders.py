@@ -16,7 +16,7 @@ from lorag.files.artifacts import embedded
 from lorag.generator.files import find_generator
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.finding import find_split, find_tasks
 from lorag.tasks.suite import TaskSuite
@@ -117,7 +117,7 @@ def open_ladder(
         prepared = prepare(experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
         for name in baselines:
-            fitted = fit_generator(prepared, generator_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})
+            fitted = fit_generator(prepared, method_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})
             everything[name] = [fitted]
     order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
     everything |= given

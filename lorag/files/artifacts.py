@@ -36,7 +36,7 @@ __all__ = [
     "writing",
 ]
 
-GENERATOR_FORMAT = 2  # of generators; in 1, tokens' vectors came from the embedder's last layer alone
+GENERATOR_FORMAT = 3  # of generators; in 2, sizes of networks were tensors; in 1, tokens' vectors came from the embedder's last layer
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MAX_JSON = 64 * 2**20
 _MAX_VALUES = 4_000_000  # of one file; each takes up to 64 bytes, however short its text
@@ -191,8 +191,16 @@ def write_manifest(
     write_json(folder / name, {**fields, "files": listed})
 
 
-def check_manifest(folder: Path, name: str, kind: str, version: int, *, contents: bool = True) -> dict[str, Any]:
+def check_manifest(folder: Path, name: str, kind: str, version: int, *, contents: bool = True, older: str = "") -> dict[str, Any]:
     """Reads a manifest and checks kind, format version, and every listed file's size and, with `contents`, checksum.
+
+    Args:
+        folder: The folder.
+        name: Of the manifest.
+        kind: What it must be.
+        version: In which format.
+        contents: Whether checksums are checked too.
+        older: What to do with the format before that.
 
     Raises:
         ArtifactError: If the folder is not a complete `kind` of a known version, or a file differs.
@@ -205,7 +213,7 @@ def check_manifest(folder: Path, name: str, kind: str, version: int, *, contents
             f"{folder / name} cannot be read",
             got=f"kind {str(manifest.get('kind'))[:40]!r}, format {str(manifest.get('format'))[:20]}",
             expected=f"kind {kind!r}, format {version}",
-            remedy="Update lorag, or rebuild the folder.",
+            remedy=older if older and manifest.get("format") == version - 1 else "Update lorag, or rebuild the folder.",
         )
     files = manifest.get("files")
     if not isinstance(files, dict):

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorag.methods import Generator
+from lorag.methods import Method
 from lorag.spaces.weight_space import WeightSpace
 from lorag.text.conditioning import Condition, Conditioner
 from lorag.text.embedding import Embedding, TextEmbedder
@@ -37,7 +37,7 @@ class _Parts(Protocol):
     @property
     def conditioner(self) -> Conditioner: ...  # noqa: D102
     @property
-    def method(self) -> Generator: ...  # noqa: D102
+    def method(self) -> Method: ...  # noqa: D102
     @property
     def embedder(self) -> TextEmbedder: ...  # noqa: D102
 

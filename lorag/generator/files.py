@@ -16,7 +16,7 @@ from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded, sa
 from lorag.files.hub import fetch
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.generator.gate import Gate
-from lorag.methods import generator_type
+from lorag.methods import method_type
 from lorag.spaces import open_space
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
@@ -71,7 +71,8 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
     space, space_values = generator.space.tensors()
     tensors = {f"space.{name}": value for name, value in space.items()}
     tensors["conditioner.centroids"] = generator.conditioner.centroids
-    for name, value in generator.method.tensors().items():
+    state = generator.method.state()
+    for name, value in state.tensors.items():
         # Matrices in half precision: the experts that they imitate are no more precise.
         half = value.dtype == torch.float32 and value.dim() >= 2 and value.abs().max() < 6e4
         tensors[f"method.{name}"] = (value.half() if half else value).contiguous()
@@ -85,6 +86,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         "licenses": dict(generator.licenses),
         "method": generator.method.name,
         "settings": generator.method.values(),
+        "shape": state.shape,
         "embedder": generator.embedder.name,
         "rank": generator.rank,
         "strength": generator.strength,
@@ -95,7 +97,8 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         tensors |= {"gate.wordings": generator.gate.wordings, "gate.owners": generator.gate.owners}
     save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
     write_manifest(folder, MANIFEST, fields, [_WEIGHTS])
-    generator.method.restore({name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")})
+    own = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+    generator.method.restore(own, state.shape)
     return "sha256:" + sha256(folder / _WEIGHTS)[:16]
 
 
@@ -111,7 +114,8 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         ArtifactError: If it is not a complete generator of a known format.
         GeneratorError: If its parts do not fit together, or the embedder is another one.
     """
-    manifest = check_manifest(folder, MANIFEST, _KIND, GENERATOR_FORMAT)
+    older = f"Convert it: lorag convert {folder} --out NEW_FOLDER."
+    manifest = check_manifest(folder, MANIFEST, _KIND, GENERATOR_FORMAT, older=older)
     read_header(folder / _WEIGHTS)
     tensors = load_tensors(folder / _WEIGHTS)
 
@@ -120,9 +124,10 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
 
     try:
         base = BankBase.from_dict(manifest["base"])
-        method = generator_type(manifest["method"]).with_settings(manifest["settings"])
+        method = method_type(manifest["method"]).with_settings(manifest["settings"])
+        shape = dict(manifest["shape"])
         space = open_space(part("space."), manifest["space"])
-        centroids = tensors["conditioner.centroids"].float()
+        centroids = tensors["conditioner.centroids"].float().clone()  # into memory of its own, aligned as in training: sums round alike
         names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
         wanted = str(manifest["embedder"])
         licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
@@ -140,7 +145,8 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
     if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
         raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
     conditioner = Conditioner(names, centroids)
-    method.restore_whole(part("method."), conditioner, space.size, lambda codes: space.decode(codes, rank))
+    method.restore(part("method."), shape)
+    method.try_out(conditioner, space.size, lambda codes: space.decode(codes, rank))
     if embedder is None:
         embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
     if embedder.name != wanted or embedder.size != centroids.shape[1]:

@@ -23,7 +23,7 @@ from lorag.generator.evidence import Evidence, gather
 from lorag.generator.files import find_generator, read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, refine
-from lorag.methods import Generator
+from lorag.methods import Method
 from lorag.spaces import WeightSpace
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
@@ -70,7 +70,7 @@ class LoraGenerator:
     base: BankBase
     space: WeightSpace
     conditioner: Conditioner
-    method: Generator
+    method: Method
     embedder: TextEmbedder
     rank: int
     strength: float = 1.0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import NetworkGenerator, ReaderSettings, collate
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
+from lorag.methods.method import whole
+from lorag.methods.network_method import NetworkMethod, ReaderSettings, collate
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
 from lorag.networks.factor_network import FactorNetwork
@@ -43,7 +42,7 @@ class AlignedSettings(ReaderSettings):
     )
 
 
-class Aligned(NetworkGenerator):
+class Aligned(NetworkMethod):
     """Reads a description, and writes factors in bases of the base model's own activations.
 
     A text embedder and a base model both place texts by what they mean. A linear map between the two places is fitted on plain
@@ -55,19 +54,23 @@ class Aligned(NetworkGenerator):
     name = "aligned"
     settings_type = AlignedSettings
     settings: AlignedSettings
-    entry: tuple[int, ...]  # of each module, the number of its input basis
-    shape: tuple[int, int, int]  # rank, input and output directions
 
-    def build(self, embedding: int, code: int) -> FactorNetwork:
-        """The untrained network."""
-        s, (rank, inputs, outputs) = self.settings, self.shape
+    def build(self, shape: Mapping[str, Any]) -> FactorNetwork:
+        """The untrained network.
+
+        Args:
+            shape: Lengths of `embedding` and `code`; the number of each module's input basis, `entry`; `rank`, `inputs` and `outputs`.
+        """
+        s = self.settings
+        embedding, code, rank, inputs, outputs = (whole(shape, name) for name in ("embedding", "code", "rank", "inputs", "outputs"))
+        entry = tuple(whole({"entry": number}, "entry", len(shape["entry"])) for number in shape["entry"])
         if not 0 < s.probes < rank:
             raise ConfigError("settings.probes cannot be used", got=s.probes, expected=f"1 to {rank - 1}, below the rank")
-        if len(self.entry) * rank * (inputs + outputs) != code:
-            raise GeneratorError(f"{self.name}: modules, rank and directions do not make up a code", got=code)
+        if len(entry) * rank * (inputs + outputs) != code:
+            raise ValueError(f"modules, rank and directions do not make up a code of {code}")
         return FactorNetwork(
             embedding,
-            self.entry,
+            entry,
             inputs=inputs,
             outputs=outputs,
             rank=rank,
@@ -94,25 +97,13 @@ class Aligned(NetworkGenerator):
         space = data.space
         if not isinstance(space, ActivationBases) or data.alignment is None:
             raise GeneratorError(f"{self.name} needs bases of activations", remedy="Train it with space=activation_bases and tasks=SUITE.")
-        self.entry, self.shape = space.entry, (space.rank, *space.shape)
-        self.sizes = (data.embedding_size, space.size)
+        inputs, outputs = space.shape
+        self.shape = {"embedding": data.embedding_size, "code": space.size, "entry": list(space.entry), "rank": space.rank}
+        self.shape |= {"inputs": inputs, "outputs": outputs}
         with loop.seeded():
-            network = self.build(*self.sizes)
+            network = self.build(self.shape)
         step = max(1, len(data.training) // _TYPICAL)
         _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
         network.align(data.alignment, tokens, mask)
         self.network = network.to(loop.accelerator.device)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The network's parameters, its sizes, and those of the space."""
-        return {**super().tensors(), "entry": torch.tensor(self.entry), "shape": torch.tensor(self.shape)}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Builds the network and loads its parameters."""
-        left = dict(tensors)
-        entry, shape = left.pop("entry", None), left.pop("shape", None)
-        if entry is None or shape is None or entry.dtype != torch.int64 or shape.shape != (3,):
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no usable sizes of the weight space")
-        self.entry, self.shape = tuple(entry.tolist()), tuple(shape.tolist())
-        super().restore(left)

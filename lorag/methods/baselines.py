@@ -1,28 +1,27 @@
-"""What every generator must beat: methods that do not learn from descriptions, or only look experts up."""
+"""What every method must beat: methods that do not learn from descriptions, or only look experts up."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorag.base.runner import Runner
-from lorag.errors import GeneratorError
-from lorag.methods.base import Generator, Settings
-from lorag.methods.data_parallel import Batch
 from lorag.methods.functional import code_losses, require_runner, validation_loss
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.method import Method, Settings, State
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.training_set import TrainingSet
 from lorag.text.conditioning import Condition, mixture, mixture_weights
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
 
 
-class _Stored(Generator):
-    """A generator that keeps the experts' codes."""
+class _Stored(Method):
+    """A method that keeps the experts' codes."""
 
     codes: Tensor
     deviations: Tensor
@@ -32,19 +31,16 @@ class _Stored(Generator):
         data.require_experts(self.name)
         self.codes, self.deviations = data.codes, data.deviations
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """Codes and deviations, in fp16: the bank's own precision."""
-        return {"codes": self.codes.half(), "deviations": self.deviations.half()}
+        return State({"codes": self.codes.half(), "deviations": self.deviations.half()}, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Puts the codes back."""
-        try:
-            self.codes, self.deviations = tensors["codes"].float(), tensors["deviations"].float()
-        except KeyError as error:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got=f"no {error}") from error
+        self.codes, self.deviations = tensors["codes"].float(), tensors["deviations"].float()
 
 
-class Mean(Generator):
+class Mean(Method):
     """The mean of all experts, in ΔW: what a bank gives to every description alike."""
 
     name = "mean"
@@ -59,14 +55,12 @@ class Mean(Generator):
         """The mean code, whatever the condition."""
         return self.code.expand(count, -1).clone()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The mean code."""
-        return {"code": self.code}
+    def state(self) -> State:
+        """The code."""
+        return State({"code": self.code}, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts the mean code back."""
-        if "code" not in tensors:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no code")
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
+        """Puts the code back."""
         self.code = tensors["code"].float()
 
 
@@ -98,16 +92,16 @@ class Multitask(Mean):
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains one code, from the mean of the experts or from no change, with the base model's loss on all training tasks."""
         settings, runner = self.settings, require_runner(self.name, data, runner)
-        known = data.training_experts
-        module = _Code(data.codes[known].mean(0) if known else data.space.zero.cpu())
+        experts = data.training_experts
+        module = _Code(data.codes[experts].mean(0) if experts else data.space.zero.cpu())
         training = torch.tensor(list(data.training))
 
         def loss(_: nn.Module, step: int) -> Batch:
             chosen = training[torch.randint(len(training), (settings.tasks,), generator=loop.rng)].tolist()
 
-            def losses(part: slice) -> Tensor:
-                codes = module().expand(len(chosen[part]), -1)
-                return code_losses(runner, data, codes, chosen[part], settings.batch, f"multitask/{step}")
+            def losses(share: slice) -> Tensor:
+                codes = module().expand(len(chosen[share]), -1)
+                return code_losses(runner, data, codes, chosen[share], settings.batch, f"multitask/{step}")
 
             return Batch(len(chosen), losses)
 
@@ -177,8 +171,8 @@ class TopK(_Stored):
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """The mixture's mean."""
-        found = mixture(condition.similarities, self.codes, None, top=self.settings.top, temperature=self.settings.temperature)
-        return found.mean.expand(count, -1).clone()
+        prior = mixture(condition.similarities, self.codes, None, top=self.settings.top, temperature=self.settings.temperature)
+        return prior.mean.expand(count, -1).clone()
 
 
 class SgMixture(_Stored):
@@ -195,6 +189,6 @@ class SgMixture(_Stored):
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Samples of N(μ*, σ*²)."""
         settings = self.settings
-        found = mixture(condition.similarities, self.codes, self.deviations, top=settings.top, temperature=settings.temperature)
-        noise = torch.randn(count, len(found.mean), generator=rng)
-        return found.mean + found.variance.sqrt() * noise
+        prior = mixture(condition.similarities, self.codes, self.deviations, top=settings.top, temperature=settings.temperature)
+        noise = torch.randn(count, len(prior.mean), generator=rng)
+        return prior.mean + prior.variance.sqrt() * noise

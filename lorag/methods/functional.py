@@ -13,9 +13,8 @@ from lorag.base.objectives.base import training_examples
 from lorag.base.row_adapters import Cores, Stacked
 from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.methods.base import draw
-from lorag.methods.data_parallel import Batch
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.network_method import draw
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.training_set import TrainingSet
 from lorag.tasks.suite import Task
 from lorag.text.embedding import Embedding

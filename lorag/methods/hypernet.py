@@ -1,23 +1,24 @@
-"""Text-to-LoRA's design as a baseline (Charakorn et al., ICML 2025): one network writes every module, told which one."""
+"""Text-to-LoRA's design as a baseline (Charakorn et al., ICML 2025): one network writes every module, by an embedding of each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorag.base.runner import Runner
-from lorag.errors import GeneratorError
-from lorag.methods.base import NetworkGenerator, Settings
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.reconstruction import reconstruct, start_network
+from lorag.methods.method import Settings, whole
+from lorag.methods.network_method import NetworkMethod, reconstruct
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
-from lorag.networks.hypernet import ModuleNetwork
+from lorag.networks.modules import ModuleNetwork
 
 __all__ = ["Hypernet"]
+
+_MOST_MODULES = 65_536
 
 
 @dataclass
@@ -45,7 +46,7 @@ class HypernetSettings(Settings):
     functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=0))
 
 
-class Hypernet(NetworkGenerator):
+class Hypernet(NetworkMethod):
     """Frozen pooled text embedding and a learned embedding of each module, through residual blocks, to the module's part.
 
     A module's embedding stands for the paper's two, of layer and of type. The paper writes raw factors; here the weight
@@ -55,14 +56,14 @@ class Hypernet(NetworkGenerator):
     name = "hypernet"
     settings_type = HypernetSettings
     settings: HypernetSettings
-    parts: tuple[int, ...]  # length of each module's part of a code
 
-    def build(self, embedding: int, code: int) -> nn.Module:
-        """The untrained network."""
-        if sum(self.parts) != code:
-            raise GeneratorError(f"{self.name}: the modules' parts do not make up a code", got=sum(self.parts), expected=code)
+    def build(self, shape: Mapping[str, Any]) -> nn.Module:
+        """The untrained network, for the length of the `embedding` and those of the modules' `parts` of a code."""
+        parts = [whole({"parts": value}, "parts") for value in shape["parts"]]
+        if not 0 < len(parts) <= _MOST_MODULES or 0 in parts:
+            raise ValueError(f"{len(parts)} modules' parts of a code")
         s = self.settings
-        return ModuleNetwork(embedding, self.parts, width=s.width, depth=s.depth, module_width=s.module_width, dropout=s.dropout)
+        return ModuleNetwork(whole(shape, "embedding"), parts, width=s.width, depth=s.depth, module_width=s.module_width, dropout=s.dropout)
 
     @property
     def learns_from_tasks(self) -> bool:
@@ -75,20 +76,6 @@ class Hypernet(NetworkGenerator):
             data.require_experts(self.name)
         else:
             require_runner(self.name, data, runner)  # before time is spent on reconstruction
-        self.parts = tuple(data.space.parts)
-        network = start_network(self, data, loop)
+        network = self.start({"embedding": data.embedding_size, "parts": list(data.space.parts)}, loop)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The network's parameters, its sizes, and the length of each module's part."""
-        return {**super().tensors(), "parts": torch.tensor(self.parts)}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Builds the network and loads its parameters."""
-        left = dict(tensors)
-        parts = left.pop("parts", None)
-        if parts is None or parts.dim() != 1 or parts.dtype != torch.int64 or not (parts > 0).all():
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no usable lengths of the modules' parts")
-        self.parts = tuple(parts.tolist())
-        super().restore(left)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.base import ReaderSettings, collate, draw
-from lorag.methods.data_parallel import Batch
-from lorag.methods.expert_regression import ExpertRegression, KernelSettings
 from lorag.methods.functional import task_vectors
-from lorag.methods.latent import LatentGenerator, negative_elbo, squared_error
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.kernel import ExpertRegression, KernelSettings
+from lorag.methods.method import nested, part, whole
+from lorag.methods.network_method import ReaderSettings, collate, draw
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.training_set import TrainingSet
-from lorag.networks.conv_cvae import ConvVae
-from lorag.networks.cvae import ConditionalVae
+from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
+from lorag.networks.conv_vae import ConvVae
+from lorag.networks.vae import ConditionalVae
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
 from lorag.text.conditioning import Condition
 from lorag.text.embedding import Embedding
@@ -64,15 +65,15 @@ class IcmLoraSettings(ReaderSettings):
     kernel: KernelSettings = field(default_factory=KernelSettings)
 
 
-class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
+class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
     """In-Context Meta LoRA generation (arXiv 2501.17635, IJCAI 2025), without the faults of its released code.
 
     Kept: prior N(0, I), loss = squared error averaged over elements + 0.005 · KL, one latent for a whole adapter, and for
     `stack="conv"` the published network. Repaired: reconstruction and target must have one shape; each task has its own
     condition; the task vector comes from the base model without an adapter; the normaliser comes from the training experts and never from
     a checkpoint of the task that is generated. Chosen, because not published: the samples of a task are its final code plus noise with
-    the deviations of its late checkpoints, of which `TrainingSet` keeps no more; the network over codes, whose reader sees descriptions
-    blurred in training; and early stopping by the squared error of z = 0 on held-out training tasks.
+    the deviations of its checkpoints, of which `TrainingSet` keeps no more; the network over codes, whose reader sees descriptions
+    with augmentation in training; and early stopping by the squared error of z = 0 on held-out training tasks.
     """
 
     name = "icm_lora"
@@ -85,9 +86,9 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
     def __init__(self, settings: IcmLoraSettings | None = None) -> None:
         super().__init__(settings)
         s = self.settings
-        for key, value, known in (("stack", s.stack, ("codes", "conv")), ("condition", s.condition, ("description", "examples", "both"))):
-            if value not in known:
-                raise ConfigError(f"settings.{key} is unknown", got=repr(value), expected=" or ".join(known))
+        for key, value, choices in (("stack", s.stack, ("codes", "conv")), ("condition", s.condition, ("description", "examples", "both"))):
+            if value not in choices:
+                raise ConfigError(f"settings.{key} is unknown", got=repr(value), expected=" or ".join(choices))
         conv = s.stack == "conv"
         self.latent, self.batch, self.learning_rate = (256, 2, 2e-4) if conv else (64, 64, 1e-3)
         self.latent = self.latent if s.latent is None else s.latent
@@ -119,9 +120,9 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         """Whether task vectors are part of the condition."""
         return self.settings.condition != "description"
 
-    def build(self, *sizes: int) -> ConditionalVae | ConvVae:
-        """The untrained network for lengths of embedding and task vector, 0 where there is none, and number of elements."""
-        embedding, vector, elements = sizes
+    def build(self, shape: Mapping[str, Any]) -> ConditionalVae | ConvVae:
+        """The untrained network for lengths of `embedding` and task `vector`, 0 where there is none, and number of `elements`."""
+        embedding, vector, elements = (whole(shape, name) for name in ("embedding", "vector", "elements"))
         s = self.settings
         if s.stack == "conv":
             return ConvVae(elements, embedding + vector, self.latent)
@@ -136,11 +137,13 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
         """
         data.require_experts(self.name)
         s, training, held = self.settings, data.training_experts, data.validation_experts
-        known = data.codes[training]
-        self.coordinates = StandardCodes.fit(known, data.space.parts) if s.stack == "conv" else PrincipalCodes.fit(known, s.components)
+        training_codes = data.codes[training]
+        self.coordinates = (
+            StandardCodes.fit(training_codes, data.space.parts) if s.stack == "conv" else PrincipalCodes.fit(training_codes, s.components)
+        )
         vectors = self._fit_vectors(data, runner)
         embedding = data.embedding_size if self.reads else 0
-        self.sizes = (embedding, 0 if vectors is None else vectors.shape[1], self.coordinates.size)
+        self.shape = {"embedding": embedding, "vector": 0 if vectors is None else vectors.shape[1], "elements": self.coordinates.size}
         coordinates = self.coordinates.to_coordinates(data.codes)
         learned = ExpertRegression.learn(self.name, s.kernel, coordinates, data, loop) if self.regresses else None
         network, device = self.start(loop), loop.accelerator.device
@@ -162,8 +165,9 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
             start = starts(rows, drawn)
             x = x if start is None else x - start
 
-            def losses(part: slice) -> Tensor:
-                return negative_elbo(module(x[part], z[part], *inputs(rows[part], drawn[part])), x[part], s.beta, each=True)
+            def losses(share: slice) -> Tensor:
+                read = inputs(rows[share], drawn[share])
+                return negative_elbo(module(x[share], z[share], *read), x[share], s.beta, each=True)
 
             return Batch(batch, losses)
 
@@ -228,13 +232,13 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
                 remedy="Give their suite with tasks=PATH, or take settings.condition=description.",
             )
         rows = sorted([*data.training_experts, *data.validation_experts])
-        found = task_vectors(runner, [data.tasks[i] for i in rows]).detach().float().cpu().clone()
-        vectors = found.new_zeros(len(data.codes), found.shape[1])
-        vectors[rows] = found
-        known = vectors[data.training_experts]
-        self.vector_mean, spread = known.mean(0), known.std(0, correction=0)
+        raw = task_vectors(runner, [data.tasks[i] for i in rows]).detach().float().cpu().clone()
+        vectors = raw.new_zeros(len(data.codes), raw.shape[1])
+        vectors[rows] = raw
+        learned_from = vectors[data.training_experts]
+        self.vector_mean, spread = learned_from.mean(0), learned_from.std(0, correction=0)
         # What all tasks share to the last digit says nothing of any, and must not be divided by.
-        self.vector_scale = torch.where(spread > 1e-6 * known.abs().amax(0), spread, torch.ones_like(spread))
+        self.vector_scale = torch.where(spread > 1e-6 * learned_from.abs().amax(0), spread, torch.ones_like(spread))
         return self._normalise(vectors)
 
     def _normalise(self, vectors: Tensor) -> Tensor:
@@ -242,23 +246,21 @@ class IcmLora(LatentGenerator[ConditionalVae | ConvVae]):
 
     def more_tensors(self) -> dict[str, Tensor]:
         """The task vectors' normaliser, and the regression."""
-        found = {"vector.mean": self.vector_mean, "vector.scale": self.vector_scale} if self.sees else {}
+        stored = {"vector.mean": self.vector_mean, "vector.scale": self.vector_scale} if self.sees else {}
         if self.regression is not None:
-            found |= {f"regression.{name}": value.cpu() for name, value in self.regression.tensors().items()}
-        return found
+            stored |= nested(regression={name: value.cpu() for name, value in self.regression.tensors().items()})
+        return stored
 
-    def restore_more(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_more(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts normaliser and regression back. What is stored decides whether there is one, and not the setting."""
         if self.sees:
             self.vector_mean, self.vector_scale = tensors["vector.mean"].float(), tensors["vector.scale"].float()
-        own = {name.removeprefix("regression."): value for name, value in tensors.items() if name.startswith("regression.")}
-        self.regression = ExpertRegression.from_tensors(self.settings.kernel, self.sizes[0], own) if own else None
+        stored = part(tensors, "regression")
+        self.regression = ExpertRegression.from_tensors(self.settings.kernel, whole(self.shape, "embedding"), stored) if stored else None
         if self.regression is not None and self.regression.values.shape[1] != self.coordinates.size:
-            raise GeneratorError(
-                "stored experts do not fit", got=f"{self.regression.values.shape[1]} for {self.coordinates.size} coordinates"
-            )
+            raise ValueError(f"experts of {self.regression.values.shape[1]} for {self.coordinates.size} coordinates")
 
     def size(self) -> int:
         """Number of parameters of network and kernel; experts and their coordinates are a base, as a weight space is."""
-        own = 0 if self.regression is None else sum(parameter.numel() for parameter in self.regression.kernel.parameters())
-        return super().size() + own
+        kernel = 0 if self.regression is None else sum(parameter.numel() for parameter in self.regression.kernel.parameters())
+        return super().size() + kernel

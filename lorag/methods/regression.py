@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorag.base.runner import Runner
-from lorag.errors import GeneratorError
-from lorag.methods.base import Generator, NetworkGenerator, Settings
-from lorag.methods.reconstruction import reconstruct
+from lorag.methods.method import Method, Settings, State, whole
+from lorag.methods.network_method import NetworkMethod, reconstruct
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
-from lorag.networks.code_networks import PooledNetwork
+from lorag.networks.readers import PooledNetwork
 from lorag.text.conditioning import Condition
 
 __all__ = ["Mlp", "Ridge"]
@@ -22,7 +22,7 @@ __all__ = ["Mlp", "Ridge"]
 _PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-class Ridge(Generator):
+class Ridge(Method):
     """Linear map from the pooled embedding. Its penalty is chosen on held-out training tasks, or by leaving experts out."""
 
     name = "ridge"
@@ -48,7 +48,7 @@ class Ridge(Generator):
         best, self.weight = float("inf"), torch.zeros_like(moment).float()
         for penalty in _PENALTIES:
             weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), moment).float()
-            error = self._error(weight, data, held) if held else _left_out(x, y, target, gram, moment, penalty)
+            error = self._error(weight, data, held) if held else _left_out_error(x, y, target, gram, moment, penalty)
             if error < best:
                 best, self.weight = error, weight
 
@@ -62,19 +62,16 @@ class Ridge(Generator):
         code = (condition.embedding.pooled - self.centre) @ self.weight + self.bias
         return code.expand(count, -1).clone()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """The linear map, in fp16."""
-        return {"weight": self.weight.half(), "bias": self.bias.half(), "centre": self.centre}
+        return State({"weight": self.weight.half(), "bias": self.bias.half(), "centre": self.centre}, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Puts the linear map back."""
-        try:
-            self.weight, self.bias, self.centre = (tensors[name].float() for name in ("weight", "bias", "centre"))
-        except KeyError as error:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got=f"no {error}") from error
+        self.weight, self.bias, self.centre = (tensors[name].float() for name in ("weight", "bias", "centre"))
 
 
-def _left_out(x: Tensor, y: Tensor, target: Tensor, gram: Tensor, moment: Tensor, penalty: float) -> float:
+def _left_out_error(x: Tensor, y: Tensor, target: Tensor, gram: Tensor, moment: Tensor, penalty: float) -> float:
     """Mean squared error (per value) of each expert's code when its own rows take no part in the regression.
 
     In closed form: an expert's rows X leave the inverse S of the penalised Gram matrix as S + S Xᵀ (I − X S Xᵀ)⁻¹ X S, and
@@ -91,12 +88,12 @@ def _left_out(x: Tensor, y: Tensor, target: Tensor, gram: Tensor, moment: Tensor
     inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram), dtype=gram.dtype))
     directions, shares = [], []
     for expert in range(len(y)):
-        own = x[target == expert]
-        mean = own.mean(0)
-        reach = own @ inverse
-        without = torch.linalg.solve(torch.eye(len(own), dtype=own.dtype) - reach @ own.T, reach @ mean)
+        rows = x[target == expert]
+        mean = rows.mean(0)
+        reach = rows @ inverse
+        without = torch.linalg.solve(torch.eye(len(rows), dtype=rows.dtype) - reach @ rows.T, reach @ mean)
         directions.append(inverse @ mean + reach.T @ without)
-        shares.append(directions[-1] @ own.sum(0))
+        shares.append(directions[-1] @ rows.sum(0))
     guessed = torch.stack(directions) @ moment - torch.stack(shares)[:, None] * y
     return (guessed - y).square().mean().item()
 
@@ -120,18 +117,19 @@ class MlpSettings(Settings):
     batch: int = 64
 
 
-class Mlp(NetworkGenerator):
+class Mlp(NetworkMethod):
     """A perceptron on the pooled embedding, trained to reconstruct the experts' codes."""
 
     name = "mlp"
     settings_type = MlpSettings
     settings: MlpSettings
 
-    def build(self, embedding: int, code: int) -> nn.Module:
-        """The untrained perceptron."""
-        return PooledNetwork(embedding, code, self.settings.width, self.settings.dropout)
+    def build(self, shape: Mapping[str, Any]) -> nn.Module:
+        """The untrained perceptron, for lengths of `embedding` and `code`."""
+        return PooledNetwork(whole(shape, "embedding"), whole(shape, "code"), self.settings.width, self.settings.dropout)
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains it by reconstruction, stopping early on held-out training tasks."""
         data.require_experts(self.name)
+        self.start({"embedding": data.embedding_size, "code": data.space.size}, loop)
         reconstruct(self, data, loop, self.settings.steps, self.settings.learning_rate, self.settings.batch)

@@ -4,27 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorag.base.runner import Runner
-from lorag.errors import ConfigError
-from lorag.methods.base import ReaderSettings, collate
+from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.baselines import MixtureSettings
-from lorag.methods.data_parallel import Batch
-from lorag.methods.expert_mixture import ExpertMixture
-from lorag.methods.latent import LatentGenerator, negative_elbo, squared_error
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.method import whole
+from lorag.methods.network_method import ReaderSettings, collate
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.training_set import TrainingSet
-from lorag.networks.cvae import LearnedPriorVae
+from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
+from lorag.networks.vae import LearnedPriorVae
 from lorag.spaces.principal_codes import PrincipalCodes
-from lorag.text.conditioning import Condition
+from lorag.text.conditioning import Condition, mixture
 from lorag.text.embedding import Embedding
 
-__all__ = ["SgLora"]
+__all__ = ["ExpertMixture", "SgLora"]
 
 _WORDINGS = 8  # of each held-out task, that validation reads
+
+
+@dataclass(frozen=True)
+class ExpertMixture:
+    """Experts that may be neighbours, and how they are mixed.
+
+    Attributes:
+        indices: Their places in the bank (l,), int64.
+        means: Coordinates of their final codes (l, p).
+        deviations: Of their checkpoints, in coordinates (l, p).
+        top: K, neighbours that count.
+        temperature: τ of the softmax over cosines.
+    """
+
+    indices: Tensor
+    means: Tensor
+    deviations: Tensor
+    top: int
+    temperature: float
+
+    @classmethod
+    def of(cls, data: TrainingSet, rows: Sequence[int], coordinates: PrincipalCodes, top: int, temperature: float) -> ExpertMixture:
+        """Mixtures of the experts at some rows of a bank."""
+        rows = list(rows)
+        means = coordinates.to_coordinates(data.codes[rows])
+        return cls(torch.tensor(rows), means, coordinates.project_deviations(data.deviations[rows]), top, temperature)
+
+    def __call__(self, similarities: Tensor) -> Tensor:
+        """Condition (2 p,) of a description: μ* and σ*², given its cosine to every expert of the bank (n,)."""
+        prior = mixture(similarities[self.indices], self.means, self.deviations, top=self.top, temperature=self.temperature)
+        return torch.cat([prior.mean, prior.variance])
+
+    def without(self, masked: Tensor) -> ExpertMixture:
+        """The same without the experts that are masked (n,), which are then no neighbours at any similarity.
+
+        Raises:
+            GeneratorError: If no other is left.
+        """
+        keep = ~masked[self.indices]
+        if not keep.any():
+            raise GeneratorError("an expert has no neighbours to learn from", expected="experts that are not of its own source")
+        return ExpertMixture(self.indices[keep], self.means[keep], self.deviations[keep], self.top, self.temperature)
+
+    def leave_group_out(self, data: TrainingSet, rows: Sequence[int]) -> list[Tensor]:
+        """Conditions (d, 2 p) of each of the d descriptions of some experts, none of which sees an expert of its group.
+
+        Without this, training would always see a similarity of about 1, and use never does.
+        """
+        conditions = []
+        for row, masked in zip(rows, data.masked(rows), strict=True):
+            others = self.without(masked)
+            cosines = torch.stack([one.pooled for one in data.embeddings[row]]) @ data.conditioner.centroids.T
+            conditions.append(torch.stack([others(each) for each in cosines]))
+        return conditions
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `from_tensors` needs."""
+        return {"experts.indices": self.indices, "experts.means": self.means, "experts.deviations": self.deviations}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], top: int, temperature: float) -> ExpertMixture:
+        """Puts back what `tensors` gave.
+
+        Raises:
+            KeyError: If one is missing.
+            ValueError: If they do not fit together.
+        """
+        indices, means, deviations = (tensors[f"experts.{name}"] for name in ("indices", "means", "deviations"))
+        if means.dim() != 2 or means.shape != deviations.shape or indices.shape != means.shape[:1] or (indices < 0).any():
+            raise ValueError(f"experts {tuple(indices.shape)}, {tuple(means.shape)}")
+        return cls(indices.long(), means.float(), deviations.float(), top, temperature)
 
 
 @dataclass
@@ -60,17 +131,17 @@ class SgLoraSettings(ReaderSettings, MixtureSettings):
     features: int = 384
 
 
-class SgLora(LatentGenerator[LearnedPriorVae]):
+class SgLora(VaeMethod[LearnedPriorVae]):
     """Semantic-guided LoRA parameters generation (arXiv 2509.10535, CVPR 2026).
 
     The condition is {μ*, σ*²}, mean and total variance of a mixture of the K nearest experts; z has a learned prior
     p(z|c); loss = squared error, summed over elements, + λ KL(q ‖ p). Published: K, λ and the depths. Not published, and
     chosen here: τ, widths, latents, rates; principal coordinates instead of raw factors, so that the condition stays small;
-    the samples of an expert, its final code plus noise with the deviations of its late checkpoints; and early stopping by
+    the samples of an expert, its final code plus noise with the deviations of its checkpoints; and early stopping by
     the squared error of the prior's mean on held-out training tasks.
 
     Ours is `condition="both"`: a softmax over neighbours' descriptions loses what the description itself says, so its tokens are
-    read beside the merge, blurred in training, and the decoder adds a linear map of both.
+    read beside the merge, with augmentation in training, and the decoder adds a linear map of both.
 
     An expert of a task's own group is never part of its merge in training. Experts held out for
     validation are neighbours of none while it trains, so that their codes enter no gradient; once the best state is
@@ -95,13 +166,13 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         """Whether the description itself is part of the condition."""
         return self.settings.condition == "both"
 
-    def build(self, *sizes: int) -> LearnedPriorVae:
-        """The untrained network for lengths of merge, of embedding where descriptions are read, and of coordinates."""
+    def build(self, shape: Mapping[str, Any]) -> LearnedPriorVae:
+        """The untrained network for lengths of `merge`, of `embedding`, 0 where none is read, and of `elements`."""
         s = self.settings
-        merge, *embedding, elements = sizes
+        merge, embedding, elements = (whole(shape, name) for name in ("merge", "embedding", "elements"))
         if not embedding:
             return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width)
-        reader = s.reader(embedding[0], 0, width=s.reading, features=s.features)
+        reader = s.reader(embedding, 0, width=s.reading, features=s.features)
         return LearnedPriorVae(merge, elements, latent=s.latent, width=s.width, reader=reader, features=s.features)
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
@@ -112,8 +183,7 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
         merges = known.leave_group_out(data, training)
         coordinates = self.coordinates.size
-        embedding = (data.embedding_size,) if self.reads else ()
-        self.sizes = (2 * coordinates, *embedding, coordinates)
+        self.shape = {"merge": 2 * coordinates, "embedding": data.embedding_size if self.reads else 0, "elements": coordinates}
         network, device = self.start(loop), loop.accelerator.device
 
         def inputs(merge: Tensor, embeddings: Sequence[Embedding]) -> tuple[Tensor, ...]:
@@ -128,8 +198,9 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
             x = known.means[places] + known.deviations[places] * torch.randn(s.batch, coordinates, generator=loop.rng)
             x, noise = x.to(device), torch.randn(s.batch, s.latent, generator=loop.rng).to(device)
 
-            def losses(part: slice) -> Tensor:
-                return negative_elbo(module(x[part], noise[part], *inputs(merge[part], texts[part])), x[part], s.beta, each=False)
+            def losses(share: slice) -> Tensor:
+                read = inputs(merge[share], texts[share])
+                return negative_elbo(module(x[share], noise[share], *read), x[share], s.beta, each=False)
 
             return Batch(s.batch, losses)
 
@@ -167,6 +238,6 @@ class SgLora(LatentGenerator[LearnedPriorVae]):
         """The experts that may be neighbours."""
         return self.experts.tensors()
 
-    def restore_more(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_more(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts the experts back."""
         self.experts = ExpertMixture.from_tensors(tensors, self.settings.top, self.settings.temperature)

@@ -19,11 +19,11 @@ from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["Worth", "descend", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "told_apart", "warn_of_shared_inputs"]
+__all__ = ["Reduction", "minimise", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "told_apart", "warn_of_shared_inputs"]
 
 logger = logging.getLogger(__name__)
 
-Worth = Literal["sum", "worst"]
+Reduction = Literal["sum", "worst"]
 Losses = Callable[[str, int], Tensor]  # of each task (n,), from a draw's name and its number of examples
 _BATCH = 8
 _PROBED = 32  # inputs of each task by which tasks are told apart
@@ -87,14 +87,14 @@ def warn_of_shared_inputs(runner: Runner, tasks: Sequence[Task]) -> None:
         logger.warning("one adapter cannot tell apart tasks that share their inputs: %s (%d pairs)", shown, len(pairs))
 
 
-def descend(groups: Sequence[tuple[Sequence[Tensor], float]], losses: Losses, steps: int, worth: Worth) -> tuple[float, float]:
+def minimise(groups: Sequence[tuple[Sequence[Tensor], float]], losses: Losses, steps: int, reduction: Reduction) -> tuple[float, float]:
     """Lowers the sum or the worst of several tasks' losses by Adam, in place.
 
     Args:
         groups: Parameters and the rate of each group.
         losses: Loss of each task (n,) on some of its examples.
         steps: Gradient steps.
-        worth: "sum" or "worst".
+        reduction: "sum" or "worst".
 
     Returns:
         The loss on a fixed draw before, and of the state with the lowest, which is kept.
@@ -104,7 +104,7 @@ def descend(groups: Sequence[tuple[Sequence[Tensor], float]], losses: Losses, st
 
     def value(draw: str, count: int) -> Tensor:
         each = losses(draw, count)
-        return each.mean() if worth == "sum" else each.max()
+        return each.mean() if reduction == "sum" else each.max()
 
     def check() -> float:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def learn_weights(
     examples: int = 8,
     steps: int = 100,
     learning_rate: float = 0.05,
-    worth: Worth = "sum",
+    reduction: Reduction = "sum",
     seed: int = 0,
 ) -> Tensor:
     """Weights of a sum of adapters, learned by the loss on a few examples of each task.
@@ -151,7 +151,7 @@ def learn_weights(
         examples: Most training examples of each task.
         steps: Gradient steps.
         learning_rate: Of Adam.
-        worth: "sum" or "worst" of the tasks' losses.
+        reduction: "sum" or "worst" of the tasks' losses.
         seed: Seed of the choice of examples.
 
     Returns:
@@ -170,5 +170,5 @@ def learn_weights(
         weighted = {name: (a, b * spread[:, index]) for index, (name, (a, b)) in enumerate(stacked.items())}
         return runner.losses(weighted, support, number, f"weights/{seed}/{draw}")
 
-    descend([([weights], learning_rate)], losses, steps, worth)
+    minimise([([weights], learning_rate)], losses, steps, reduction)
     return weights.detach().expand(-1, len(names)).cpu()

@@ -1,4 +1,10 @@
-"""The loop under every learned generator: Adam with a schedule, validation, the best state kept, resume, progress."""
+"""The loop under every learned method: Adam with a schedule, validation, the best state kept, resume, progress, shares.
+
+A batch is drawn by the loop's seed and its step alone, the same in every process. Dropout and other noise of a share follow
+from the seed, the step and the share's number. So the result depends on the number of shares, and not, but for the order in
+which sums are rounded, on how many processes work on them; several shares in one process are gradient accumulation.
+(Accelerate's own data parallelism wraps a module's forward; losses here run networks by parts, which such a wrapper does not see.)
+"""
 
 from __future__ import annotations
 
@@ -6,25 +12,30 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from lorag.errors import ConfigError
 from lorag.files.metrics import Metrics
 from lorag.files.tensors import save_tensors
 from lorag.files.training_state import load_best, load_training_state, save_training_state
-from lorag.methods.data_parallel import Batch, Shares, told
 from lorag.progress import progress_bar
 
-__all__ = ["LoopSettings", "TrainingLoop"]
+__all__ = ["Batch", "LoopSettings", "Shares", "TrainingLoop", "from_main"]
 
 logger = logging.getLogger(__name__)
+
+_PRECISIONS = ("no", "bf16")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -143,7 +154,7 @@ class TrainingLoop:
                     found = math.nan
                     if validate is not None:
                         module.eval()
-                        found = told(self.accelerator, functools.partial(validate, module))
+                        found = from_main(self.accelerator, functools.partial(validate, module))
                         waited = 0 if found < best else waited + 1
                         if found < best:
                             best, best_state = found, {n: v.detach().clone() for n, v in module.state_dict().items()}
@@ -191,3 +202,155 @@ def _schedule(step: int, steps: int) -> float:
     """Warm-up over a twentieth of the steps, then a cosine to a hundredth."""
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, 0.505 + 0.495 * math.cos(math.pi * step / steps))
+
+
+# --- shares of a batch ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        size: Rows b.
+        losses: Loss of a run of its rows: their mean (), or one per row.
+        learned: Gets the losses of all rows (b,), without gradients, once they are known; `losses` must give one per row then.
+    """
+
+    size: int
+    losses: Callable[[slice], Tensor]
+    learned: Callable[[Tensor], None] | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of every batch, dealt out to processes. Make one with `of`.
+
+    Attributes:
+        accelerator: The processes.
+        count: Shares of a batch, as many for each process.
+        bf16: Whether losses are computed in bf16 where torch's autocast takes it for safe.
+    """
+
+    accelerator: Accelerator
+    count: int
+    bf16: bool = False
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, count: int | None, mixed_precision: str | None) -> Shares:
+        """Checks what a run asks for.
+
+        Args:
+            accelerator: The processes.
+            count: Shares; None is one for each process.
+            mixed_precision: "no" or "bf16"; None is what the accelerator says.
+
+        Raises:
+            ConfigError: If the processes cannot share them evenly, or if the precision is another one.
+        """
+        precision = str(accelerator.mixed_precision) if mixed_precision is None else mixed_precision
+        if precision not in _PRECISIONS:
+            raise ConfigError("mixed_precision cannot be used", got=precision, expected=" or ".join(_PRECISIONS))
+        processes = accelerator.num_processes
+        count = processes if count is None else count
+        if count < 1 or count % processes:
+            raise ConfigError(
+                "shares cannot be dealt out evenly to the processes", got=count, expected=f"a multiple of {processes} processes, or null"
+            )
+        return cls(accelerator, count, precision == "bf16")
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which losses are computed; parameters, gradients and optimizer stay in fp32."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def check(self, stage: str, module: nn.Module) -> None:
+        """Refuses what would not learn the same in shares.
+
+        Raises:
+            ConfigError: If the module normalises over the batch, of which a share is only a part.
+        """
+        if self.count > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+            raise ConfigError(
+                f"{stage}: its network normalises over the batch, which cannot be cut into shares",
+                got=f"{self.count} shares, {self.accelerator.num_processes} processes",
+                remedy="Train it in one process, with shares=1.",
+            )
+
+    def backward(self, stage: str, batch: Batch, seed: int, parameters: Iterable[Tensor]) -> Tensor:
+        """Adds the gradients of the batch's mean loss to the parameters', in all processes alike, and returns that mean ().
+
+        Args:
+            stage: Names what is trained, in messages.
+            batch: The same in every process.
+            seed: Of dropout in the step; each share adds its number.
+            parameters: What is trained; their gradients are empty.
+
+        Raises:
+            ConfigError: If there are fewer rows than shares.
+        """
+        if batch.size < self.count:
+            raise ConfigError(
+                f"{stage}: a batch is too small to be cut into shares",
+                got=f"{batch.size} rows, {self.count} shares",
+                remedy="Take a larger batch, more tasks, fewer processes or fewer shares.",
+            )
+        each = self.count // self.accelerator.num_processes
+        first = self.accelerator.process_index * each
+        total: Tensor | None = None
+        rows: list[tuple[slice, Tensor]] = []
+        for share in range(first, first + each):
+            part = slice(batch.size * share // self.count, batch.size * (share + 1) // self.count)
+            # Dropout draws from the global stream, which no state file holds.
+            torch.manual_seed(seed + share)
+            with self.autocast():
+                row_losses = batch.losses(part)
+                value = row_losses.mean() * ((part.stop - part.start) / batch.size)
+            self.accelerator.backward(value)
+            total = value.detach() if total is None else total + value.detach()
+            rows.append((part, row_losses.detach()))
+        if total is None:
+            raise AssertionError("a process without a share")
+        all_losses = total.new_zeros(batch.size if batch.learned is not None else 0)
+        if batch.learned is not None:
+            for part, row_losses in rows:
+                all_losses[part] = row_losses
+        if self.accelerator.num_processes > 1:
+            total, all_losses = self._add_up(total, all_losses, [p.grad for p in parameters if p.grad is not None])
+        if batch.learned is not None:
+            batch.learned(all_losses)
+        return total
+
+    def _add_up(self, total: Tensor, all_losses: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sums over the processes, in one exchange, for which everything is laid end to end; gradients are changed in place."""
+        parts = [total.float()[None], all_losses.float(), *(gradient.flatten() for gradient in gradients)]
+        summed = self.accelerator.reduce(torch.cat(parts), "sum").split([part.numel() for part in parts])
+        for gradient, part in zip(gradients, summed[2:], strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return summed[0][0], summed[1]
+
+    def agree(self, module: nn.Module, step: int) -> None:
+        """Gives every process the main one's parameters and buffers, and checks that all go on at one step.
+
+        Raises:
+            ConfigError: If they found different states of the run.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ConfigError(
+                "out: the processes do not see the same state of the run",
+                got=f"steps {', '.join(map(str, steps))}",
+                remedy="Give a folder that all machines share.",
+            )
+        with torch.no_grad():
+            for value in (*module.parameters(), *module.buffers()):
+                value.copy_(broadcast(value.detach().clone(memory_format=torch.contiguous_format)))
+
+
+def from_main(accelerator: Accelerator, find: Callable[[], float]) -> float:
+    """A number that the main process works out, broadcast to the others."""
+    value = find() if accelerator.is_main_process else 0.0
+    if accelerator.num_processes == 1:
+        return value
+    return float(broadcast(torch.tensor(value, dtype=torch.float64, device=accelerator.device)).item())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorag.networks.code_networks import Blur, Reading
+from lorag.networks.readers import Augmentation, FeatureReader
 
 __all__ = ["FactorNetwork"]
 
@@ -37,7 +37,7 @@ class FactorNetwork(nn.Module):
         layers: Its layers.
         heads: Of its attention.
         dropout: In it.
-        word_dropout: Share of a description's tokens hidden in training.
+        word_dropout: Share of a description's tokens masked in training.
         noise: Gaussian noise on its vectors in training, as a share of their own size.
     """
 
@@ -64,8 +64,10 @@ class FactorNetwork(nn.Module):
         m, g, rows = len(entry), max(entry) + 1, rank - probes
         self.entry, self.sizes = tuple(entry), (m, rank, inputs, outputs, rows, probes)
         self.directions = min(directions, inputs - 1)
-        self.augment = Blur(word_dropout, noise)
-        self.reading = Reading(embedding, width=width, queries=queries, layers=layers, heads=heads, hidden=features, dropout=dropout)
+        self.augment = Augmentation(word_dropout, noise)
+        self.reading = FeatureReader(
+            embedding, width=width, queries=queries, layers=layers, heads=heads, features=features, dropout=dropout
+        )
         self.norm = nn.LayerNorm(features)
         d = self.directions + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))

@@ -12,7 +12,7 @@ from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import Generator, TrainingSet
+from lorag.methods import Method, TrainingSet
 from lorag.methods.functional import evenly, mean_loss, task_vectors
 from lorag.tasks.suite import Task
 
@@ -25,7 +25,7 @@ _LEAST_GAP = 0.05  # between base and expert; below it a share of the gap is noi
 _GAINS = (-1.0, 1.0)  # an expert that learned little is easily beaten by several times its gap
 
 
-def tune_strength(method: Generator, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48) -> float:
+def tune_strength(method: Method, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48) -> float:
     """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
 
     The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is

@@ -24,8 +24,8 @@ from lorag.errors import ArtifactError, ConfigError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.icm_fusion import IcmFusion
-from lorag.methods.support_examples import Worth, descend, few_examples, learn_weights, tasks_of, warn_of_shared_inputs
-from lorag.networks.fused_latents import resolve_conflicts
+from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, tasks_of, warn_of_shared_inputs
+from lorag.networks.vae import resolve_conflicts
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 
@@ -37,14 +37,12 @@ RULES = ("uniform", "conflict", "learned")
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _start_weights(names: Sequence[str], weights: Mapping[str, float] | None, counts: Mapping[str, int] | None, tail: float) -> Tensor:
-    """Weights (n,) of sum 1: the given ones, times each task's number of examples to the power of `tail`."""
-    found = torch.tensor([1.0 if weights is None else float(weights[name]) for name in names])
-    if counts is not None:
-        found = found * torch.tensor([float(counts[name]) for name in names]) ** tail
-    if not (found.isfinite().all() and (found > 0).all()):
-        raise ConfigError("weights and counts of fused tasks must be positive numbers", got=str(found.tolist())[:80])
-    return found / found.sum()
+def _start_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> Tensor:
+    """The given weights (n,) at a sum of 1; equal ones without."""
+    start = torch.tensor([1.0 if weights is None else float(weights[name]) for name in names])
+    if not (start.isfinite().all() and (start > 0).all()):
+        raise ConfigError("weights of fused tasks must be positive numbers", got=str(start.tolist())[:80])
+    return start / start.sum()
 
 
 # --- in the latents of a generator ------------------------------------------------------------------------------------
@@ -91,13 +89,11 @@ def fuse_experts(
     *,
     rule: str = "uniform",
     suite: TaskSuite | None = None,
-    worth: Worth = "sum",
+    reduction: Reduction = "sum",
     steps: int = 100,
     examples: int = 8,
     learning_rate: float = 0.05,
     weights: Mapping[str, float] | None = None,
-    counts: Mapping[str, int] | None = None,
-    tail: float = -0.5,
     adapters: Mapping[str, LoraAdapter] | None = None,
     refine_steps: int = 0,
     rank: int | None = None,
@@ -117,14 +113,11 @@ def fuse_experts(
         names: Experts; order does not matter. One alone gives its decoded adapter.
         rule: "uniform", "conflict" or "learned".
         suite: The experts' tasks, for `learned` and for refinement; with it, tasks that share inputs are warned of.
-        worth: What `learned` lowers: the "sum" of the tasks' losses, or the "worst" of them.
+        reduction: What `learned` lowers: the "sum" of the tasks' losses, or the "worst" of them.
         steps: Gradient steps of `learned`.
         examples: Most training examples of each task that `learned` and refinement see.
         learning_rate: Of the weights' logarithms; of the map, this over z.
         weights: Of each task, by name; equal without. `learned` starts from them.
-        counts: Number of training examples of each task, by name, for long-tailed sets: weights are multiplied by
-            count^tail, and `learned` learns the exponent.
-        tail: That exponent; below 0, rare tasks weigh more.
         adapters: Experts that stand for the bank's, by name, such as ones trained on fewer examples.
         refine_steps: K, gradient steps of the decoded adapter on a mixture of the tasks' examples.
         rank: Rank of the adapter; the generator's without.
@@ -136,24 +129,23 @@ def fuse_experts(
     method = generator.method
     if not isinstance(method, IcmFusion):
         raise ConfigError("the generator cannot fuse", got=method.name, expected="one trained with method=icm_fusion")
-    if rule not in RULES or worth not in ("sum", "worst"):
-        raise ConfigError("rule of fusion is unknown", got=f"{rule}, {worth}", expected=f"{', '.join(RULES)}; sum or worst")
+    if rule not in RULES or reduction not in ("sum", "worst"):
+        raise ConfigError("rule of fusion is unknown", got=f"{rule}, {reduction}", expected=f"{', '.join(RULES)}; sum or worst")
     if generator.base != bank.base:
         raise ArtifactError("the generator was not trained on a bank of this base", got=generator.base.model.name)
     names = sorted(_distinct(names))
     if suite is None and (rule == "learned" or refine_steps):
         raise ConfigError("rule learned and refine_steps need examples of the tasks", remedy="Give their suite with tasks=PATH.")
     members = _members(generator, method, bank, names, adapters or {})
-    start = _start_weights(names, weights, counts, tail)
+    start = _start_weights(names, weights)
     latents, vectors = members.latents, members.vectors
     if rule == "conflict":
         latents, vectors = resolve_conflicts(latents), resolve_conflicts(vectors)
-    logits, exponent = start.log(), torch.zeros(())
-    log_counts = torch.zeros(len(names)) if counts is None else torch.tensor([float(counts[name]) for name in names]).log()
+    logits = start.log()
     turn, size = torch.zeros(latents.shape[1], latents.shape[1]), latents.shape[1]
 
     def shares() -> Tensor:
-        return torch.softmax(logits + exponent * (log_counts - log_counts.mean()), 0)
+        return torch.softmax(logits, 0)
 
     def code() -> Tensor:
         z, v = method.fuse(latents, vectors, shares())
@@ -168,15 +160,14 @@ def fuse_experts(
         support = [few_examples(task, examples, seed) for task in tasks]
         if rule == "learned":
             space = generator.space.to(runner.device)
-            for parameter in (logits, exponent, turn):
+            for parameter in (logits, turn):
                 parameter.requires_grad_()
 
             def losses(draw: str, count: int) -> Tensor:
                 codes = code().to(runner.device).expand(len(names), -1)
                 return runner.losses(space.differentiable(codes), support, count, f"fusion/{seed}/{draw}")
 
-            free = [logits] if counts is None else [logits, exponent]
-            found = descend([(free, learning_rate), ([turn], learning_rate / size)], losses, steps, worth)
+            found = minimise([([logits], learning_rate), ([turn], learning_rate / size)], losses, steps, reduction)
     with torch.no_grad():
         (factors,) = generator.space.decode(code(), rank or generator.rank)
         learned = shares().tolist()
@@ -197,7 +188,7 @@ def fuse_experts(
         "versions": versions(),
     }
     if found is not None:
-        info["settings"] |= {"worth": worth, "steps": steps, "support_loss": [round(value, 4) for value in found]}
+        info["settings"] |= {"reduction": reduction, "steps": steps, "support_loss": [round(value, 4) for value in found]}
     return replace(adapter, info=info)
 
 

@@ -103,9 +103,9 @@ def prepare(
         space = fit_space(space_name, SpaceInputs(layout, bank, k, rank, runner, training, seed, quiet))
     codes, deviations = [], []
     for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
-        late = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
-        codes.append(late[-1])
-        deviations.append(late.std(0) if len(late) > 1 else torch.zeros_like(late[0]))
+        checkpoints = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
+        codes.append(checkpoints[-1])
+        deviations.append(checkpoints.std(0) if len(checkpoints) > 1 else torch.zeros_like(checkpoints[0]))
     described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]
     texts = [misspell_some(own[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, own in enumerate(described)]
     flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))

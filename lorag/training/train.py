@@ -21,9 +21,8 @@ from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.metrics import Metrics, check_trackers
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import Generator, generator_type
-from lorag.methods.data_parallel import Shares, told
-from lorag.methods.training_loop import TrainingLoop
+from lorag.methods import Method, method_type
+from lorag.methods.training_loop import Shares, TrainingLoop, from_main
 from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_split, find_tasks
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.calibrate import tune_strength
@@ -101,12 +100,12 @@ class TrainConfig:
 
 
 def fit_generator(
-    prepared: Prepared, method: Generator, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
+    prepared: Prepared, method: Method, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
 ) -> LoraGenerator:
     """Fits a method on a prepared bank and chooses its strength."""
     method.fit(prepared.data, loop, prepared.runner)
     if strength is None:
-        strength = told(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
+        strength = from_main(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
     space = prepared.space
     return LoraGenerator(
         base=prepared.bank.base,
@@ -121,7 +120,7 @@ def fit_generator(
     )
 
 
-def _licences(prepared: Prepared, method: Generator) -> dict[str, str]:
+def _licences(prepared: Prepared, method: Method) -> dict[str, str]:
     """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
     data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
     if method.learns_from_tasks:
@@ -174,7 +173,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         raise ConfigError("typos must be a share", got=str(config.typos), expected="0 to 1")
     if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
         raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
-    method = generator_type(config.method).with_settings(config.settings)
+    method = method_type(config.method).with_settings(config.settings)
     bank = _find_bank(config)
     suite = find_tasks(config.tasks) if config.tasks else None
     embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))

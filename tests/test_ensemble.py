@@ -7,11 +7,11 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import colleagues, generator_type
-from lorag.methods.base import collate
+from lorag.methods import ensemble, method_type
+from lorag.methods.network_method import collate
 from lorag.methods.training_loop import TrainingLoop
-from lorag.networks.code_networks import Blur, Reading
-from lorag.networks.expert_kernel import KernelHead
+from lorag.networks.experts import KernelHead
+from lorag.networks.readers import Augmentation
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
@@ -27,7 +27,7 @@ def prepared(tmp_path_factory, tiny_models, tokenizer):
 
 
 def _fit(prepared, count, **settings):
-    method = generator_type("house").with_settings({**SMALL, "colleagues": {**TAUGHT, "count": count}, **settings})
+    method = method_type("house").with_settings({**SMALL, "ensemble": {**TAUGHT, "count": count}, **settings})
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
 
@@ -47,29 +47,29 @@ def _inputs(prepared, rows):
 
 
 def test_the_first_reader_and_the_head_stay_as_they_are(alone, three):
-    """Teaching colleagues changes no value that was learned before it."""
-    before, after = alone.method.tensors(), three.method.tensors()
+    """Teaching more readers changes no value that was learned before it."""
+    before, after = alone.method.state().tensors, three.method.state().tensors
     assert len(after) > len(before) and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_colleagues_understand_what_the_first_reader_does_on_tasks_that_no_one_learned_from(prepared, three):
-    """On held-out tasks each colleague's codes lie nearer to the first reader's than the codes of other tasks do."""
-    network = three.method.network.reading
+def test_students_read_as_their_teacher_does_on_tasks_that_no_one_learned_from(prepared, three):
+    """On held-out tasks each student's codes lie nearer to the teacher's than the codes of other tasks do."""
+    network = three.method.network.eval()
     inputs = _inputs(prepared, prepared.data.validation)
     with torch.no_grad():
-        first = network.head(Reading.forward(network, *inputs))
+        first = network.head(network.readers[0](*inputs))
         far = torch.cdist(first, first).sum() / (len(first) * (len(first) - 1))
-        for colleague in network.colleagues:
-            made = network.head(colleague(*inputs))
+        for student in network.readers[1:]:
+            made = network.head(student(*inputs))
             assert (made - first).norm(dim=1).mean() < 0.6 * far
 
 
 def test_readers_start_apart_and_their_mean_makes_the_code(prepared, three):
-    """No two readers are the same, and the code is the head's of the mean of what all understood."""
-    network = three.method.network.reading
+    """No two readers are the same, and the code is the head's of the mean of what all read."""
+    network = three.method.network
     inputs = _inputs(prepared, range(4))
     with torch.no_grad():
-        each = [Reading.forward(network, *inputs), *(colleague(*inputs) for colleague in network.colleagues)]
+        each = [reader(*inputs) for reader in network.readers]
         assert len(each) == 3 and all((a - b).norm() > 1e-3 for a, b in zip(each, each[1:], strict=False))
         assert torch.allclose(network(*inputs), network.head(torch.stack(each).mean(0)), atol=1e-6)
 
@@ -88,26 +88,26 @@ def test_what_is_compared_are_codes(head):
     """The distance of features is that of the codes which the head makes of them, whether or not it has to make them."""
     one, other = torch.randn(2, 5, 6).unbind()
     expected = (head(one) - head(other)).square().mean()
-    assert torch.allclose(colleagues._distance_of_codes(head)(one, other), expected, rtol=1e-4)
+    assert torch.allclose(ensemble._distance_of_codes(head)(one, other), expected, rtol=1e-4)
 
 
-def test_no_colleagues_cost_nothing(prepared, monkeypatch):
+def test_no_ensemble_costs_nothing(prepared, monkeypatch):
     """With none asked for, no description is read for them."""
-    monkeypatch.setattr(colleagues, "_understood", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(ensemble, "_mean_features", lambda *_: pytest.fail("read"))
     _fit(prepared, 0)
 
 
-def test_colleagues_learn_from_no_held_out_task(prepared, monkeypatch):
+def test_students_learn_from_no_held_out_task(prepared, monkeypatch):
     """Descriptions of validation tasks are read for early stopping alone."""
     seen = set()
-    draw = colleagues.draw
+    draw = ensemble.draw
 
     def watched(data, rows, loop):
         seen.update(rows)
         return draw(data, rows, loop)
 
-    monkeypatch.setattr(colleagues, "draw", watched)
-    _fit(prepared, 1, steps=2, colleagues={"count": 1, "steps": 10})
+    monkeypatch.setattr(ensemble, "draw", watched)
+    _fit(prepared, 1, steps=2, ensemble={"count": 1, "steps": 10})
     assert seen and not seen & set(prepared.data.validation)
 
 
@@ -118,28 +118,36 @@ def test_all_readers_are_stored_and_what_is_stored_decides(prepared, three, alon
     embeddings = [prepared.data.embeddings[0][0]]
     with torch.no_grad():
         assert torch.equal(opened.method.predict(embeddings), three.method.predict(embeddings))
-    other = generator_type("house").with_settings(three.method.values())
-    other.restore(alone.method.tensors())
-    assert not other.network.reading.colleagues
-    tensors = three.method.tensors()
-    crowd = {f"reading.colleagues.{i}.hidden.1.bias": tensors["reading.colleagues.0.hidden.1.bias"] for i in range(40)}
-    with pytest.raises(GeneratorError, match="readers"):
-        generator_type("house").with_settings({}).restore({**tensors, **crowd})
+    other = method_type("house").with_settings(three.method.values())
+    other.restore(*alone.method.state())
+    assert len(other.network.readers) == 1
+    tensors, shape = three.method.state()
+    for members in (2, 4, 10**9, -1, 3.0, None):
+        with pytest.raises(GeneratorError, match="house"):
+            method_type("house").with_settings(three.method.values()).restore(tensors, {**shape, "members": members})
 
 
-def test_numbers_of_colleagues_that_cannot_be_used():
+def test_numbers_of_readers_that_cannot_be_used():
     """A negative or very large number is refused before anything is trained."""
     for count in (-1, 1000):
-        with pytest.raises(ConfigError, match="colleagues"):
-            generator_type("house").with_settings({"colleagues": {"count": count}})
+        with pytest.raises(ConfigError, match="ensemble"):
+            method_type("house").with_settings({"ensemble": {"count": count}})
 
 
-def test_descriptions_are_blurred_in_training_alone():
-    """In training tokens are hidden and vectors moved by about the given share of their size; at use nothing changes."""
-    blur = Blur(0.25, 0.2)
+def test_augmentation_is_for_training_alone():
+    """In training tokens are masked and vectors moved by about the given share of their size; at use nothing changes."""
+    augmentation = Augmentation(0.25, 0.2)
     pooled, tokens, mask = torch.randn(64, 8), torch.randn(64, 16, 8), torch.ones(64, 16, dtype=torch.bool)
     torch.manual_seed(0)
-    _, moved, kept = blur.train()(pooled, tokens, mask)
+    _, moved, kept = augmentation.train()(pooled, tokens, mask)
     assert 0.7 < kept.float().mean() < 0.8
     assert 0.18 < ((moved - tokens).norm() / tokens.norm()).item() < 0.22
-    assert all(torch.equal(a, b) for a, b in zip(blur.eval()(pooled, tokens, mask), (pooled, tokens, mask), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(augmentation.eval()(pooled, tokens, mask), (pooled, tokens, mask), strict=True))
+
+
+def test_the_old_name_of_the_setting_names_the_new_one():
+    """`colleagues` is `ensemble` now, and `source=experts` a method of its own."""
+    with pytest.raises(ConfigError, match=r"settings\.ensemble"):
+        method_type("house").with_settings({"colleagues": {"count": 1}})
+    with pytest.raises(ConfigError, match="method=attention"):
+        method_type("house").with_settings({"source": "experts"})

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lorag.networks.cvae import Gaussian, Reconstruction, standard_normal
+from lorag.networks.vae import Gaussian, Reconstruction, standard_normal
 
 __all__ = ["ConvVae"]
 

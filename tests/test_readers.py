@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorag.networks.code_networks import TokenReader
+from lorag.networks.readers import TokenReader
 
 
 def _reader(layers):

@@ -1,23 +1,22 @@
-"""What the VAEs among the generators share: their loss, what shows a collapsed posterior, sampling, and how they are stored."""
+"""What the VAEs among the methods share: their loss, what shows a collapsed posterior, sampling, and how they are stored."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from lorag.errors import GeneratorError
-from lorag.methods.base import Generator
+from lorag.methods.method import Method, State, nested, part
 from lorag.methods.training_loop import TrainingLoop
-from lorag.networks.conv_cvae import ConvVae
-from lorag.networks.cvae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
+from lorag.networks.conv_vae import ConvVae
+from lorag.networks.vae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
 
-__all__ = ["Diagnostics", "LatentGenerator", "gaussian_kl", "negative_elbo", "squared_error"]
+__all__ = ["Diagnostics", "VaeMethod", "gaussian_kl", "negative_elbo", "squared_error"]
 
 Vae = TypeVar("Vae", bound=ConditionalVae | ConvVae | LearnedPriorVae)
 
@@ -65,7 +64,7 @@ class Diagnostics:
         kl: KL(q ‖ p) of each latent (z,), in nats, mean over the experts.
         variance: Of the posterior means, relative to the prior's (z,): a prior that is learned may move on its own.
         diversity: Mean distance between samples of the prior for one description, relative to the norm of their mean. In a
-            shared subspace both are ‖ΔW‖ with one weight a module.
+            shared subspace both are ‖ΔW‖ with one weight per module.
     """
 
     kl: Tensor
@@ -81,7 +80,7 @@ class Diagnostics:
         """For people to read."""
         return {
             "active units": f"{self.active} of {len(self.kl)}",
-            "KL": f"{self.kl.sum():.3f} nats, {self.kl.min():.3f} to {self.kl.max():.3f} a latent",
+            "KL": f"{self.kl.sum():.3f} nats, {self.kl.min():.3f} to {self.kl.max():.3f} per latent",
             "diversity": f"{self.diversity:.3f} of the samples' mean norm",
         }
 
@@ -94,48 +93,46 @@ class Diagnostics:
         """Puts back what `tensors` gave.
 
         Raises:
-            GeneratorError: If something is missing, or shapes do not fit.
+            KeyError: If something is missing.
+            ValueError: If shapes do not fit.
         """
-        lost = {"kl", "variance", "diversity"} - set(tensors)
-        if lost:
-            raise GeneratorError("stored diagnostics are incomplete", got=f"no {min(lost)}")
         kl, variance, diversity = tensors["kl"], tensors["variance"], tensors["diversity"]
         if kl.dim() != 1 or kl.shape != variance.shape or not len(kl) or diversity.dim():
-            raise GeneratorError("stored diagnostics do not fit", got=f"{tuple(kl.shape)}, {tuple(variance.shape)}")
+            raise ValueError(f"diagnostics {tuple(kl.shape)}, {tuple(variance.shape)}")
         return cls(kl, variance, diversity.item())
 
 
-class LatentGenerator(Generator, Generic[Vae]):
-    """A generator that decodes a latent: sampled from a prior, or its mean.
+class VaeMethod(Method, Generic[Vae]):
+    """A method that decodes a latent: sampled from a prior, or its mean.
 
     Attributes:
         network: The VAE.
         coordinates: In which the VAE sees codes.
         diagnostics: Of the fitted VAE.
-        sizes: What `build` needs besides the settings; the last is the number of coordinates.
+        shape: What `build` needs beside the settings; `elements` is the number of coordinates.
     """
 
     network: Vae | None = None
     coordinates: PrincipalCodes | StandardCodes
     coordinates_type: type[PrincipalCodes] | type[StandardCodes] = PrincipalCodes
     diagnostics: Diagnostics
-    sizes: tuple[int, ...]
+    shape: dict[str, Any]
 
     @abc.abstractmethod
-    def build(self, *sizes: int) -> Vae:
+    def build(self, shape: Mapping[str, Any]) -> Vae:
         """Makes the untrained network."""
 
     def more_tensors(self) -> dict[str, Tensor]:
         """What a method stores besides network, coordinates and diagnostics."""
         return {}
 
-    def restore_more(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_more(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `more_tensors` gave."""
 
     def start(self, loop: TrainingLoop) -> Vae:
         """Builds the network from the loop's seed, on its device."""
         with loop.seeded():
-            self.network = self.build(*self.sizes)
+            self.network = self.build(self.shape)
         self.network.to(loop.accelerator.device)
         return self.network
 
@@ -146,7 +143,7 @@ class LatentGenerator(Generator, Generic[Vae]):
             GeneratorError: If there is none yet.
         """
         if self.network is None:
-            raise GeneratorError(f"{self.name} is not fitted")
+            raise self.unfitted()
         return self.network
 
     def sample(self, h: Tensor, rng: torch.Generator, count: int, spread: float, start: Tensor | None = None) -> Tensor:
@@ -187,32 +184,21 @@ class LatentGenerator(Generator, Generic[Vae]):
         """Number of parameters of the network; its coordinates are a base, as a weight space is."""
         return sum(parameter.numel() for parameter in self.fitted().parameters())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Network, coordinates, diagnostics, and the sizes that `restore` builds the network with."""
-        network, coordinates, diagnostics = self.fitted().state_dict(), self.coordinates.tensors(), self.diagnostics.tensors()
-        parts = {"network": network, "coordinates": coordinates, "diagnostics": diagnostics}
-        found = {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
-        return {**found, **self.more_tensors(), "sizes": torch.tensor(self.sizes)}
+    def state(self) -> State:
+        """Network, coordinates, diagnostics, and the shape from which the network is built."""
+        tensors = nested(network=self.fitted().state_dict(), coordinates=self.coordinates.tensors(), diagnostics=self.diagnostics.tensors())
+        return State({**tensors, **self.more_tensors()}, dict(self.shape))
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Builds the network and loads its parameters."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
-
-        try:
-            self.sizes = tuple(tensors["sizes"].tolist())
-            self.coordinates = self.coordinates_type.from_tensors(part("coordinates"))
-            self.diagnostics = Diagnostics.from_tensors(part("diagnostics"))
-            self.restore_more(tensors)
-            with torch.device("meta"):
-                network = self.build(*self.sizes)
-            # Counters of normalisation layers are whole numbers and stay so.
-            state = {name: value.float() if value.is_floating_point() else value for name, value in part("network").items()}
-            network.load_state_dict(state, assign=True)
-            if self.sizes[-1] != self.coordinates.size:
-                raise TypeError(f"{self.coordinates.size} coordinates for {self.sizes[-1]} elements")
-        except (KeyError, RuntimeError, TypeError, GeneratorError) as error:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
+        self.shape = dict(shape)
+        self.coordinates = self.coordinates_type.from_tensors(part(tensors, "coordinates"))
+        self.diagnostics = Diagnostics.from_tensors(part(tensors, "diagnostics"))
+        self.load_more(tensors)
+        with torch.device("meta"):
+            network = self.build(shape)
+        network.load_state_dict(part(tensors, "network"), assign=True)
+        if shape["elements"] != self.coordinates.size:
+            raise ValueError(f"{self.coordinates.size} coordinates for {shape['elements']!r:.20} elements")
         network.requires_grad_(False).eval()
         self.network = network

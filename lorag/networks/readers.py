@@ -1,14 +1,14 @@
-"""Networks from a description's vectors to a code. Their last layers start at zero, so training starts from the mean."""
+"""Networks that read a description's vectors. Heads that make codes start at zero, so training starts from the mean."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-__all__ = ["Blur", "PooledNetwork", "Reading", "TokenNetwork", "TokenReader", "linear_head"]
+__all__ = ["Augmentation", "ConditionReader", "DescriptionNetwork", "FeatureReader", "PooledNetwork", "TokenReader", "linear_head"]
 
 
 def linear_head(features: int, code: int) -> nn.Linear:
@@ -79,11 +79,11 @@ def _first_of_layer(layer: nn.TransformerEncoderLayer, x: Tensor, count: int, ap
     return x + layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))))
 
 
-class Blur(nn.Module):
-    """Hides some of a description's tokens and adds noise to its vectors, in training alone: no wording to be learned by heart.
+class Augmentation(nn.Module):
+    """Masks some of a description's tokens and adds noise to its vectors, in training alone: no wording to be learned by heart.
 
     Args:
-        word_dropout: Share of the tokens that are hidden.
+        word_dropout: Share of the tokens that are masked.
         noise: Standard deviation of the noise, as a share of a vector's own root mean square.
     """
 
@@ -92,55 +92,99 @@ class Blur(nn.Module):
         self.word_dropout, self.noise = word_dropout, noise
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Blurs pooled (b, e) and tokens (b, t, e), and takes tokens out of their mask (b, t)."""
+        """Adds noise to pooled (b, e) and tokens (b, t, e), and takes tokens out of their mask (b, t)."""
         if not self.training:
             return pooled, tokens, mask
-        return self._shake(pooled), self._shake(tokens), mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
+        return self._noisy(pooled), self._noisy(tokens), mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
 
-    def _shake(self, vectors: Tensor) -> Tensor:
+    def _noisy(self, vectors: Tensor) -> Tensor:
         size = vectors.square().mean(-1, keepdim=True).sqrt()
         return vectors + self.noise * size * torch.randn_like(vectors)
 
 
-class Reading(nn.Module):
-    """What one reader understood, as features (b, f) of a fixed length."""
+class ConditionReader(nn.Module):
+    """A description's vectors, a task vector, or both, to features (b, f).
 
-    def __init__(self, embedding: int, *, width: int, queries: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
+    Args:
+        embedding: Length e of the description's vectors; 0 without a description.
+        vector: Length of the task vector; 0 without one.
+        width: Of the transformer that reads the description.
+        queries: Learned queries of the transformer.
+        layers: Of the transformer.
+        heads: Of its attention.
+        features: Number of features.
+        dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens masked in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        vector: int,
+        *,
+        width: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        features: int,
+        dropout: float,
+        word_dropout: float = 0.0,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.augmentation = Augmentation(word_dropout, noise)
+        self.reader = (
+            TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout) if embedding else None
+        )
+        self.vector = nn.Sequential(nn.Linear(vector, width), nn.GELU()) if vector else None
+        size = (queries * width if embedding else 0) + (width if vector else 0)
+        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, features))
+
+    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Tensor:
+        """Features of pooled (b, e), tokens (b, t, e) with their mask (b, t), and task vectors (b, v)."""
+        parts = []
+        if self.reader is not None:
+            parts.append(self.reader(*self.augmentation(pooled, tokens, mask)))
+        if self.vector is not None:
+            parts.append(self.vector(vector))
+        return self.hidden(torch.cat(parts, -1))
+
+
+class FeatureReader(nn.Module):
+    """Reads a description's tokens into features (b, f) of a fixed length."""
+
+    def __init__(self, embedding: int, *, width: int, queries: int, layers: int, heads: int, features: int, dropout: float) -> None:
         super().__init__()
         self.reader = TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout)
-        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.reader.size, hidden))
+        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.reader.size, features))
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Reads tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e)."""
         return self.hidden(self.reader(pooled, tokens, mask))
 
 
-class TokenNetwork(Reading):
-    """What readers understood, averaged, and a head that makes a code (b, c) of it: parts learned apart can be put together.
+class DescriptionNetwork(nn.Module):
+    """Features of an ensemble of readers, averaged, and a head that makes a code (b, c) of them.
+
+    Members misread different wordings, so that their mean is right more often than each of them.
 
     Args:
-        embedding: Length e of the vectors.
         head: From features (b, f) to codes.
-        colleagues: Readers beside the first one. They misread different wordings, so that their mean is right more often than
-            each of them.
-        sizes: Of each reader, as `Reading` takes them.
+        readers: The members.
+        augmentation: Of descriptions in training.
     """
 
-    def __init__(self, embedding: int, head: nn.Module, *, colleagues: int = 0, **sizes: Any) -> None:  # noqa: ANN401 - numbers
-        super().__init__(embedding, **sizes)
-        self.head = head
-        self._sizes = {"embedding": embedding, **sizes}
-        self.colleagues = nn.ModuleList(self.another_reader() for _ in range(colleagues))
-
-    def another_reader(self) -> Reading:
-        """An untrained reader of the same sizes."""
-        return Reading(**self._sizes)
+    def __init__(self, head: nn.Module, readers: Sequence[FeatureReader], augmentation: Augmentation) -> None:
+        super().__init__()
+        self.augmentation, self.readers, self.head = augmentation, nn.ModuleList(readers), head
 
     def features(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Features (b, f), the mean over all readers."""
-        own = super().forward(pooled, tokens, mask)
-        return torch.stack([own, *(colleague(pooled, tokens, mask) for colleague in self.colleagues)]).mean(0) if self.colleagues else own
+        """Features (b, f), the mean over the members."""
+        if len(self.readers) == 1:
+            return self.readers[0](pooled, tokens, mask)
+        return torch.stack([reader(pooled, tokens, mask) for reader in self.readers]).mean(0)
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps tokens (b, t, e), with a mask (b, t) that is true at real ones, and pooled (b, e), to codes (b, c)."""
-        return self.head(self.features(pooled, tokens, mask))
+        return self.head(self.features(*self.augmentation(pooled, tokens, mask)))

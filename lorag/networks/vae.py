@@ -1,6 +1,7 @@
 """Conditional VAEs over short vectors: encoder q(z|x, h), prior p(z|h), decoder p(x|z, h), all diagonal Gaussians.
 
-Shape letters: b batch, z latents, p elements of what is generated, h what is known of the task, t tokens, e embedding.
+Shape letters: b batch, z latents, p elements of what is generated, h what is known of the task, v elements of a task vector, t tokens,
+e embedding.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorag.networks.code_networks import Blur, TokenReader, linear_head
+from lorag.networks.readers import ConditionReader, linear_head
 
-__all__ = ["ConditionReader", "ConditionalVae", "Gaussian", "LearnedPriorVae", "Reconstruction"]
+__all__ = [
+    "ConditionalVae",
+    "FusionVae",
+    "Gaussian",
+    "LearnedPriorVae",
+    "Reconstruction",
+    "added_directions",
+    "mean_direction",
+    "resolve_conflicts",
+    "standard_normal",
+]
 
 
 class Gaussian(NamedTuple):
@@ -44,55 +55,6 @@ def standard_normal(h: Tensor, latent: int) -> Gaussian:
     """N(0, I) for each row of h."""
     zeros = h.new_zeros(len(h), latent)
     return Gaussian(zeros, zeros)
-
-
-class ConditionReader(nn.Module):
-    """A description's vectors, a task vector, or both, to features (b, hidden).
-
-    Args:
-        embedding: Length e of the description's vectors; 0 without a description.
-        vector: Length of the task vector; 0 without one.
-        width: Of the transformer that reads the description.
-        queries: Learned queries of the transformer.
-        layers: Of the transformer.
-        heads: Of its attention.
-        hidden: Number of features.
-        dropout: In the transformer and before the features.
-        word_dropout: Share of a description's tokens hidden in training.
-        noise: Gaussian noise on its vectors in training, as a share of their own size.
-    """
-
-    def __init__(
-        self,
-        embedding: int,
-        vector: int,
-        *,
-        width: int,
-        queries: int,
-        layers: int,
-        heads: int,
-        hidden: int,
-        dropout: float,
-        word_dropout: float = 0.0,
-        noise: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.blur = Blur(word_dropout, noise)
-        self.reader = (
-            TokenReader(embedding, width=width, queries=queries, layers=layers, heads=heads, dropout=dropout) if embedding else None
-        )
-        self.vector = nn.Sequential(nn.Linear(vector, width), nn.GELU()) if vector else None
-        size = (queries * width if embedding else 0) + (width if vector else 0)
-        self.hidden = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, hidden))
-
-    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor, vector: Tensor | None) -> Tensor:
-        """Features of pooled (b, e), tokens (b, t, e) with their mask (b, t), and task vectors (b, v)."""
-        parts = []
-        if self.reader is not None:
-            parts.append(self.reader(*self.blur(pooled, tokens, mask)))
-        if self.vector is not None:
-            parts.append(self.vector(vector))
-        return self.hidden(torch.cat(parts, -1))
 
 
 class ConditionalVae(nn.Module):
@@ -159,7 +121,7 @@ class LearnedPriorVae(nn.Module):
         self.latent = latent
         known = merge + features
         self.encoder = nn.Sequential(nn.Linear(elements + known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
-        self.beliefs = nn.Sequential(nn.Linear(known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.prior_network = nn.Sequential(nn.Linear(known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
         self.decoder = nn.Sequential(
             nn.Linear(latent + known, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), linear_head(width, elements)
         )
@@ -176,7 +138,7 @@ class LearnedPriorVae(nn.Module):
 
     def prior(self, h: Tensor) -> Gaussian:
         """p(z|h)."""
-        return gaussian(self.beliefs(h))
+        return gaussian(self.prior_network(h))
 
     def decode(self, z: Tensor, h: Tensor) -> Tensor:
         """Mean (b, p) of p(x|z, h)."""
@@ -188,3 +150,85 @@ class LearnedPriorVae(nn.Module):
         h = self.read(merge, pooled, tokens, mask)
         posterior = self.encode(x, h)
         return Reconstruction(self.decode(posterior.sample(noise), h), posterior, self.prior(h))
+
+
+class FusionVae(nn.Module):
+    """F-VAE (arXiv 2508.04153): (μ, σ) = E([l; v]) and l = D([z; v]).
+
+    Sizes are not published. Here both are two-layer perceptrons beside a linear map that skips them, so that a mixture of
+    latents is, to first order, decoded to the mixture of what they stand for. What the decoder adds to the mean code
+    starts at zero.
+
+    Args:
+        elements: p, of a code.
+        vector: v, of a task vector.
+        latent: z.
+        width: Of the hidden layers.
+        code: Length c of whole codes, if directions from elements to them are learned too; 0 where they are not.
+    """
+
+    directions: nn.Linear | None
+
+    def __init__(self, elements: int, vector: int, *, latent: int, width: int, code: int = 0) -> None:
+        super().__init__()
+        self.latent = latent
+        self.directions = nn.Linear(elements, code) if code else None
+        self.encoder = _perceptron(elements + vector, width, 2 * latent)
+        self.inward = nn.Linear(elements, latent, bias=False)
+        self.decoder = _perceptron(latent + vector, width, elements)
+        self.outward = nn.Linear(latent, elements, bias=False)
+        for layer in (self.encoder[-1], self.decoder[-1], self.outward):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def encode(self, x: Tensor, v: Tensor) -> Gaussian:
+        """q(z|x, v) of codes x (b, p) and task vectors v (b, v)."""
+        mean, log_variance = gaussian(self.encoder(torch.cat([x, v], -1)))
+        return Gaussian(mean + self.inward(x), log_variance)
+
+    def decode(self, z: Tensor, v: Tensor) -> Tensor:
+        """Codes (b, p) of latents z (b, z) and task vectors v (b, v)."""
+        return self.outward(z) + self.decoder(torch.cat([z, v], -1))
+
+    def fuse(self, z: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """One latent (z,) and one task vector (v,) for several experts' (n, z) and (n, v): with directions as they were learned."""
+        rule = mean_direction if self.directions is None else added_directions
+        return rule(z, weights), mean_direction(v, weights)
+
+    def forward(self, x: Tensor, v: Tensor, noise: Tensor) -> Reconstruction:
+        """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z); the prior is N(0, I)."""
+        posterior = self.encode(x, v)
+        return Reconstruction(self.decode(posterior.sample(noise), v), posterior, standard_normal(v, self.latent))
+
+
+def _perceptron(inward: int, width: int, outward: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inward, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outward))
+
+
+# --- several latents made one: the same in training and at use; n experts, d dimensions ------------------------------
+
+
+def mean_direction(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean (d,) of unit vectors of (n, d), given the vectors' weighted mean norm; zero where they cancel."""
+    norms = vectors.norm(dim=1)
+    direction = weights @ (vectors / norms.clamp_min(1e-12)[:, None])
+    length = direction.norm()
+    return direction * (weights @ norms) / length if length > 1e-6 else direction * 0
+
+
+def added_directions(vectors: Tensor, weights: Tensor) -> Tensor:
+    """The mean direction (d,), as long as if n vectors at right angles had been added; one alone stays what it is.
+
+    With unequal weights n is their effective number 1 / Σ w².
+    """
+    return mean_direction(vectors, weights) / weights.square().sum().sqrt()
+
+
+def resolve_conflicts(vectors: Tensor) -> Tensor:
+    """Removes from each of (n, d) its part along every other one that it points against, all as they were given.
+
+    Methods that project one after another depend on the order; here each is projected against the originals.
+    """
+    gram = vectors @ vectors.T
+    along = (gram / gram.diagonal().clamp_min(1e-12)).clamp_max(0.0)
+    return vectors - along @ vectors

@@ -1,29 +1,38 @@
-"""Controls for SG-LoRA: its condition holds the merged weights already, so a line through them, or their norm, may be enough."""
+"""Controls for SG-LoRA: its condition holds the merged weights already, so a line through them, or their norm, may be enough.
+
+`python -m benchmarks.sg_controls [SPLIT]` fits both on the sandbox and prints their scores beside those of the merge.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.runner import Runner
-from lorag.errors import GeneratorError
-from lorag.methods.base import Generator
+from lorag.evaluation.ladder import evaluate, format_table
+from lorag.files.artifacts import embedded
 from lorag.methods.baselines import MixtureSettings, TopK
-from lorag.methods.expert_mixture import ExpertMixture
+from lorag.methods.method import Method, State, nested, part
+from lorag.methods.sg_lora import ExpertMixture
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.training_set import TrainingSet
 from lorag.spaces.principal_codes import PrincipalCodes
+from lorag.tasks.finding import find_tasks
 from lorag.text.conditioning import Condition
-
-__all__ = ["SgRescaled", "SgRidge"]
+from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
+from lorag.training.preparation import prepare
+from lorag.training.train import TrainConfig, fit_generator
 
 # Shares of the inputs' mean square; the middle one is taken where there is nothing to choose by.
 _PENALTIES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 
-class SgRidge(Generator):
+class SgRidge(Method):
     """Linear map from SG-LoRA's μ* to the code, both in principal coordinates.
 
     Rows are single descriptions, each without its own expert; the penalty is chosen on held-out training tasks, whose
@@ -75,20 +84,16 @@ class SgRidge(Generator):
         """Number of values of the linear map; coordinates and experts are a base."""
         return self.weight.numel() + self.bias.numel()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """The linear map, the coordinates and the experts."""
-        coordinates = {f"coordinates.{name}": value for name, value in self.coordinates.tensors().items()}
-        return {**coordinates, **self.experts.tensors(), "weight": self.weight, "bias": self.bias}
+        own = {**self.experts.tensors(), "weight": self.weight, "bias": self.bias}
+        return State({**nested(coordinates=self.coordinates.tensors()), **own}, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Puts them back."""
-        try:
-            own = {name.removeprefix("coordinates."): value for name, value in tensors.items() if name.startswith("coordinates.")}
-            self.coordinates = PrincipalCodes.from_tensors(own)
-            self.experts = ExpertMixture.from_tensors(tensors, self.settings.top, self.settings.temperature)
-            self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
-        except (KeyError, GeneratorError) as error:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got=str(error)[:160]) from error
+        self.coordinates = PrincipalCodes.from_tensors(part(tensors, "coordinates"))
+        self.experts = ExpertMixture.from_tensors(tensors, self.settings.top, self.settings.temperature)
+        self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
 
 
 class SgRescaled(TopK):
@@ -113,13 +118,27 @@ class SgRescaled(TopK):
         wanted = (self.codes - self.zero).norm(dim=1).mean()
         return (self.zero + (merged * (wanted / norm) if norm > 0 else merged)).expand(count, -1).clone()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """The experts, and where lengths count from."""
-        return {**super().tensors(), "zero": self.zero}
+        return State({**super().state().tensors, "zero": self.zero}, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Puts them back."""
-        super().restore(tensors)
-        if "zero" not in tensors:
-            raise GeneratorError(f"stored tensors do not fit {self.name}", got="no zero")
+        super().load(tensors, shape)
         self.zero = tensors["zero"].float()
+
+
+def main(split: str) -> None:
+    """Fits both on the sandbox's bank and scores them beside the merge itself."""
+    bank, embedder = find_bank("sandbox"), CachedEmbedder(SentenceEmbedder.from_pretrained(TrainConfig.embedder))
+    prepared = prepare(bank, embedder, suite=find_tasks("sandbox", "train"))
+    generators = {}
+    for method in (TopK, SgRescaled, SgRidge):
+        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
+        generators[method.name] = [fit_generator(prepared, method(), loop, rank=TrainConfig.rank, strength=None, origin={})]
+    report = evaluate(find_tasks("sandbox", split), generators, oracles=AdapterBank.from_pretrained(embedded("data/sandbox/oracles")))
+    print(format_table(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "test")
