@@ -20,10 +20,11 @@ from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.cli.info import describe_path
-from lorag.config import from_plain, load_config, parse_yaml, preset_names
+from lorag.config import from_plain, load_config, preset_names
 from lorag.errors import LoragError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
 from lorag.files.training_state import load_training_state, save_training_state
+from lorag.files.yaml_values import parse_yaml
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.method import nested

@@ -21,6 +21,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.purpose import card_text, find_purpose
 from lorag.adapters.sources import find_sources
+from lorag.adapters.spans import RunningSpan
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.check import check_bank, format_findings
 from lorag.bank.importing import ImportOptions, import_adapters
@@ -32,7 +33,6 @@ from lorag.base.names import known_name, same_model
 from lorag.errors import LoragError
 from lorag.files.artifacts import embedded, write_json, write_manifest
 from lorag.spaces import SharedSubspace
-from lorag.spaces.shared_bases import RunningSpan
 
 LAYOUT = LoraLayout.from_dict(
     {

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from conftest import Allocations
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
+from lorag.adapters.spans import Span
 from lorag.base.layout import LoraLayout, ModulePlace
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
@@ -20,7 +21,6 @@ from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.modules import ModuleDecoder
 from lorag.spaces import FlatFactors, SharedSubspace, open_space
-from lorag.spaces.shared_bases import Span
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 

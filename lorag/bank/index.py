@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.spans import RunningSpan
 from lorag.bank.bank import AdapterBank, Expert
 from lorag.base.layout import LoraLayout
 from lorag.errors import ArtifactError, FormatVersionError, LoragError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.progress import progress_bar
-from lorag.spaces.shared_bases import RunningSpan
 
 __all__ = ["BankIndex", "stamp"]
 

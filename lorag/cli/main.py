@@ -224,7 +224,7 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """Do the main job on the embedded default: train, generate for unseen descriptions, load, evaluate."""
-    from lorag.worlds.quickstart import quickstart as run
+    from lorag.cli.quickstart import quickstart as run
 
     for line in run(out, quiet=quiet):
         print(line, flush=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
+from lorag.adapters.spans import Span, weighted_columns
 from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
 from lorag.errors import GeneratorError
 from lorag.progress import progress_bar
-from lorag.spaces.shared_bases import Span, weighted_columns
 from lorag.spaces.weight_space import AdapterStream, FactorStream, SpaceInputs, WeightSpace, no_experts
 
 __all__ = ["SharedSubspace"]

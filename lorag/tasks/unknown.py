@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorag.config import parse_yaml
 from lorag.errors import ConfigError
+from lorag.files.yaml_values import parse_yaml
 from lorag.tasks.suite import check_description
 
 __all__ = ["PARTS", "read_unknown", "unknown_tasks"]

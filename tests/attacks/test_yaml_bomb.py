@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from lorag.config import from_plain, load_config, parse_yaml
+from lorag.config import from_plain, load_config
 from lorag.errors import ConfigError
+from lorag.files.yaml_values import parse_yaml
 from lorag.training.train import TrainConfig
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -1,4 +1,4 @@
-"""The main job in one go on the embedded default: train a generator, use it on unseen descriptions, and check that it works."""
+"""The main job in one go on the embedded worlds: train a generator, use it on unseen descriptions, and check that it works."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 
+from lorag.adapters.factors import Factors
 from lorag.base.objectives import make_objective
+from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.ladder import format_table
-from lorag.generator.generate import generate_loras
+from lorag.generator.generate import generate_loras, open_generator
 from lorag.tasks.finding import find_tasks
 from lorag.training.train import TrainConfig, train
 
-__all__ = ["quickstart"]
+__all__ = ["quickstart", "show_real_model"]
 
 _METHODS = ("base", "mean", "multitask", "nearest", "top_k", "ridge", "house", "house_shuffled", "house_junk", "oracle")
 _SHOWN = 3
+_REAL = "smollm2"
+_REAL_TASKS = ("legal_plain_summary", "address_city", "clickbait_is_clickbait")  # of sources that nothing in training shares
 
 
 def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
@@ -59,4 +63,41 @@ def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
     ladder = open_ladder([str(out / "generator")], methods=_METHODS, quiet=quiet)
     report = ladder.evaluate(seeds=1, limit=16, quiet=quiet)
     yield format_table(report)
-    yield f'\nnext: lorag generate "your description" --out my-adapter --generator {out / "generator"}'
+    yield f'\nnext: lorag generate "your description" --out my-adapter --generator {out / "generator"}\n'
+    yield from show_real_model(out / "smollm2-adapter", quiet=quiet)
+
+
+def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
+    """Generates for real tasks of sources that the shipped SmolLM2 generator never saw, and yields what there is to read.
+
+    Args:
+        out: Folder that gets the first adapter.
+        quiet: No progress bars.
+    """
+    yield "4. A real language model: SmolLM2-135M-Instruct, on tasks of sources that its generator never saw"
+    generator = open_generator(_REAL)
+    runner = Runner.open(generator.base)
+    suite = find_tasks(_REAL, "unseen_task")
+    for number, name in enumerate(_REAL_TASKS):
+        task = suite[name]
+        description, text = task.descriptions[0], task.split("test")[0]
+        adapter = generator.generate(description, on_unknown="ignore")
+        if number == 0:
+            adapter.save_pretrained(out)
+        stacked = Factors.stack([adapter.factors], runner.device)
+        answers = {
+            "base": runner.generate([text.input]),
+            "prompted": runner.generate([f"{description}\n\n{text.input}"]),
+            "adapted": runner.generate([text.input], stacked),
+        }
+        yield f'   "{description}"'
+        yield f"     text      {_one_line(text.input)}"
+        for label, (answer,) in answers.items():
+            yield f"     {label:<9} {_one_line(answer)}"
+        yield f"     right     {_one_line(text.output)}"
+    yield f'   {out}: the first of them, for PEFT\n\nnext: lorag generate "your description" --generator {_REAL} --out my-adapter'
+
+
+def _one_line(text: str, most: int = 110) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
