@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import TaskSuite
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdapterBank",
     "LoraAdapter",

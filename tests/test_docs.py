@@ -23,7 +23,7 @@ from lorag.worlds.sandbox.build import SandboxConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```", re.S | re.M)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND_LINE = typer.main.get_command(app)
@@ -129,7 +129,7 @@ def test_relative_links_lead_somewhere(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.is_file(), f"{page.name} links to {target}"
-        assert page.parent != DOCS or file.parent == DOCS, f"{page.name} links to {target}, which is no page of the site"
+        assert not page.is_relative_to(DOCS) or file.is_relative_to(DOCS), f"{page.name} links to {target}, which is not a page of the site"
         if anchor and file.suffix == ".md":
             assert anchor in _anchors(file), f"{page.name} links to {target}"
 
@@ -149,11 +149,60 @@ def test_every_page_is_in_the_site_and_nothing_is_fetched():
         return [part] if isinstance(part, str) else [page for child in children for page in pages(child)]
 
     listed = pages(config["nav"])
-    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
     assert config["theme"]["font"] is False
     assert not {"extra_javascript", "extra_css", "hooks"} & set(config)
     for picture in DOCS.glob("*.svg"):
         assert not re.search(r"<script|href=|url\((?!#)|@import", picture.read_text(encoding="utf-8"))
+
+
+def _figures(page):
+    """Scores and shares in the text of a page, by their value: .902 is 0.902, and 95.7 % is itself. Code is left out."""
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+    scores = re.findall(r"(?<![\w.])0?(\.\d{2,3})(?![\w.]*\d)", text)
+    return set(scores) | {f"{share} %" for share in re.findall(r"(?<![\w.])(\d[\d.]*) ?%", text)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/faq.md", "docs/concepts.md"])
+def test_figures_have_one_source(name):
+    """What README, quick start, concepts and questions state was measured and stands in docs/results.md."""
+    assert _figures(ROOT / name) <= _figures(DOCS / "results.md")
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "decisions").glob("*.md")), ids=lambda page: page.stem)
+def test_figures_of_decisions_were_measured(page):
+    """They stand in the results of today or in their history."""
+    assert _figures(page) <= _figures(DOCS / "results.md") | _figures(DOCS / "results-history.md")
+
+
+def _ladder(page):
+    """Rows of the first table with a score, its interval and the gap closed: method -> the three."""
+    table = re.search(r"^\| method \| exact match .*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.M).group(1)
+    rows = [[cell.strip().replace("*", "") for cell in line.strip("| \n").split("|")] for line in table.splitlines()]
+    return {re.split(r",| \(", method)[0]: values for method, *values in rows}
+
+
+def test_the_ladder_on_the_readme_is_that_of_the_results():
+    """Row by row; and what the README leaves out is not what would make it look worse."""
+    readme, results = _ladder(ROOT / "README.md"), _ladder(DOCS / "results.md")
+    assert len(readme) > 10 and readme == {method: results[method] for method in readme}
+    assert {"base", "mean", "multitask", "nearest", "top_k", "house_shuffled", "house_junk", "oracle"} <= set(readme)
+
+
+def test_the_changelog_has_the_version():
+    """Its newest entry is the package's version, and 0.1.0 is where it begins."""
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert versions[0] == lorag.__version__ and versions[-1] == "0.1.0"
+    assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+
+
+def test_the_hooks_are_the_linters_of_ci():
+    """What .ci/run asks of the code, .pre-commit-config.yaml asks before a commit."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    asked = [hook["entry"].replace(" --force-exclude", "") for hook in hooks]
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8").split('echo "== linters"')[1].split("echo")[0]
+    lines = [line.removesuffix(" .") for line in script.splitlines() if re.match(r"ruff|mypy", line)]
+    assert asked == lines
 
 
 def test_the_site_builds_strictly(tmp_path):

@@ -1,0 +1,90 @@
+"""docs/extending.md: its examples are registered as the page says, and work."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
+
+from lorag.base.objectives import OBJECTIVES, make_objective
+from lorag.base.runner import Runner
+from lorag.errors import TaskError
+from lorag.generator.lora_generator import LoraGenerator
+from lorag.methods import GENERATORS, generator_type
+from lorag.methods.training_loop import TrainingLoop
+from lorag.spaces import SPACES, SpaceInputs, fit_space, open_space
+from lorag.spaces.weight_space import AdapterStream
+from lorag.tasks.suite import Task
+from lorag.training.preparation import prepare
+from lorag.training.train import fit_generator
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/extending.md"
+
+
+def _example(heading, name):
+    """What the first block under a heading defines as `name`."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    scope = {"__name__": "example"}
+    exec(compile(re.search(r"^```python\n(.*?)^```", section, re.S | re.M).group(1), str(PAGE), "exec"), scope)
+    return scope[name]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_models, tokenizer):
+    return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+
+
+def test_a_method_and_a_weight_space_by_one_line_each(tmp_path, base, monkeypatch):
+    """Both examples together: trained by name, saved, read again, and of the median's very ΔW."""
+    median, updates = _example("A method", "Median"), _example("A weight space", "FullUpdates")
+    monkeypatch.setitem(GENERATORS, median.name, median)
+    monkeypatch.setitem(SPACES, updates.kind, updates)
+    bank = make_bank(tmp_path / "bank", base, TRAINING[:5])
+    prepared = prepare(bank, WordEmbedder(), space_name="full_updates", validation=0.0, device="cpu", quiet=True)
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    generator = fit_generator(prepared, generator_type("median").with_settings({}), loop, rank=16, strength=1.0, origin={})
+    generator.save_pretrained(tmp_path / "generator")
+    read = LoraGenerator.from_pretrained(tmp_path / "generator", embedder=WordEmbedder())
+    adapter = read.generate("paint the red cat", on_unknown="ignore")
+    module = base.layout.names[0]
+    deltas = torch.stack([true_adapter(base.layout, *cell).factors.delta(module) for cell in TRAINING[:5]])
+    expected = deltas.median(0).values
+    left, values, right = torch.linalg.svd(expected, full_matrices=False)
+    nearest = left[:, :16] @ torch.diag(values[:16]) @ right[:16]
+    assert (adapter.factors.delta(module) - nearest).norm() < 0.02 * expected.norm()
+
+
+def test_a_weight_space_gives_adapters_back(base, monkeypatch):
+    """Encoding, storing, reading and decoding lose nothing but rounding."""
+    updates = _example("A weight space", "FullUpdates")
+    monkeypatch.setitem(SPACES, updates.kind, updates)
+    adapter = true_adapter(base.layout, "red", "cat")
+    space = fit_space("full_updates", SpaceInputs(base.layout, AdapterStream(lambda: [adapter])))
+    again = open_space(*space.tensors())
+    decoded = again.decode(again.encode(adapter)[None], adapter.rank)[0]
+    for name in base.layout.names:
+        assert torch.allclose(decoded.delta(name), adapter.factors.delta(name), atol=1e-5)
+
+
+def test_an_objective_by_one_line(base, monkeypatch):
+    """It is made by name, gives losses, and refuses what it cannot learn from."""
+    writing = _example("An objective", "LabelWriting")
+    monkeypatch.setitem(OBJECTIVES, writing.name, writing)
+    objective = make_objective("label_writing", base.model.tokenizer(), dict(base.settings))
+    runner = Runner(base.model.load("cpu"), base.layout, objective)
+    suite = make_suite(TRAINING[:1])
+    task = suite[name_of(*TRAINING[0])]
+    assert runner.losses(None, [task], 2, "0").isfinite().all() and objective.closed_labels
+    with pytest.raises(TaskError, match="too few labels"):
+        objective.check_examples(task)
+    other = make_suite(TRAINING[1:2])[name_of(*TRAINING[1])].examples
+    objective.check_examples(Task(task.name, "toy", task.descriptions, None, "MIT", "made", (*task.examples, *other)))
+
+
+def test_a_base_model_from_a_folder(base):
+    """A folder in the format of transformers needs no registration."""
+    model, layout = _example("A base model", "open_base")(base.model.name)
+    assert model.identity() == base.identity
+    assert {name.split(".")[-1] for name in layout.names} == {"q_proj", "v_proj"}
