@@ -12,7 +12,7 @@ from lorag.base.objectives import OBJECTIVES, make_objective
 from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import GENERATORS, generator_type
+from lorag.methods import METHODS, method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SPACES, SpaceInputs, fit_space, open_space
 from lorag.spaces.weight_space import AdapterStream
@@ -39,12 +39,12 @@ def base(tmp_path_factory, tiny_models, tokenizer):
 def test_a_method_and_a_weight_space_by_one_line_each(tmp_path, base, monkeypatch):
     """Both examples together: trained by name, saved, read again, and of the median's very ΔW."""
     median, updates = _example("A method", "Median"), _example("A weight space", "FullUpdates")
-    monkeypatch.setitem(GENERATORS, median.name, median)
+    monkeypatch.setitem(METHODS, median.name, median)
     monkeypatch.setitem(SPACES, updates.kind, updates)
     bank = make_bank(tmp_path / "bank", base, TRAINING[:5])
     prepared = prepare(bank, WordEmbedder(), space_name="full_updates", validation=0.0, device="cpu", quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, generator_type("median").with_settings({}), loop, rank=16, strength=1.0, origin={})
+    generator = fit_generator(prepared, method_type("median").with_settings({}), loop, rank=16, strength=1.0, origin={})
     generator.save_pretrained(tmp_path / "generator")
     read = LoraGenerator.from_pretrained(tmp_path / "generator", embedder=WordEmbedder())
     adapter = read.generate("paint the red cat", on_unknown="ignore")
