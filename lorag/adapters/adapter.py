@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorag import __version__
-from lorag.adapters.checks import CONFIG, KEY, PROVENANCE, WEIGHTS
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
 from lorag.adapters.factors import Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.model_card import CARD, adapter_card, own_card, write_card
 from lorag.adapters.portability import Facts, check_portability
 from lorag.adapters.push import push_files, require_public
-from lorag.adapters.reading import AdapterParts, read_folder
-from lorag.base.base_model import BaseModel, kind_of
-from lorag.base.layout import LoraLayout
+from lorag.adapters.reading import AdapterParts, read_folder, weight_digest
+from lorag.adapters.tensor_names import KEY, WHOLE
+from lorag.base.base_model import KINDS, BaseModel, is_trusted, kind_of
+from lorag.base.layout import LoraLayout, ModuleShape
+from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import AdapterError, BaseModelError, LayoutError
 from lorag.files.artifacts import replace_together, write_json
 from lorag.files.hub import fetch
@@ -47,6 +49,8 @@ class LoraAdapter:
         base_model: Name or path of its base model.
         task_type: PEFT's task type, such as CAUSAL_LM, or None.
         info: What is known of its origin; written to lorag.json.
+        revision: Revision of the base model on the hub, where one is stated.
+        copies: Digest of the base model's own weight of each module of which the adapter's file repeats it.
     """
 
     layout: LoraLayout
@@ -54,6 +58,8 @@ class LoraAdapter:
     base_model: str | None = None
     task_type: str | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layout.check_factors(self.factors.tensors)
@@ -68,6 +74,31 @@ class LoraAdapter:
     def alpha(self) -> float:
         """PEFT's lora_alpha, as files state it; one for the whole adapter."""
         return self.factors.alpha
+
+    @property
+    def base_revision(self) -> str | None:
+        """The base model's revision on the hub, as the adapter's config or lorag.json states it."""
+        stated = self.info.get("base_model")
+        known = stated.get("revision") if isinstance(stated, Mapping) else None
+        return self.revision or (known if isinstance(known, str) else None)
+
+    def stated_base(self, name: str | None = None, kind: str | None = None) -> BaseModel:
+        """The base model that the adapter states: its name, revision and kind.
+
+        Args:
+            name: Another name, whose main revision is taken.
+            kind: A kind of base models, instead of what task type and the base model's config say.
+
+        Raises:
+            BaseModelError: If neither names one, or its config cannot be read.
+        """
+        named, revision = (self.base_model, self.base_revision) if name is None else (name, None)
+        if named is None:
+            raise BaseModelError("the adapter names no base model", remedy="Give it: --base-model, or apply_to(model).")
+        stated = self.info.get("base_model")
+        known = stated.get("kind") if isinstance(stated, Mapping) else None
+        chosen = kind or (known if known in KINDS else kind_of(named, revision, self.task_type))
+        return BaseModel(named, str(chosen), revision, is_trusted(named))
 
     def delta(self, module: str) -> Tensor:
         """ΔW (o, i) of one module, in fp32."""
@@ -99,7 +130,7 @@ class LoraAdapter:
             StorageError: If writing fails; an adapter that was there before is then intact.
         """
         folder = Path(folder)
-        config = self._config(base_model_name_or_path=self.base_model).to_dict()
+        config = self._config(base_model_name_or_path=self.base_model, revision=self.base_revision).to_dict()
         config["target_modules"] = sorted(self.layout.target_modules)
         config["peft_type"] = "LORA"
 
@@ -151,6 +182,7 @@ class LoraAdapter:
         *,
         allow_missing: bool = False,
         ignore_extra: bool = False,
+        repair: bool = False,
         revision: str | None = None,
     ) -> LoraAdapter:
         """Reads a PEFT adapter, from a folder or the hub, and folds its scalings into one rank and one lora_alpha.
@@ -161,7 +193,8 @@ class LoraAdapter:
                 whether a base model has just these is then checked by `apply_to`.
             allow_missing: Whether modules of the layout without tensors count as unchanged.
             ignore_extra: Whether factors of modules outside of the layout are left out.
-            revision: Revision on the hub.
+            repair: Whether tensors that have the names of a wrapped model, as `.default.` and `_orig_mod.`, get the right ones.
+            revision: Revision of the adapter on the hub.
 
         Raises:
             AdapterError: If anything about it differs from plain LoRA on this layout; see `lorag.adapters.reading`.
@@ -170,13 +203,15 @@ class LoraAdapter:
         folder = fetch(path, "adapter", revision)
         if layout is None:
             facts = read_facts(folder, values=False)
-            layout = own_layout(facts.config, facts.spec, folder)
-        return cls.from_parts(read_folder(folder, layout, allow_missing=allow_missing, ignore_extra=ignore_extra), layout)
+            layout = own_layout(facts.config, facts.spec, folder, repair=repair)
+        return cls.from_parts(read_folder(folder, layout, allow_missing=allow_missing, ignore_extra=ignore_extra, repair=repair), layout)
 
     @classmethod
     def from_parts(cls, parts: AdapterParts, layout: LoraLayout) -> LoraAdapter:
         """The adapter of what was read from a folder."""
-        return cls(layout, parts.factors, parts.config.get("base_model_name_or_path"), parts.config.get("task_type"), parts.info)
+        base, task, revision = (parts.config.get(key) for key in ("base_model_name_or_path", "task_type", "revision"))
+        at = revision if isinstance(revision, str) and revision not in ("", "main") else None
+        return cls(layout, parts.factors, base, task, parts.info, at, parts.copies)
 
     def push_to_hub(self, repository: str, *, base_model: str | None = None, private: bool = True, readme: str | None = None) -> str:
         """Publishes the adapter, as `save_pretrained` writes it, and returns the commit's address.
@@ -220,12 +255,10 @@ class LoraAdapter:
         from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
         if model is None:
-            if self.base_model is None:
-                raise BaseModelError("the adapter names no base model", remedy="Pass the model to apply_to.")
-            model = BaseModel(self.base_model, kind_of(self.base_model, task_type=self.task_type)).load()
-        config = self._config()
+            model = self.stated_base().load()
         bare = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.check_base(bare)  # before PEFT wraps anything: a refused model stays as it was
+        fitted = self.fitted(bare)  # before PEFT wraps anything: a refused model stays as it was
+        config = fitted._config()
         if isinstance(model, PeftModel):
             if name in model.peft_config:
                 model.delete_adapter(name)
@@ -234,7 +267,7 @@ class LoraAdapter:
         else:
             wrapped = get_peft_model(model, config, adapter_name=name)
         try:
-            result: Any = set_peft_model_state_dict(wrapped, self.state_dict(), adapter_name=name)
+            result: Any = set_peft_model_state_dict(wrapped, fitted.state_dict(), adapter_name=name)
         except RuntimeError as error:
             raise BaseModelError("the adapter's shapes do not fit the base model", got=str(error).splitlines()[-1][:160]) from error
         lost = [key for key in result.missing_keys if key.endswith((f".lora_A.{name}.weight", f".lora_B.{name}.weight"))] + list(
@@ -245,8 +278,37 @@ class LoraAdapter:
         wrapped.set_adapter(name, inference_mode=True)
         return wrapped.eval()
 
-    def check_base(self, bare: nn.Module) -> None:
-        """Raises BaseModelError unless the adapter's targets name just the modules of its layout in a base model."""
+    def fitted(self, bare: nn.Module) -> LoraAdapter:
+        """The adapter under a base model's own names of its modules, checked against that model.
+
+        Raises:
+            BaseModelError: If the model has other modules or sizes than the adapter, or other weights than its file repeats.
+        """
+        there = {name for name, _ in bare.named_modules()}
+        strange = [name for name in self.layout.names if name not in there]
+        new = renamed_modules(bare, strange)
+        lost = next((name for name in strange if name not in new), None)
+        fused = None if lost is None else fused_experts(bare, lost)
+        if fused is not None:
+            raise fused_error(str(lost), fused, type(bare).__name__)
+        adapter = self.renamed(new) if new else self
+        found = adapter.check_base(bare)
+        return replace(adapter, layout=replace(adapter.layout, fan_in_fan_out=found.fan_in_fan_out))
+
+    def renamed(self, new: Mapping[str, str]) -> LoraAdapter:
+        """The adapter with other paths for some modules."""
+        modules = tuple(ModuleShape(new.get(m.name, m.name), m.in_features, m.out_features) for m in self.layout.modules)
+        layout = LoraLayout(tuple(sorted(m.name for m in modules)), modules, self.layout.fan_in_fan_out)
+        tensors = {new.get(name, name): pair for name, pair in self.factors.tensors.items()}
+        copies = {new.get(name, name): digest for name, digest in self.copies.items()}
+        return replace(self, layout=layout, factors=Factors(tensors, self.factors.scaling), copies=copies)
+
+    def check_base(self, bare: nn.Module) -> LoraLayout:
+        """The layout that the adapter's targets name in a base model.
+
+        Raises:
+            BaseModelError: Unless it has just the modules of the adapter's layout.
+        """
         what, expected = f"{type(bare).__name__} is not the adapter's base model", self.base_model or "the model that it was made for"
         try:
             found = LoraLayout.from_model(bare, self.layout.target_modules)
@@ -258,3 +320,24 @@ class LoraAdapter:
             own = "has" if first in found.modules else "lacks"
             got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
             raise BaseModelError(what, got=got, expected=expected)
+        for name, digest in self.copies.items():
+            weight: Any = bare.get_submodule(name).weight
+            now = digest if weight.is_meta else weight_digest(weight, digest.partition(":")[0])
+            if now != digest:
+                raise BaseModelError(
+                    f"the adapter's file holds a weight of {name} that is not the base model's",
+                    got=now,
+                    expected=digest,
+                    remedy=f"It was trained, or its vocabulary resized, beside the LoRA. {WHOLE}",
+                )
+        return found
+
+
+def fused_error(module: str, fused: str, model: str) -> BaseModelError:
+    """Says that an adapter changes experts of a mixture one by one, which a base model holds in one weight."""
+    return BaseModelError(
+        f"{model} holds the experts of {fused} fused in one weight",
+        got=f"factors of {module[:120]}, one of them",
+        expected="LoRA of linear layers",
+        remedy="PEFT converts it: PeftModel.from_pretrained(base, ADAPTER), and merge_and_unload().save_pretrained(DIR) for a whole model.",
+    )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorag.adapters.factors import MAX_RANK, check_alpha
+from lorag.adapters.patterns import Patterns
+from lorag.adapters.tensor_names import DORA, KEY, WHOLE, read_names
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import (
     BaseMismatchError,
     ExtraTensorError,
     FactorShapeError,
     FormatVersionError,
-    MissingPrefixError,
     MissingTensorError,
     PeftTypeError,
     RankRangeError,
@@ -24,12 +25,10 @@ from lorag.errors import (
 )
 from lorag.files.tensors import TensorSpec
 
-__all__ = ["CONFIG", "KEY", "PROVENANCE", "WEIGHTS", "Match", "Scalings", "check_config", "match"]
+__all__ = ["CONFIG", "PROVENANCE", "SHIFTING", "WEIGHTS", "Match", "Scalings", "check_config", "match"]
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "lorag.json"
-KEY = "base_model.model.{module}.lora_{factor}.weight"
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+Rename = Callable[[Sequence[str]], Mapping[str, str]]  # from modules that a base model lacks to its own names of them
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 # Settings that change what the weights mean; lorag reads plain LoRA only.
 _PLAIN = {
@@ -47,12 +46,9 @@ _PLAIN = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
-_DORA = (
-    "Train it without DoRA: its magnitudes rescale the rows of W + ΔW, so that folding them takes the base model's weights "
-    "and gives a ΔW of full rank, which no LoRA holds."
-)
+_WHOLE = ("modules_to_save", "trainable_token_indices")  # of which PEFT can make a whole model
 # Initialisations that also change the base weights, so that ΔW is relative to another base model.
-_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What PEFT writes beside them up to this version. A PEFT ignores keys that it does not know, a newer one may know them.
 _KNOWN_PEFT = (0, 21)
 _HARMLESS = {
@@ -69,13 +65,13 @@ class Scalings:
 
     rank: int
     alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
     rank_stabilised: bool
 
     def of(self, module: str) -> tuple[int, float]:
         """Rank r and scaling alpha / r, or alpha / √r under rsLoRA (arXiv 2312.03732), of one module."""
-        rank, alpha = _by_pattern(self.ranks, module, self.rank), _by_pattern(self.alphas, module, self.alpha)
+        rank, alpha = self.ranks.of(module, self.rank), self.alphas.of(module, self.alpha)
         return int(rank), alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -87,11 +83,13 @@ class Match:
         found: Keys of A and B for each module of the layout that has them.
         missing: Modules of the layout without tensors.
         extra: Keys of A and B of modules outside of the layout.
+        copies: Keys of the base model's own weights, which PEFT writes beside an adapted head, by module.
     """
 
     found: Mapping[str, tuple[str, str]]
     missing: tuple[str, ...]
     extra: Mapping[str, tuple[str, str]]
+    copies: Mapping[str, str]
 
 
 def _check_rank(rank: object, where: str) -> int:
@@ -117,10 +115,10 @@ def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
         raise PeftTypeError(f"{where}: peft_type cannot be used", got=repr(config.get("peft_type"))[:40], expected="LORA")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
-            remedy = _DORA if key == "use_dora" else "Train or convert it without."
+            remedy = DORA if key == "use_dora" else WHOLE if key in _WHOLE else "Train or convert it without."
             raise UnsupportedLoraError(f"{where}: {key} is set", got=repr(config[key])[:60], expected="plain LoRA", remedy=remedy)
     start = str(config.get("init_lora_weights"))
-    if start.lower().startswith(_SHIFTING):
+    if start.lower().startswith(SHIFTING):
         raise UnsupportedLoraError(
             f"{where}: init_lora_weights changes the base weights",
             got=repr(start)[:40],
@@ -133,8 +131,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
     return Scalings(
         rank,
         alpha,
-        {key: _check_rank(value, f"{where}: rank_pattern") for key, value in ranks.items()},
-        {key: check_alpha(value, f"{where}: alpha_pattern") for key, value in alphas.items()},
+        Patterns({key: _check_rank(value, f"{where}: rank_pattern") for key, value in ranks.items()}, f"{where}: rank_pattern"),
+        Patterns({key: check_alpha(value, f"{where}: alpha_pattern") for key, value in alphas.items()}, f"{where}: alpha_pattern"),
         bool(config.get("use_rslora")),
     )
 
@@ -156,38 +154,57 @@ def _check_version(config: Mapping[str, Any], where: Path) -> None:
 def _check_pattern(pattern: object, where: str) -> Mapping[str, Any]:
     if not isinstance(pattern, dict):
         raise UnsupportedLoraError(f"{where} is no mapping", got=type(pattern).__name__)
-    for key in pattern:
-        if not re.fullmatch(r"\^?[\w.-]+", key):
-            raise UnsupportedLoraError(
-                f"{where} has an expression as a key", got=repr(key)[:60], expected="module names", remedy="Spell out the modules."
-            )
     return pattern
 
 
-def _by_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that ends the module's path decides, and `^` demands all of it. Keys are no expressions."""
-    for key, value in pattern.items():
-        if name == key.removeprefix("^") or (not key.startswith("^") and name.endswith(f".{key}")):
-            return value
-    return default
-
-
 def match(
-    spec: TensorSpec, layout: LoraLayout, scalings: Scalings, where: Path, *, allow_missing: bool = False, ignore_extra: bool = False
+    spec: TensorSpec,
+    layout: LoraLayout,
+    scalings: Scalings,
+    where: Path,
+    *,
+    allow_missing: bool = False,
+    ignore_extra: bool = False,
+    rename: Rename | None = None,
+    repair: bool = False,
 ) -> Match:
     """Matches tensor names and shapes of a header to the modules of a layout.
+
+    Args:
+        spec: Types and shapes by key.
+        layout: The base model's.
+        scalings: Rank and scaling of each module.
+        where: The file, for messages.
+        allow_missing: Whether modules of the layout may lack tensors.
+        ignore_extra: Whether there may be tensors of further modules.
+        rename: Finds the base model's names of modules that the layout lacks.
+        repair: Whether names of a running model's tensors are put right.
 
     Raises:
         MissingPrefixError, MissingTensorError, ExtraTensorError, FactorShapeError, UnsupportedLoraError: Naming the tensor.
         BaseMismatchError: If the tensors are whole and belong to a base model of other modules or sizes.
     """
-    modules = _modules(spec, where)
+    names = read_names(spec, where, repair=repair)
+    modules, copies = names.modules, names.copies
     shapes = {module.name: module for module in layout.modules}
+    strange = [name for name in modules if name not in shapes]
+    if strange and rename is not None:
+        new = {old: name for old, name in rename(strange).items() if name not in modules}
+        modules, copies = ({new.get(name, name): keys for name, keys in of.items()} for of in (modules, copies))
     found = {name: modules[name] for name in layout.names if name in modules}
     extra = {name: keys for name, keys in sorted(modules.items()) if name not in shapes}
     missing = tuple(name for name in layout.names if name not in modules)
     for name, keys in {**found, **extra}.items():
         _check_pair(spec, name, keys, shapes.get(name), scalings.of(name)[0], where)
+    for name, key in copies.items():
+        size = shapes.get(name)
+        if size is not None and spec[key][1] not in ((size.out_features, size.in_features), (size.in_features, size.out_features)):
+            raise UnsupportedLoraError(
+                f"{where}: the vocabulary was resized, and {name[:80]} was saved along",
+                got=f"{key[:120]} of shape {spec[key][1]}",
+                expected=f"({size.out_features}, {size.in_features}), as the base model has it",
+                remedy=WHOLE,
+            )
     if not found:
         raise BaseMismatchError(
             f"{where} belongs to a base model of other modules",
@@ -203,34 +220,7 @@ def match(
         )
     if missing and not allow_missing:
         raise MissingTensorError(f"{where}: a tensor is missing", got=KEY.format(module=missing[0], factor="A")[:160])
-    return Match(found, missing, extra)
-
-
-def _modules(spec: TensorSpec, where: Path) -> dict[str, tuple[str, str]]:
-    """Keys of A and B of each module that a header names, whole pairs only."""
-    if not spec:
-        raise MissingTensorError(f"{where} holds no tensors", remedy="Save it with PEFT's save_pretrained.")
-    bare = sorted(key for key in spec if not key.startswith(_PREFIX))
-    if bare:
-        raise MissingPrefixError(
-            f"{where}: keys lack PEFT's prefix",
-            got=bare[0][:80],
-            expected=f"{_PREFIX}…",
-            remedy="Save it with PEFT's save_pretrained, or rename its tensors.",
-        )
-    sides: dict[str, set[str]] = {}
-    for key in sorted(spec):
-        parsed = _FACTOR.fullmatch(key)
-        if parsed is None and "lora_magnitude_vector" in key:
-            raise UnsupportedLoraError(f"{where} holds the magnitudes of DoRA", got=key[:120], expected="plain LoRA", remedy=_DORA)
-        if parsed is None:
-            raise ExtraTensorError(f"{where}: a tensor is no LoRA factor", got=key[:120], expected=KEY.format(module="…", factor="A or B"))
-        sides.setdefault(parsed[1], set()).add(parsed[2])
-    for name, there in sides.items():
-        if len(there) == 1:
-            lacking = KEY.format(module=name, factor="A" if "B" in there else "B")
-            raise MissingTensorError(f"{where}: a tensor is missing", got=f"no {lacking[:160]}", expected="both factors of a module")
-    return {name: (KEY.format(module=name, factor="A"), KEY.format(module=name, factor="B")) for name in sides}
+    return Match(found, missing, extra, {name: key for name, key in copies.items() if name in found})
 
 
 def _check_pair(spec: TensorSpec, name: str, keys: tuple[str, str], module: ModuleShape | None, rank: int, where: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,36 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
 from lorag.adapters.model_card import merged_card, write_card
 from lorag.adapters.provenance import base_fields, licence_of, versions
-from lorag.base.base_model import DTYPES, TASK_TYPES, BaseModel, kind_of, stored_config
-from lorag.errors import AdapterError, BaseModelError, StorageError
+from lorag.adapters.purpose import find_purpose, stated_licence
+from lorag.base.base_model import DTYPES, BaseModel, stored_config
+from lorag.errors import AdapterError, BaseModelError, MissingDependencyError, StorageError, UndescribedError
 from lorag.files.artifacts import write_json
 from lorag.files.atomic import writing
+from lorag.files.hub import fetch
+from lorag.files.plain import require_plain
 from lorag.progress import quiet_loading
 
 __all__ = ["export_merged", "export_portable", "merge_into"]
 
 logger = logging.getLogger(__name__)
 
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+# What trainers write beside an adapter and others need to use it: the tokenizer with its chat template, and the licence's text.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+_BESIDE = (*_TOKENIZER, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "description.txt")
+_LARGEST_BESIDE = 2**28
+
 
 def export_portable(path: str | Path, out: str | Path) -> LoraAdapter:
     """Writes an adapter anew with one rank and one lora_alpha; ΔW stays the same.
 
-    rsLoRA, rank_pattern and alpha_pattern are folded into the factors, which programs other than PEFT need.
+    rsLoRA, rank_pattern and alpha_pattern are folded into the factors, which programs other than PEFT need, and names of a
+    model that was still wrapped are put right. Its tokenizer, chat template, licence and description go along.
 
     Args:
         path: Adapter folder or hub id.
@@ -41,17 +57,42 @@ def export_portable(path: str | Path, out: str | Path) -> LoraAdapter:
         AdapterError: If it is not a plain, whole and finite LoRA.
         StorageError: If `out` is not empty, or writing fails.
     """
-    adapter = LoraAdapter.from_pretrained(path)
-    _into_new_folder(Path(out), lambda folder: _save(adapter, folder))
+    source = fetch(path, "adapter", more=_BESIDE)
+    adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
+
+    def write(folder: Path) -> None:
+        adapter.save_pretrained(folder)
+        _copy_beside(source, folder)
+
+    _into_new_folder(Path(out), write)
     return adapter
 
 
-def _save(adapter: LoraAdapter, folder: Path) -> None:
-    adapter.save_pretrained(folder)
+def _with_purpose(adapter: LoraAdapter, folder: Path) -> LoraAdapter:
+    """The adapter with what its folder says of its task and licence, where its lorag.json does not."""
+    try:
+        purpose = find_purpose(folder, adapter.info)
+        found = {"description": purpose.descriptions[0], "license": purpose.licence}
+    except UndescribedError:
+        found = {"license": stated_licence(folder)}
+    return replace(adapter, info={**{key: value for key, value in found.items() if value}, **adapter.info})
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for name in _BESIDE:
+        if (source / name).is_file():
+            require_plain(source / name, _LARGEST_BESIDE)
+            shutil.copyfile(source / name, folder / name)
 
 
 def export_merged(
-    path: str | Path, out: str | Path, *, base_model: str | None = None, strength: float = 1.0, dtype: str = "auto"
+    path: str | Path,
+    out: str | Path,
+    *,
+    base_model: str | None = None,
+    kind: str | None = None,
+    strength: float = 1.0,
+    dtype: str = "auto",
 ) -> LoraAdapter:
     """Adds an adapter's ΔW to its base model's weights and writes the model, its tokenizer and where they came from.
 
@@ -59,23 +100,30 @@ def export_merged(
         path: Adapter folder or hub id.
         out: A new folder.
         base_model: The base model, if not the one that the adapter names.
+        kind: Its kind, such as "causal_lm"; by default what the adapter and the base model's config say.
         strength: Factor on ΔW.
-        dtype: Precision of the written weights; "auto" is the base model's own. Sums are taken in fp32 and rounded once.
+        dtype: Precision of the written weights; "auto" is the base model's own, tensor by tensor. Sums are taken in fp32 and
+            rounded once.
 
     Raises:
         AdapterError: If a sum is not finite; nothing is written then.
-        BaseModelError: If the base model cannot be had, is another one, or holds a weight in several places.
+        BaseModelError: If the base model cannot be had, is another one, is quantised, or holds a weight in several places.
         StorageError: If `out` is not empty, or writing fails.
     """
-    adapter = LoraAdapter.from_pretrained(path).scaled(strength)
-    base = _base_of(adapter, base_model)
+    source = fetch(path, "adapter", more=_BESIDE)
+    adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source).scaled(strength)
     if dtype not in DTYPES:
         raise BaseModelError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
     _require_empty(Path(out))
+    base = adapter.stated_base(base_model, kind)
+    require_plain_weights(base)
     identity = base.identity()
     _check_identity(adapter, base, identity)
-    model: Any = base.load("cpu", _stored_dtype(base) if dtype == "auto" else dtype)
-    adapter.check_base(model)
+    types = stored_types(base) if dtype == "auto" else {}
+    floats = {name for name in types.values() if name in _FLOATS}
+    loaded = dtype if dtype != "auto" else _FLOATS[floats.pop()] if len(floats) == 1 else "float32" if floats else _config_dtype(base)
+    model: Any = base.load("cpu", loaded)
+    adapter = adapter.fitted(model)
     merge_into(model, adapter)
     info = {key: value for key, value in adapter.info.items() if key not in ("kind", "lorag")}
     info |= {
@@ -89,15 +137,40 @@ def export_merged(
     def write(folder: Path) -> None:
         with quiet_loading():
             model.save_pretrained(folder)
-        try:
-            base.tokenizer().save_pretrained(folder)
-        except BaseModelError as error:
-            logger.warning("the base model has no tokenizer that could be written beside the weights: %s", error)
+        if len(floats) > 1:
+            cast_files(folder, types)
+        _write_tokenizer(base, source, folder, model.get_input_embeddings().weight.shape[0])
         write_json(folder / PROVENANCE, info)
         write_card(folder, merged_card(info, base_model=base.name))
 
     _into_new_folder(Path(out), write)
     return adapter
+
+
+def _write_tokenizer(base: BaseModel, source: Path, folder: Path, vocabulary: int) -> None:
+    """Writes the base model's tokenizer or processor, and over it the adapter's own, with the chat template it was trained with."""
+    try:
+        base.tokenizer().save_pretrained(folder)
+    except (BaseModelError, MissingDependencyError) as error:
+        logger.warning("the base model has no tokenizer that could be written beside the weights: %s", error)
+    if not any((source / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")):
+        return
+    if (source / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        require_plain(source / "tokenizer.json", _LARGEST_BESIDE)
+        try:
+            size = Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size()
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            logger.warning("the adapter's tokenizer.json cannot be read, so that the base model's stands: %s", str(error)[:160])
+            return
+        if size > vocabulary:
+            logger.warning("the adapter's tokenizer has %d tokens, the base model %d: the base model's was written", size, vocabulary)
+            return
+    for name in _TOKENIZER:
+        if (source / name).is_file():
+            require_plain(source / name, _LARGEST_BESIDE)
+            shutil.copyfile(source / name, folder / name)
 
 
 @torch.no_grad()
@@ -128,29 +201,22 @@ def merge_into(model: nn.Module, adapter: LoraAdapter) -> None:
             )
         weights[module.name] = weight
     for name, weight in weights.items():
-        if not torch.isfinite(_sum(weight, adapter, name)).all():
+        if not torch.isfinite(_sum(model, weight, adapter, name)).all():
             raise AdapterError(
                 f"the merged weight of {name} is not finite in {str(weight.dtype).removeprefix('torch.')}",
                 remedy="Merge with --dtype float32, or with a smaller --strength; an adapter this large is probably broken.",
             )
     for name, weight in weights.items():
-        weight.copy_(_sum(weight, adapter, name))
+        weight.copy_(_sum(model, weight, adapter, name))
 
 
-def _sum(weight: Tensor, adapter: LoraAdapter, module: str) -> Tensor:
+def _sum(model: nn.Module, weight: Tensor, adapter: LoraAdapter, module: str) -> Tensor:
+    """W + ΔW, added in fp32 and rounded once; the layer's own class says which way round it stores W."""
+    from transformers.pytorch_utils import Conv1D
+
     delta = adapter.delta(module)
-    return (weight.float() + (delta.T if adapter.layout.fan_in_fan_out else delta).to(weight.device)).to(weight.dtype)
-
-
-def _base_of(adapter: LoraAdapter, name: str | None) -> BaseModel:
-    stated = adapter.info.get("base_model")
-    known = stated if isinstance(stated, dict) else {}
-    named = name if name is not None else adapter.base_model
-    if named is None:
-        raise BaseModelError("the adapter names no base model", remedy="Give it with --base-model.")
-    revision = known.get("revision") if name is None else None
-    kind = known.get("kind")
-    return BaseModel(named, kind if kind in TASK_TYPES else kind_of(named, revision, adapter.task_type), revision)
+    transposed = isinstance(model.get_submodule(module), Conv1D)
+    return (weight.float() + (delta.T if transposed else delta).to(weight.device)).to(weight.dtype)
 
 
 def _check_identity(adapter: LoraAdapter, base: BaseModel, now: str) -> None:
@@ -164,8 +230,8 @@ def _check_identity(adapter: LoraAdapter, base: BaseModel, now: str) -> None:
         )
 
 
-def _stored_dtype(base: BaseModel) -> str:
-    """The precision in which a base model is stored, as its config has it; fp32 if that says nothing."""
+def _config_dtype(base: BaseModel) -> str:
+    """The precision of a base model as its config has it; fp32 if that says nothing."""
     name = str(getattr(stored_config(base.name, base.revision), "dtype", None)).removeprefix("torch.")
     return name if name in DTYPES and name != "auto" else "float32"
 
@@ -183,9 +249,8 @@ def _into_new_folder(out: Path, write: Callable[[Path], None]) -> None:
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}.", suffix=".tmp"))
         try:
             write(staging)
-            for file in staging.iterdir():
-                file.chmod(0o644)
-            staging.chmod(0o755)
+            for file in (staging, *staging.rglob("*")):
+                file.chmod(0o755 if file.is_dir() else 0o644)
             if out.is_dir():
                 out.rmdir()
             os.replace(staging, out)

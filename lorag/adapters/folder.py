@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
 from lorag.adapters.portability import Facts
+from lorag.adapters.tensor_names import PREFIX, read_names
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import finish_replacing, read_json
@@ -21,7 +21,6 @@ from lorag.files.tensors import TensorSpec, read_header
 __all__ = ["own_layout", "read_facts"]
 
 _MAX_CONFIG = 2**20
-_PREFIX = "base_model.model."
 # With one of these, the names in target_modules match more modules than the adapter changes.
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -60,7 +59,7 @@ def _first_broken(path: Path, spec: TensorSpec) -> str | None:
     return None
 
 
-def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path) -> LoraLayout:
+def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path, *, repair: bool = False) -> LoraLayout:
     """The layout that an adapter's own tensors imply, for when no base model is at hand to ask.
 
     Modules come in the order of their names, numbers by value; that is the base model's order of layers, but inside a
@@ -70,22 +69,17 @@ def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path) -> Lor
     Raises:
         AdapterError: If there is no pair of factors, or a factor is no matrix.
     """
-    sizes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, (_, shape) in spec.items():
-        found = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if found:
-            sizes.setdefault(found[1], {})[found[2]] = shape
+    names = read_names(spec, folder / WEIGHTS, repair=repair)
     modules = []
-    for name in sorted(sizes, key=_natural):
-        shapes = sizes[name]
-        if set(shapes) != {"A", "B"} or any(len(shape) != 2 or min(shape) < 1 for shape in shapes.values()):
-            raise AdapterError(
-                f"{folder / WEIGHTS}: the factors of {name[:80]} cannot be used", got=shapes, expected="A (r, i) and B (o, r)"
-            )
-        modules.append(ModuleShape(name, shapes["A"][1], shapes["B"][0]))
+    for name in sorted(names.modules, key=_natural):
+        a, b = (spec[key][1] for key in names.modules[name])
+        if any(len(shape) != 2 or min(shape) < 1 for shape in (a, b)):
+            what = f"{folder / WEIGHTS}: the factors of {name[:80]} cannot be used"
+            raise AdapterError(what, got={"A": a, "B": b}, expected="A (r, i) and B (o, r)")
+        modules.append(ModuleShape(name, a[1], b[0]))
     if not modules:
         got = f"{len(spec)} tensors such as {min(spec)[:80]}" if spec else "no tensor"
-        raise AdapterError(f"{folder / WEIGHTS} holds no LoRA factors", got=got, expected=f"{_PREFIX}…lora_A.weight")
+        raise AdapterError(f"{folder / WEIGHTS} holds no LoRA factors", got=got, expected=f"{PREFIX}…lora_A.weight")
     return LoraLayout(_targets(config, modules), tuple(modules), bool(config.get("fan_in_fan_out")))
 
 

@@ -167,7 +167,7 @@ def check_mergeable(adapters: Sequence[LoraAdapter]) -> None:
         raise AdapterError("there is nothing to merge", got="no adapter", expected="one or more")
     if any(adapter.layout != adapters[0].layout for adapter in adapters):
         raise AdapterError("adapters of different layouts cannot be merged", remedy="All must change the same modules of one base model.")
-    bases = sorted({adapter.base_model for adapter in adapters if adapter.base_model is not None})
+    bases = sorted({f"{one.base_model}{f' at {one.base_revision}' if one.base_revision else ''}" for one in adapters if one.base_model})
     if len(bases) > 1:
         raise AdapterError("adapters of different base models cannot be merged", got=", ".join(bases)[:160])
 
@@ -264,7 +264,7 @@ def merge(
         "parents": parents_of([adapter.info for adapter in adapters], shares.mean(1).tolist()),
     }
     first = adapters[0]
-    return LoraAdapter(layout, Factors(tensors), first.base_model, first.task_type, info)
+    return LoraAdapter(layout, Factors(tensors), first.base_model, first.task_type, info, first.base_revision)
 
 
 def _settings(method: str, rule: _Rule, given: Mapping[str, float]) -> dict[str, float]:

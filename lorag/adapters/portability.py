@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorag.adapters.checks import SHIFTING
+from lorag.adapters.tensor_names import PREFIX
 from lorag.files.tensors import TensorSpec
 
 __all__ = ["TARGETS", "Facts", "Finding", "Rule", "Verdict", "check_portability"]
@@ -17,11 +19,8 @@ __all__ = ["TARGETS", "Facts", "Finding", "Rule", "Verdict", "check_portability"
 # Of vLLM's LoRAConfig: the default, and what max_lora_rank may be.
 _VLLM_DEFAULT_RANK = 16
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Initialisations that also change the base weights when PEFT loads the adapter.
-_SHIFTING = ("pissa", "olora", "corda", "loftq")
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _OUTER = ("lm_head", "embed_tokens", "wte", "shared")
-_PREFIX = "base_model.model."
 _ONE_SCALING = "`lorag export ADAPTER --out DIR` writes the same ΔW with one rank and one alpha"
 _MERGE = "merge it into the base model instead"
 
@@ -103,7 +102,7 @@ def _modules(facts: Facts) -> Iterator[str]:
     for key in facts.spec:
         for end in _FACTORS:
             if key.endswith(end):
-                yield key.removeprefix(_PREFIX).removesuffix(end)
+                yield key.removeprefix(PREFIX).removesuffix(end)
 
 
 def _type(facts: Facts) -> Finding | None:
@@ -130,7 +129,7 @@ def _pairs(facts: Facts) -> Finding | None:
 
 def _foreign_start(facts: Facts) -> Finding | None:
     start = str(facts.config.get("init_lora_weights"))
-    if not start.lower().startswith(_SHIFTING):
+    if not start.lower().startswith(SHIFTING):
         return None
     remedy = "convert it with PEFT's path_initial_model_for_weight_conversion"
     return Finding(False, f"init_lora_weights={start[:40]} belongs to a changed base model", remedy)
@@ -140,8 +139,8 @@ def _foreign_start(facts: Facts) -> Finding | None:
 
 
 def _peft_prefix(facts: Facts) -> Finding | None:
-    lost = next((key for key in sorted(facts.spec) if not key.startswith(_PREFIX)), None)
-    return None if lost is None else Finding(False, f"{lost[:80]} lacks the prefix {_PREFIX} and would be left out with a warning at most")
+    lost = next((key for key in sorted(facts.spec) if not key.startswith(PREFIX)), None)
+    return None if lost is None else Finding(False, f"{lost[:80]} lacks the prefix {PREFIX} and would be left out with a warning at most")
 
 
 def _peft_shapes(facts: Facts) -> Finding | None:
@@ -157,7 +156,7 @@ def _peft_shapes(facts: Facts) -> Finding | None:
 
 def _peft_start(facts: Facts) -> Finding | None:
     start = str(facts.config.get("init_lora_weights"))
-    if not start.lower().startswith(_SHIFTING):
+    if not start.lower().startswith(SHIFTING):
         return None
     return Finding(True, f"the base model is the untouched one: init_lora_weights={start[:40]} changes its weights on loading")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorag.errors import ArtifactError, UndescribedError
-from lorag.files.plain import read_bounded
+from lorag.errors import UndescribedError
+from lorag.files.plain import decode_text, read_bounded
 from lorag.tasks.suite import check_description
 
 __all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose", "stated_licence"]
@@ -27,12 +27,29 @@ _FEWEST_WORDS = 3
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)---[ \t]*(?:\n|\Z)", re.S)
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
-_TELLING = re.compile(r"description|summary|overview|about|task|purpose|intended|\buses?\b|direct use|what (it|this)", re.I)
+# Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
+_JOINED = re.compile(
+    "[\u0e01-\u0e5b\u0e81-\u0edf\u0f00-\u0fda\u1000-\u109f\u1780-\u17f9\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+)
+_TELLING = re.compile(
+    r"description|summary|overview|about|task|purpose|intended|\buses?\b|direct use|what (it|this)"
+    r"|概要|説明|用途|目的|タスク|使い方|简介|介绍|描述|说明|任务|簡介|介紹|說明|任務|คำอธิบาย|รายละเอียด|การใช้งาน|설명|개요|용도|описание|назначение"
+    r"|beschreibung|aufgabe|verwendung|descripción|descrição|tarea|tarefa|uso\b|usage prévu|tâche",
+    re.I,
+)
 _NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
 # What templates and trainers write into every card; matched against the start of a paragraph.
 _EMPTY = re.compile(
-    r"\[?more information needed|this model is a fine-?tuned version of"
-    r"|this (model|adapter) was (fine-?tuned|trained) (from|with|using|on top)"
+    r"\[?more information needed|this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
+    r"|(this|the) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint) (was|has been|is) (further )?"
+    r"(fine-?tuned|trained|extracted|merged|converted|quantised|quantized|created|made|uploaded|built|generated)"
+    r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d)"
+    r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|\d)"
+    r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
+    r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from) "
+    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|quick ?start\b"
+    r"|this (model|adapter) can be (used|loaded)|to use this (model|adapter)|training (was|procedure|logs?|loss)\b"
+    r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|developed by|本模型(是|基于).{0,40}微调"
     r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) \S+\.?$|use the code below|users \(both direct"
     r"|this (model )?card|it achieves the following|provide a quick summary|\w+ adapters? for \S+\.?$",
     re.I,
@@ -98,11 +115,7 @@ def stated_licence(folder: Path) -> str | None:
 def _text(path: Path, most: int) -> str:
     if not path.is_file() and not path.is_symlink():
         return ""
-    raw = read_bounded(path, most)
-    try:
-        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text", got=str(error)[:120]) from error
+    return decode_text(read_bounded(path, most), path)
 
 
 def _stated_licence(card: str) -> str | None:
@@ -131,9 +144,15 @@ def card_text(card: str) -> str | None:
         if not lines or any(_NO_TEXT.match(line) for line in lines):
             continue
         text = _plain(" ".join(lines))
-        if len(text.split()) >= _FEWEST_WORDS and not _EMPTY.match(text):
+        if _words(text) >= _FEWEST_WORDS and not _EMPTY.match(text):
             return _shortened(text)
     return None
+
+
+def _words(text: str) -> int:
+    """How many words a text has; two signs of a script that puts no blanks between them, such as Japanese or Thai, count as one."""
+    joined = _JOINED.findall(text)
+    return len(_JOINED.sub(" ", text).split()) + (sum(map(len, joined)) + 1) // 2
 
 
 def _visible(text: str) -> str:
@@ -164,5 +183,5 @@ def _shortened(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     cut = text[:_LONGEST]
-    ends = [found.end() for found in re.finditer(r"[.!?](?=\s)", cut)]
+    ends = [found.end() for found in re.finditer(r"[.!?](?=\s)|[。！？]", cut)]
     return cut[: ends[-1]] if ends and ends[-1] > _LONGEST // 4 else cut.rsplit(" ", 1)[0]

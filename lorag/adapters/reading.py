@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Scalings, check_config, match
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Rename, Scalings, check_config, match
 from lorag.adapters.factors import Factors, Pair, check_values
 from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, ArtifactError, FormatVersionError, StorageError
@@ -19,7 +20,7 @@ from lorag.files.artifacts import finish_replacing, read_json
 from lorag.files.plain import require_plain
 from lorag.files.tensors import TensorSpec, read_header
 
-__all__ = ["AdapterParts", "read_folder", "read_provenance"]
+__all__ = ["AdapterParts", "read_folder", "read_provenance", "weight_digest"]
 
 # An adapter's files are small; what is larger is refused before it is parsed.
 _MAX_CONFIG, _MAX_PROVENANCE = 2**20, 4 * 2**20
@@ -40,6 +41,7 @@ class AdapterParts:
         missing: Modules of the layout without tensors.
         ignored: Modules outside of the layout, whose factors were left out.
         ignored_share: Their share of ‖ΔW‖² of the whole adapter; None for ranks above 512.
+        copies: Digest of the base model's own weight of each module of which the file repeats it.
     """
 
     factors: Factors
@@ -48,6 +50,7 @@ class AdapterParts:
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     ignored_share: float | None = 0.0
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_folder(
@@ -56,6 +59,8 @@ def read_folder(
     *,
     allow_missing: bool = False,
     ignore_extra: bool = False,
+    rename: Rename | None = None,
+    repair: bool = False,
     check: Callable[[Mapping[str, Any], Mapping[str, Any], Match], None] | None = None,
     check_norm: Callable[[float], None] | None = None,
 ) -> AdapterParts:
@@ -66,6 +71,8 @@ def read_folder(
         layout: The layout of the base model that the adapter must fit.
         allow_missing: Whether modules of the layout without tensors count as unchanged.
         ignore_extra: Whether factors of modules outside of the layout are left out.
+        rename: Finds the base model's names of modules that the layout lacks, because transformers renamed them.
+        repair: Whether names that a wrapped model's tensors have are put right.
         check: Gets config, lorag.json and the modules found, and may refuse the adapter before a value is read.
         check_norm: Gets ‖ΔW‖_F over the layout's modules, and may refuse the adapter before it is loaded. Not called for
             ranks above 512, whose Gram matrices would be as large as what they save.
@@ -86,7 +93,7 @@ def read_folder(
         raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
     require_plain(weights)
     spec, _ = read_header(weights, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
-    matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra)
+    matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra, rename=rename, repair=repair)
     info = read_provenance(folder)
     if check is not None:
         check(config, info, matched)
@@ -97,7 +104,20 @@ def read_folder(
         check_norm(inside**0.5)
     factors = _fold(_load(weights, matched), scalings, layout)
     share = outside / (inside + outside) if inside is not None and outside else None if matched.extra else 0.0
-    return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share)
+    copies = {name: _digest(weights, key) for name, key in matched.copies.items()}
+    return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share, copies)
+
+
+def _digest(path: Path, key: str) -> str:
+    with safe_open(path, framework="pt") as file:
+        return weight_digest(file.get_tensor(key))
+
+
+def weight_digest(weight: Tensor, dtype: str | None = None) -> str:
+    """What tells a weight from others: its precision, or the one that is named, and sixteen hex digits of its bytes in it."""
+    name = str(weight.dtype).removeprefix("torch.") if dtype is None else dtype
+    values = weight.detach().to("cpu", getattr(torch, name)).contiguous().view(torch.uint8)
+    return f"{name}:{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
 
 
 def _load(path: Path, matched: Match) -> dict[str, Pair]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,15 @@ from lorag.adapters.checks import CONFIG, WEIGHTS
 from lorag.errors import BankError, DescriptionError
 from lorag.files.artifacts import safe_name
 from lorag.files.hub import fetch
-from lorag.files.plain import read_bounded
+from lorag.files.plain import decode_text, read_bounded
 from lorag.tasks.descriptions import check_description
 
 __all__ = ["Source", "find_sources", "listed_sources"]
 
+logger = logging.getLogger(__name__)
+
 _DEEPEST = 4
+_CHECKPOINT = re.compile(r"(checkpoint|step|epoch|global_step|iter)[-_]?\d+.*|checkpoint.*", re.I)
 _MAX_LIST = 64 * 2**20
 
 
@@ -87,10 +92,7 @@ def listed_sources(path: Path) -> list[Source]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        lines = read_bounded(path, _MAX_LIST, named=True).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BankError(f"{path} is not UTF-8 text", got=str(error)[:120]) from error
+    lines = decode_text(read_bounded(path, _MAX_LIST, named=True), path).splitlines()
     found: dict[str, Source] = {}
     for number, line in enumerate(lines, 1):
         place, *more = (part.strip() for part in line.split("\t"))
@@ -116,12 +118,37 @@ def listed_sources(path: Path) -> list[Source]:
 
 
 def _adapters(root: Path) -> Iterator[Path]:
-    """Folders with an adapter; what lies below one, such as its earlier checkpoints, belongs to it. Links are not followed."""
+    """Folders with an adapter, also below another one, as PEFT saves several; what is passed over is said.
+
+    A trainer's checkpoints belong to the adapter above them. Links are not followed: they may lead anywhere.
+    """
+    found: list[Path] = []
     for path, folders, files in os.walk(root):
         here = Path(path)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if CONFIG in files or WEIGHTS in files:
+        visible = sorted(name for name in folders if not name.startswith("."))
+        links = [name for name in visible if (here / name).is_symlink()]
+        folders[:] = [name for name in visible if name not in links]
+        for name in links:
+            if _is_adapter(here / name):
+                logger.warning("passed over %s: it is a link; name the folder itself to take it", here / name)
+        if len(here.relative_to(root).parts) >= _DEEPEST:
+            for name in folders:
+                if _is_adapter(here / name):
+                    logger.warning("passed over %s: it lies more than %d folders deep; name it to take it", here / name, _DEEPEST)
             folders[:] = []
-            yield here
-        elif len(here.relative_to(root).parts) >= _DEEPEST:
+        if CONFIG not in files and WEIGHTS not in files:
+            continue
+        above = any(parent in found for parent in here.parents)
+        if above and _CHECKPOINT.fullmatch(here.name):
+            logger.warning("passed over %s: an earlier state of the adapter above it; name it to take it", here)
             folders[:] = []
+            continue
+        found.append(here)
+        yield here
+
+
+def _is_adapter(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
+    except OSError:  # a link that leads to itself
+        return False

@@ -191,7 +191,7 @@ class AdapterBank:
         factors = self._shards.read(expert, checkpoint)
         info = {"expert": name, "descriptions": list(expert.descriptions), "license": expert.license}
         model = self.base.model
-        return LoraAdapter(self.base.layout, factors, model.name, TASK_TYPES[model.kind], info)
+        return LoraAdapter(self.base.layout, factors, model.name, TASK_TYPES[model.kind], info, model.revision)
 
     def adapters(self, names: Sequence[str] | None = None) -> Iterator[LoraAdapter]:
         """Reads final checkpoints one at a time."""

@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.adapter import LoraAdapter, fused_error
 from lorag.adapters.checks import Match
 from lorag.adapters.licences import UNKNOWN
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.adapters.sources import Source
 from lorag.base.bank_base import BankBase
+from lorag.base.base_model import BaseModel
 from lorag.base.names import same_model
-from lorag.errors import BaseMismatchError, LoragError, NormRangeError, StorageError
+from lorag.base.renaming import fused_experts, renamed_modules
+from lorag.errors import BaseMismatchError, BaseModelError, LoragError, MissingDependencyError, NormRangeError, StorageError
 
 __all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "read_candidate"]
 
@@ -80,6 +82,24 @@ class Candidate:
     error: LoragError | None = None
 
 
+def _own_names(model: BaseModel, names: Sequence[str]) -> dict[str, str]:
+    """A base model's own names of modules that transformers renamed.
+
+    Raises:
+        BaseModelError: If one of them is an expert of a mixture, which the model holds fused with the others.
+    """
+    try:
+        skeleton = model.skeleton()
+    except (BaseModelError, MissingDependencyError):  # then the names stand, and the adapter is judged by them
+        return {}
+    new = renamed_modules(skeleton, names)
+    for name in names:
+        fused = None if name in new else fused_experts(skeleton, name)
+        if fused is not None:
+            raise fused_error(name, fused, type(skeleton).__name__)
+    return new
+
+
 def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Candidate:
     """Fetches, reads and checks one adapter; a norm that no adapter has is refused before it is loaded, others where the bank is known.
 
@@ -93,7 +113,15 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
         where = folder = source.folder(options.revision)
         check = partial(check_base, base, folder, options.base_aliases)
         check_size = partial(check_norm, others=(), where=folder)
-        parts = read_folder(folder, base.layout, allow_missing=True, ignore_extra=options.ignore_extra, check=check, check_norm=check_size)
+        parts = read_folder(
+            folder,
+            base.layout,
+            allow_missing=True,
+            ignore_extra=options.ignore_extra,
+            rename=partial(_own_names, base.model),
+            check=check,
+            check_norm=check_size,
+        )
         adapter = LoraAdapter.from_parts(parts, base.layout)
         descriptions, origin, licence = options.descriptions, "--description", parts.info.get("license")
         if not descriptions and source.descriptions:

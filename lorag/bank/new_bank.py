@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorag.adapters.adapter import fused_error
 from lorag.adapters.checks import CONFIG, check_config
 from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.sources import Source
@@ -20,6 +21,7 @@ from lorag.base.base_model import TASK_TYPES, BaseModel, is_trusted, kind_of
 from lorag.base.layout import LoraLayout
 from lorag.base.names import known_name, locate, same_model
 from lorag.base.objectives import OBJECTIVES, make_objective
+from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import BankError, BaseMismatchError, BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import read_json
 from lorag.progress import progress_bar
@@ -193,8 +195,14 @@ def _one(what: str, values: Iterable[str | None]) -> str | None:
 def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
     """All modules that any of the adapters changes, in the base model's order and of its sizes."""
     skeleton = model.skeleton()
+    named = {name for name, _ in skeleton.named_modules()}
     wanted = {name for one in seen for name in one.layout.names}
-    there = wanted & {name for name, _ in skeleton.named_modules()}
+    new = renamed_modules(skeleton, sorted(wanted - named))
+    there = {new.get(name, name) for name in wanted} & named
+    for name in sorted(wanted - there - new.keys()):
+        fused = fused_experts(skeleton, name)
+        if fused is not None and not there:
+            raise fused_error(name, fused, type(skeleton).__name__)
     if not there:
         raise BaseMismatchError(
             f"base model {model.name!r} has none of the modules that the adapters change",
@@ -203,6 +211,8 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
             remedy=f"Is it the right base model, and is {model.kind} the right --kind?",
         )
     targets = sorted({target for one in seen for target in one.layout.target_modules})
+    if new:
+        return LoraLayout.from_model(skeleton, sorted(there))
     layout = LoraLayout.from_model(skeleton, targets)
     return layout if set(layout.names) == there else LoraLayout.from_model(skeleton, sorted(there))
 

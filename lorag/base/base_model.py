@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from lorag.base.names import canonical_name, locate, packaged
 from lorag.base.weights import same_weights, weights_identity
-from lorag.errors import BaseModelError, ConfigError, LoragError
+from lorag.errors import BaseModelError, ConfigError, LoragError, MissingDependencyError
 from lorag.files.artifacts import sha256
 from lorag.files.images import require_pillow
 from lorag.progress import quiet_loading
@@ -66,18 +66,34 @@ def kind_of(name: str, revision: str | None = None, task_type: str | None = None
         BaseModelError: If the config cannot be read.
     """
     kinds = {task: kind for kind, task in TASK_TYPES.items() if task is not None}
-    if task_type in kinds:
+    if task_type in kinds and kinds[task_type] != "causal_lm":
         return kinds[task_type]
-    config = stored_config(name, revision)
+    try:
+        config = stored_config(name, revision)
+    except BaseModelError:
+        if task_type in kinds:
+            return kinds[task_type]
+        raise
+    if task_type in kinds and not _sees_only_elsewhere(config):
+        return kinds[task_type]
     if getattr(config, "is_encoder_decoder", False):
         return "image_seq2seq" if hasattr(config, "vision_config") else "seq2seq_lm"
     classes = getattr(config, "architectures", None) or [""]
     if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")):
         return "causal_lm"
+    if _sees_only_elsewhere(config):
+        return "image_seq2seq"
     towers = (
         hasattr(config, "text_config") and hasattr(config, "vision_config") and not str(classes[0]).endswith("ForConditionalGeneration")
     )
     return "two_towers" if towers else "encoder"
+
+
+def _sees_only_elsewhere(config: PretrainedConfig) -> bool:
+    """Whether transformers has a class of texts and images for a config, and none of texts alone: trainers call these causal, too."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -90,7 +106,7 @@ def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(locate(name, revision), revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         got = str(error).strip().splitlines()[0][:160]
         raise BaseModelError(f"base model {name!r} has no readable config", got=got, remedy=_remedy(name)) from error
 
@@ -273,7 +289,13 @@ class BaseModel:
             yield
         except LoragError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except ImportError as error:  # of what a quantised or unusual model needs; transformers names the package
+            raise MissingDependencyError(
+                f"base model {self.name!r} needs a package that is not installed",
+                got=" ".join(str(error).split())[:200],
+                remedy="Install it, or give a base model in plain 16 or 32 bits: --base-model, --base, or apply_to(model).",
+            ) from error
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
             raise BaseModelError(
                 f"base model {self.name!r} cannot be loaded",
                 got=next(iter(str(error).strip().splitlines()), type(error).__name__)[:160],

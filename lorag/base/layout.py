@@ -51,7 +51,8 @@ class LoraLayout:
     Attributes:
         target_modules: The names given to PEFT, sorted; for an expression, the full paths that it matched.
         modules: All modules that these names match, in the order of the base model.
-        fan_in_fan_out: Whether the base stores its weights as (in, out), as GPT-2 does.
+        fan_in_fan_out: Whether some of the base's weights are stored as (in, out), as GPT-2's are. PEFT looks at each layer
+            itself, and so does a merge.
     """
 
     target_modules: tuple[str, ...]
@@ -102,13 +103,11 @@ class LoraLayout:
                 raise LayoutError(f"module {name} is a convolution", expected="Linear or Conv1D layers only")
             modules.append(ModuleShape(name, int(rows.shape[1]), int(columns.shape[0])))
             transposed.add(bool(getattr(module, "fan_in_fan_out", False)))
-        if len(transposed) != 1:
-            raise LayoutError("a layout mixes layers that store weights in both orders")
         named: Any = config.target_modules
         # An expression would be taken literally in the list of names that adapters are saved with, and bare names match all layers.
         whole = isinstance(named, str) or layers is not None
         names = sorted([module.name for module in modules] if whole else named)
-        return cls(tuple(names), tuple(modules), transposed.pop())
+        return cls(tuple(names), tuple(modules), True in transposed)
 
     def __len__(self) -> int:
         return len(self.modules)

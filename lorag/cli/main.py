@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -255,6 +256,9 @@ def sandbox_build(
 
 def main(arguments: list[str] | None = None) -> Any:  # noqa: ANN401 - exits
     """Runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):  # a pipe's or old console's code page may lack a character: better another one than a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
     # PEFT asks every model for it, which is nothing that a user could change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:

@@ -9,6 +9,9 @@ import typer
 
 __all__ = ["register"]
 
+BaseKind = Annotated[
+    str | None, typer.Option("--kind", help="Base model's kind: causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq; with --merge.")
+]
 BaseModelName = Annotated[str | None, typer.Option("--base-model", help="Base model, if not the one that the adapter names.")]
 
 
@@ -24,16 +27,17 @@ def export(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter merged into its weights.")] = False,
     base_model: BaseModelName = None,
+    kind: BaseKind = None,
     strength: Annotated[float, typer.Option(help="Factor on ΔW; with --merge.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Precision of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write an adapter with one rank and one alpha, as every program reads it, or merged into its base model."""
     from lorag.adapters.export import export_merged, export_portable
 
-    if not merge and (base_model is not None or strength != 1.0 or dtype != "auto"):
-        raise typer.BadParameter("--base-model, --strength and --dtype need --merge")
+    if not merge and (base_model is not None or kind is not None or strength != 1.0 or dtype != "auto"):
+        raise typer.BadParameter("--base-model, --kind, --strength and --dtype need --merge")
     if merge:
-        merged = export_merged(adapter, out, base_model=base_model, strength=strength, dtype=dtype)
+        merged = export_merged(adapter, out, base_model=base_model, kind=kind, strength=strength, dtype=dtype)
         typer.echo(f"{out}: {base_model or merged.base_model} with the adapter merged into {len(merged.layout)} weights")
         typer.echo(f'next: AutoModel….from_pretrained("{out}")')
         return

@@ -132,7 +132,7 @@ def _finite(text: str) -> float:
 def parse_json(text: str | bytes, origin: object, most: int = _MAX_VALUES) -> Any:  # noqa: ANN401 - JSON is any value
     """Parses JSON strictly: no NaN, no infinity (nor a number too large for a float, such as 1e999), no key twice."""
     try:
-        text = text if isinstance(text, str) else text.decode("utf-8")  # json would also take UTF-16
+        text = (text if isinstance(text, str) else text.decode("utf-8")).removeprefix("\ufeff")  # json would also take UTF-16
         if text.count(",") + text.count("[") + text.count("{") > most:
             raise ValueError(f"more than {most} values")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
@@ -150,7 +150,7 @@ def read_json(path: Path, most: int = _MAX_JSON) -> dict[str, Any]:
             an object.
     """
     raw = read_bounded(path, most)
-    if not re.match(rb"\s*[{\[]", raw):
+    if not re.match(rb"(\xef\xbb\xbf)?\s*[{\[]", raw):
         raise ArtifactError(f"{path} is not valid JSON", got=looks_like(raw[:64]), expected="a JSON object")
     try:
         text = raw.decode("utf-8")

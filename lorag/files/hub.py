@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorag.errors import ArtifactError, StorageError
@@ -26,13 +26,14 @@ _MANIFESTS = {"bank": "bank.json", "generator": "generator.json"}
 _SECRET = re.compile(r"hf_\w{8,}|(?<=Bearer )\S+|\bey[\w-]{10,}\.[\w-]+\.[\w-]*")
 
 
-def fetch(path: str | Path, kind: str, revision: str | None = None) -> Path:
+def fetch(path: str | Path, kind: str, revision: str | None = None, *, more: Sequence[str] = ()) -> Path:
     """Returns a local folder: the path itself, or the snapshot of a hub repository `user/name` in the client's cache.
 
     Args:
         path: A folder; text may also be a hub id. Of the two the folder wins.
         kind: "adapter", "bank" or "generator"; decides which files are fetched.
         revision: Branch, tag or commit on the hub.
+        more: Further files of an adapter that are fetched where it has them.
 
     Raises:
         ArtifactError: If there is neither, or if a manifest lists files outside of its folder.
@@ -41,10 +42,13 @@ def fetch(path: str | Path, kind: str, revision: str | None = None) -> Path:
     if local.is_dir():
         return local
     text = str(path)
+    if local.is_file():
+        remedy = f"Give its folder: {local.parent}"
+        raise ArtifactError(f"{text} is a file, where the folder of the {kind} belongs", got=local.name, expected="a folder", remedy=remedy)
     if isinstance(path, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise ArtifactError(f"no {kind} at {text}", got="no such folder", expected="a folder, or a hub id such as user/name")
     if kind not in _MANIFESTS:
-        return _snapshot(text, kind, revision, _ADAPTER_FILES)
+        return _snapshot(text, kind, revision, [*_ADAPTER_FILES, *more])
     manifest = _MANIFESTS[kind]
     folder = _snapshot(text, kind, revision, [manifest])
     if not (folder / manifest).is_file():

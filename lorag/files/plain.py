@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorag.errors import ArtifactError
 
-__all__ = ["check_part", "is_foreign_link", "looks_like", "read_bounded", "require_plain"]
+__all__ = ["check_part", "decode_text", "is_foreign_link", "looks_like", "read_bounded", "require_plain"]
 
 # First bytes of what is met under a wrong name. A pickle is named first of all: opening one runs what it says.
 _KINDS = (
@@ -107,3 +107,22 @@ def read_bounded(path: Path, most: int, *, named: bool = False) -> bytes:
             return file.read(most)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read", got=error.strerror or error) from error
+
+
+def decode_text(raw: bytes, where: object) -> str:
+    """Text of a file that a person or another tool wrote: without the byte order mark that editors put first, lines ended alike.
+
+    UTF-8 is read with the mark and without, UTF-16 with it.
+
+    Raises:
+        ArtifactError: If it is neither.
+    """
+    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        remedy = "Save it as UTF-8." if encoding == "utf-8-sig" else "It starts as UTF-16 does; save it as UTF-8."
+        raise ArtifactError(f"{where} is not UTF-8 text", got=str(error)[:120], remedy=remedy) from error
+    if "\0" in text[:4096] and encoding == "utf-8-sig":
+        raise ArtifactError(f"{where} is not UTF-8 text", got="zero bytes, as UTF-16 without a mark has", remedy="Save it as UTF-8.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

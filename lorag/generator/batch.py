@@ -13,7 +13,7 @@ from lorag.adapters.checks import CONFIG
 from lorag.adapters.reading import read_provenance
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragError, UnknownTaskWarning
 from lorag.files.artifacts import parse_json, require_name, slug
-from lorag.files.plain import read_bounded
+from lorag.files.plain import decode_text, read_bounded
 from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import ON_UNKNOWN
 from lorag.parallel import Backend
@@ -82,10 +82,7 @@ def read_requests(path: str | Path) -> list[AdapterRequest]:
         DescriptionError: If a line is not a usable description, or one that was given before.
     """
     requests: dict[str, AdapterRequest] = {}
-    try:
-        lines = read_bounded(Path(path), _MOST_BYTES, named=True).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DescriptionError(f"{path} is not UTF-8 text", got=str(error)[:80]) from error
+    lines = decode_text(read_bounded(Path(path), _MOST_BYTES, named=True), path).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

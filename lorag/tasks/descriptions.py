@@ -7,6 +7,7 @@ from lorag.errors import DescriptionError
 __all__ = ["MAX_DESCRIPTION", "check_description"]
 
 MAX_DESCRIPTION = 4096
+_INVISIBLE = "\ufeff\u200b\u2060"  # byte order mark and spaces of no width, which editors and web pages leave at ends
 
 
 def check_description(text: object) -> str:
@@ -18,7 +19,7 @@ def check_description(text: object) -> str:
     """
     if not isinstance(text, str):
         raise DescriptionError("a description must be text", got=type(text).__name__, expected="str")
-    stripped = text.strip()
+    stripped = text.strip().strip(_INVISIBLE).strip()
     if not stripped:
         raise DescriptionError("the description is empty", remedy='Say what the adapter should do, such as "summarise legal text".')
     if len(stripped) > MAX_DESCRIPTION:

@@ -172,7 +172,7 @@ def fuse_experts(
         (factors,) = generator.space.decode(code(), rank or generator.rank)
         learned = shares().tolist()
     base = generator.base.model
-    adapter = LoraAdapter(generator.base.layout, factors, base.name, TASK_TYPES[base.kind])
+    adapter = LoraAdapter(generator.base.layout, factors, base.name, TASK_TYPES[base.kind], revision=base.revision)
     if refine_steps:
         pairs = [(example.input, example.output) for task in support for example in task.examples]
         adapter = refine(generator.runner(), adapter, pairs, refine_steps, seed)
