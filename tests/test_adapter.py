@@ -238,10 +238,9 @@ def test_spoiled_tensors_are_refused(saved, llama_layout, spoil, named):
         {"init_lora_weights": "loftq"},
         {"rank_pattern": [4]},
         {"rank_pattern": {"q_proj": 200_000}},
-        {"rank_pattern": {r"layers\.\d+\.self_attn.q_proj": 4}},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": {"(((a{100}){100}){100})": 4}},
         {"alpha_pattern": {"q_proj": 1e30}},
-        {"alpha_pattern": {r".*\.q_proj": 4}},
-        {"alpha_pattern": {"(q|v)_proj": 4}},
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Names of tensors in a PEFT LoRA file: which module a factor belongs to, what else trainers save along, and what went wrong with a name."""
+"""Names of tensors in a PEFT LoRA file: which module a factor belongs to, what else is saved along, and what went wrong with a name."""
 
 from __future__ import annotations
 
