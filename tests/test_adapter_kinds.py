@@ -36,7 +36,9 @@ def _random(layout, seed=0, scaling=0.5):
 # --- expressions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["q_proj", r".*\.layers\.1\..*(q_proj|v_proj)", r"^model\.layers\.0\.", "layers.1.self_attn.v_proj", "(q|k)_proj"])
+@pytest.mark.parametrize(
+    "key", ["q_proj", r".*\.layers\.1\..*(q_proj|v_proj)", r"^model\.layers\.0\.", "layers.1.self_attn.v_proj", "(q|k)_proj"]
+)
 def test_expressions_match_as_peft_matches_them(key):
     from peft.utils.other import get_pattern_key
 

@@ -190,7 +190,8 @@ def match(
     strange = [name for name in modules if name not in shapes]
     if strange and rename is not None:
         new = {old: name for old, name in rename(strange).items() if name not in modules}
-        modules, copies = ({new.get(name, name): keys for name, keys in of.items()} for of in (modules, copies))
+        modules = {new.get(name, name): keys for name, keys in modules.items()}
+        copies = {new.get(name, name): key for name, key in copies.items()}
     found = {name: modules[name] for name in layout.names if name in modules}
     extra = {name: keys for name, keys in sorted(modules.items()) if name not in shapes}
     missing = tuple(name for name in layout.names if name not in modules)

@@ -121,7 +121,7 @@ def _explained(key: str, where: Path) -> ExtraTensorError | UnsupportedLoraError
         )
     if _VOCABULARY.search(key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")):
         what = f"{where}: embeddings were saved along, as after training them, or with a resized vocabulary"
-        return UnsupportedLoraError(what, got=key[:120], expected="factors of linear layers alone", remedy=_SAVED_ALONG)
+        return ExtraTensorError(what, got=key[:120], expected="factors of linear layers alone", remedy=_SAVED_ALONG)
     if ".lora_A." in key or ".lora_B." in key:
         what = f"{where}: a factor has a name that PEFT does not write"
         return ExtraTensorError(what, got=key[:120], expected=KEY.format(module="…", factor="A or B"))
