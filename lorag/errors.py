@@ -168,11 +168,11 @@ class NonFiniteError(ArtifactError, AdapterError):
 
 
 class AlphaRangeError(AdapterError):
-    """A lora_alpha is no number, 0 or absurdly large."""
+    """A lora_alpha is not a number, is 0 or absurdly large."""
 
 
 class RankRangeError(AdapterError):
-    """A rank is no whole number, below 1 or absurdly large."""
+    """A rank is not a whole number, is below 1 or absurdly large."""
 
 
 class DtypeOverflowError(AdapterError):

@@ -110,7 +110,7 @@ def progress_bar(
     disable: bool = False,
     leave: bool = True,
 ) -> tqdm[T] | Lines[T]:
-    """A bar with the time that is left, or lines that say it where standard error is no terminal.
+    """A bar with the time that is left, or lines that say it where standard error is not a terminal.
 
     Args:
         iterable: What is gone through; without it, `update` advances.

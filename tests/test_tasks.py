@@ -102,7 +102,7 @@ def test_folder_of_suites_and_suites_of_descriptions(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert TaskSuite.from_folder(tmp_path).names == ("other", "mood", "Say it again!")
     for nothing in (tmp_path / "empty", tmp_path / "no"):
-        _refused(nothing, "no task suite", str(nothing))
+        _refused(nothing, "is not a task suite", str(nothing))
 
 
 def _without(key):

@@ -172,7 +172,7 @@ class _Import:
         )
 
     def save(self) -> None:
-        """Writes what is remembered, of the bank as it now is. It can be made anew, so that a failure is no reason to fail."""
+        """Writes what is remembered, of the bank as it now is. It can be made anew, so that a failure is not a reason to fail."""
         try:
             with self.bank.locked() as now:
                 self.index.cover(now).save(now)

@@ -96,7 +96,7 @@ def measure_gate(
     gains = gap_closed_by(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
     sure = gains.isfinite()
     for row, gain in zip(report["judged"], gains.tolist(), strict=False):
-        row["gain"] = round(gain, 4) if gain == gain else None  # NaN is no gain
+        row["gain"] = round(gain, 4) if gain == gain else None  # NaN is not a gain
     expected = torch.tensor([float(v.expected_gap_closed or 0.0) for v in inside], dtype=torch.float64)[sure]
     gains, ends = gains[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
     lost = torch.tensor([float(v.expected_gap_closed or 0.0) for v in outside], dtype=torch.float64)

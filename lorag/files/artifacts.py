@@ -81,7 +81,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
     The rules of POSIX and of Windows hold on every system, so that a folder means the same everywhere.
 
     Raises:
-        ArtifactError: If it is absolute, has a drive, a backslash, `..` or a part that is no plain name everywhere, or if a
+        ArtifactError: If it is absolute, has a drive, a backslash, `..` or a part that is not a plain name everywhere, or if a
             link is on the way.
     """
     if not isinstance(relative, str) or len(relative) > _LONGEST_PATH:
@@ -125,7 +125,7 @@ def _no_constant(name: str) -> None:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise _NotFiniteError(f"{text[:20]} is no finite number")
+        raise _NotFiniteError(f"{text[:20]} is not a finite number")
     return number
 
 

@@ -36,7 +36,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Checks that trackers are known and installed, before anything long begins.
 
     Raises:
-        ConfigError: If a name is no tracker.
+        ConfigError: If a name is not a tracker.
         MissingDependencyError: If its package is not installed.
     """
     for name in names:
@@ -57,7 +57,7 @@ class Metrics:
         main: Whether this process writes; the others of a run only compute.
 
     Raises:
-        ConfigError: If a name is no tracker.
+        ConfigError: If a name is not a tracker.
         MissingDependencyError: If a tracker's package is not installed.
     """
 
@@ -163,7 +163,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     What is no JSON is what a kill left of a line, and is passed over.
 
     Raises:
-        ArtifactError: If the file cannot be read, or a row has no stage and step, or holds what is no number.
+        ArtifactError: If the file cannot be read, or a row has no stage and step, or holds what is not a number.
     """
     path = folder / METRICS
     rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -173,7 +173,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ArtifactError:
             continue
         if not isinstance(row, dict) or not _is_row(row):
-            raise ArtifactError(f"{path}, line {number} is no row of metrics", expected="stage, step and numbers")
+            raise ArtifactError(f"{path}, line {number} is not a row of metrics", expected="stage, step and numbers")
         rows[row["stage"], row["step"]] = row
     stages = list(dict.fromkeys(stage for stage, _ in rows))
     return sorted(rows.values(), key=lambda row: (stages.index(row["stage"]), row["step"]))

@@ -45,7 +45,7 @@ def check_part(part: str) -> str | None:
     if part in ("", ".", ".."):
         return "an empty part, `.` or `..`"
     if _FORBIDDEN.search(part):
-        return "a character that is no part of a file's name on every system"
+        return "a character that is not part of a file's name on every system"
     if part[-1] in ". ":
         return "a dot or space at an end, which Windows drops"
     if _DEVICE.fullmatch(part.split(".")[0].rstrip(" ")):

@@ -41,7 +41,7 @@ def read_header(path: Path, most: int = _MAX_HEADER, *, every_type: bool = False
         every_type: Whether tensors may be of types that lorag does not compute with, such as 8-bit floats.
 
     Raises:
-        ArtifactError: If the file is no safetensors file, or its header lies about sizes or offsets.
+        ArtifactError: If the file is not a safetensors file, or its header lies about sizes or offsets.
     """
     size = require_plain(path)
     try:

@@ -121,7 +121,7 @@ def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.
     wrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds the optimizer itself
     expected = next((keys for kind, keys in _STATE.items() if isinstance(wrapped, kind)), None)
     if expected is None:
-        raise TypeError(f"{type(wrapped).__name__} is no optimizer whose state lorag knows")
+        raise TypeError(f"{type(wrapped).__name__} is not an optimizer whose state lorag knows")
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):

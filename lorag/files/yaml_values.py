@@ -77,14 +77,14 @@ def _checked(value: Any, origin: object) -> Any:  # noqa: ANN401 - YAML is any v
     if isinstance(value, dict):
         for key, child in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{origin} has a key that is no text", got=repr(key)[:40], remedy="Put it in quotes.")
+                raise ConfigError(f"{origin} has a key that is not text", got=repr(key)[:40], remedy="Put it in quotes.")
             _checked(child, origin)
     elif isinstance(value, list):
         for child in value:
             _checked(child, origin)
     elif not isinstance(value, _PLAIN) or isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(
-            f"{origin} holds a value that is no plain one", got=repr(value)[:40], expected="text, a finite number, true or false"
+            f"{origin} holds a value that is not a plain one", got=repr(value)[:40], expected="text, a finite number, true or false"
         )
     elif isinstance(value, str):
         uninterpolated(value, origin)

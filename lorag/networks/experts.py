@@ -98,7 +98,7 @@ class KernelHead(nn.Module):
 class ExpertAttention(nn.Module):
     """A weighted mean of the experts' ΔW, with one learned factor per module, and a learned offset for all descriptions alike.
 
-    A few thousand parameters: on a bank of some dozen experts anything larger learns the experts by heart.
+    A few thousand parameters: on a bank of some dozen experts anything larger memorises the experts.
 
     Args:
         keys: Pooled descriptions of the experts (n, e).

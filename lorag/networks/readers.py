@@ -80,7 +80,7 @@ def _first_of_layer(layer: nn.TransformerEncoderLayer, x: Tensor, count: int, ap
 
 
 class Augmentation(nn.Module):
-    """Masks some of a description's tokens and adds noise to its vectors, in training alone: no wording to be learned by heart.
+    """Masks some of a description's tokens and adds noise to its vectors, in training alone, so that no wording is memorised.
 
     Args:
         word_dropout: Share of the tokens that are masked.

@@ -39,7 +39,7 @@ def import_coco(
 
     Without captions a task's outputs are its category's boxes, label first, in reading order, as location tokens:
     `dog<loc_x1><loc_y1><loc_x2><loc_y2>…`, in thousandths of width and height; boxes of crowds are left out. With
-    captions each of an image's captions is an output. An image that one task has for tests is no other task's for training.
+    captions each of an image's captions is an output. An image that one task has for tests is never another task's for training.
 
     Args:
         instances: JSON with "images", "annotations" and "categories", as COCO has them.

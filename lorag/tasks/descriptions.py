@@ -14,7 +14,7 @@ def check_description(text: object) -> str:
     """Returns a description that can be embedded, stripped.
 
     Raises:
-        DescriptionError: If it is no text, empty, longer than 4,096 characters, or holds control characters or
+        DescriptionError: If it is not text, is empty, longer than 4,096 characters, or holds control characters or
             halves of surrogate pairs, which is how Python passes on bytes that were no UTF-8.
     """
     if not isinstance(text, str):

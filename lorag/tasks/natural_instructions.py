@@ -62,8 +62,8 @@ def import_instructions(
         usable examples or a usable definition.
 
     Raises:
-        TaskError: Naming a file that is no such task, or if nothing is left.
-        ArtifactError: Naming a file that is no strict JSON or too large.
+        TaskError: Naming a file that is not such a task, or if nothing is left.
+        ArtifactError: Naming a file that is not strict JSON, or is too large.
     """
     limits = limits or Limits()
     files = sorted(source.glob("*.json"))

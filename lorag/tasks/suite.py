@@ -134,7 +134,7 @@ class TaskSuite:
             return cls(_read_suite(folder))
         found = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
         if not found:
-            raise TaskError(f"{folder} is no task suite", got="no tasks.jsonl in it or below it")
+            raise TaskError(f"{folder} is not a task suite", got="no tasks.jsonl in it or below it")
         return cls(task for child in found for task in _read_suite(child))
 
     def save(self, folder: str | Path) -> Path:

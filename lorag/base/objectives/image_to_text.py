@@ -73,7 +73,7 @@ class ImageSeq2Seq(Seq2SeqLM):
         return TokenRows(self._read([image for image, _ in rows]), pad_rows([answer for _, answer in rows], -100), tasks)
 
     def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
-        """Logits of the answers alone: the begin token, which decoders of BART's family are given, is no target."""
+        """Logits of the answers alone: the begin token, which decoders of BART's family are given, is not a target."""
         first = [token for token in (_start(model), self.tokenizer.bos_token_id) if token is not None]
         before = batch.targets[:, :-1].clamp_min(0).masked_fill(batch.targets[:, :-1] == -100, int(self.tokenizer.pad_token_id))
         given = torch.cat([torch.tensor(first).expand(len(before), -1), before], 1)

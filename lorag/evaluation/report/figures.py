@@ -48,7 +48,7 @@ def _figure(theme: Theme, title: str, height: float, panels: int = 1, *, share: 
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of a scale: 0 to 1 for shares, whatever the values are; where they are no shares, just beyond them."""
+    """Ends of a scale: 0 to 1 for shares, whatever the values are; where they are not shares, just beyond them."""
     low, high = min(0.0, *values), max(values)
     high = 1.0 if low == 0 and high <= 1 else high
     edge = 0.04 * (high - low or 1.0)

@@ -57,7 +57,7 @@ class Label:
 
     @property
     def words(self) -> frozenset[str]:
-        """Stems of what it is about; labels of other sets that share one are no negatives."""
+        """Stems of what it is about; labels of other sets that share one are not negatives."""
         found = re.findall(r"[a-z0-9]+", f"{self.name} {self.concept}".lower())
         return frozenset(word[:5] for word in found if word not in _EMPTY_WORDS)
 
