@@ -134,6 +134,15 @@ def test_relative_links_lead_somewhere(page):
             assert anchor in _anchors(file), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_the_pages_name_exist(page):
+    """`lorag/…`, `tests/…` and `benchmarks/…` in a sentence are files or folders; the changelog and the history tell of what was."""
+    if page.name in ("CHANGELOG.md", "results-history.md"):
+        return
+    for path in re.findall(r"`((?:lorag|tests|benchmarks)/[\w./]*)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        assert "NAME" in path or (ROOT / path).exists(), f"{page.name} names {path}"
+
+
 def _anchors(file):
     """Headings as addresses: lower case, no punctuation, dashes for blanks."""
     text = FENCE.sub("", file.read_text(encoding="utf-8"))
