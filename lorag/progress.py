@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 __all__ = ["Bar", "Lines", "progress_bar", "quiet_loading"]
 
 T = TypeVar("T")
-_FIRST, _EVERY = 10.0, 30.0  # seconds until the first line, and between lines
+_FIRST, _EVERY = 10.0, 30.0  # seconds until the first line, and, unless asked otherwise, between lines
 _LONG = 2.0  # seconds from which it is worth a line that something is done
 
 
@@ -27,12 +27,20 @@ class Lines(Generic[T]):
         total: Steps in all; by default the iterable's length, if it has one.
         initial: Steps that were done before.
         leave: Whether it is worth saying when it is done.
+        every: Seconds between lines.
     """
 
     def __init__(
-        self, iterable: Iterable[T] | None = None, *, desc: str, total: int | None = None, initial: int = 0, leave: bool = True
+        self,
+        iterable: Iterable[T] | None = None,
+        *,
+        desc: str,
+        total: int | None = None,
+        initial: int = 0,
+        leave: bool = True,
+        every: float = _EVERY,
     ) -> None:
-        self.iterable, self.desc, self.initial, self.leave = iterable, desc, initial, leave
+        self.iterable, self.desc, self.initial, self.leave, self.every = iterable, desc, initial, leave, every
         self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.n, self._details, self._closed = initial, "", False
         self._began = time.monotonic()
@@ -55,7 +63,7 @@ class Lines(Generic[T]):
         self.n += n
         now = time.monotonic()
         if now >= self._next:
-            self._next = now + _EVERY
+            self._next = now + self.every
             self.write(self._line(now - self._began))
 
     def set_postfix(self, values: Mapping[str, object] | None = None, **more: object) -> None:
@@ -91,13 +99,27 @@ Bar: TypeAlias = "tqdm[Any] | Lines[Any]"
 
 @overload
 def progress_bar(
-    iterable: None = None, *, desc: str, total: int | None = None, initial: int = 0, disable: bool = False, leave: bool = True
+    iterable: None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    disable: bool = False,
+    leave: bool = True,
+    every: float = _EVERY,
 ) -> Bar: ...
 
 
 @overload
 def progress_bar(
-    iterable: Iterable[T], *, desc: str, total: int | None = None, initial: int = 0, disable: bool = False, leave: bool = True
+    iterable: Iterable[T],
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    disable: bool = False,
+    leave: bool = True,
+    every: float = _EVERY,
 ) -> tqdm[T] | Lines[T]: ...
 
 
@@ -109,6 +131,7 @@ def progress_bar(
     initial: int = 0,
     disable: bool = False,
     leave: bool = True,
+    every: float = _EVERY,
 ) -> tqdm[T] | Lines[T]:
     """A bar with the time that is left, or lines that say it where standard error is not a terminal.
 
@@ -119,11 +142,12 @@ def progress_bar(
         initial: Steps that were done before.
         disable: Shows nothing.
         leave: Whether the finished bar stays.
+        every: Seconds between lines.
     """
     # In a notebook tqdm.auto has a class of its own, which draws a widget.
     if disable or sys.stderr.isatty() or tqdm.__module__ == "tqdm.auto":
         return tqdm(iterable, desc=desc, total=total, initial=initial, disable=disable, leave=leave)
-    return Lines(iterable, desc=desc, total=total, initial=initial, leave=leave)
+    return Lines(iterable, desc=desc, total=total, initial=initial, leave=leave, every=every)
 
 
 @contextlib.contextmanager

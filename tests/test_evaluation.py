@@ -21,6 +21,7 @@ from lorag.files.artifacts import write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
+from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
@@ -66,7 +67,7 @@ def test_the_report_has_its_documented_keys(report):
     assert (report["suite"], report["seeds"], report["examples"], report["metric"]) == ("toy", 2, 6, "exact_match")
     assert report["tasks"] == [f"{c}-{a}" for c, a in CELLS]
     for row in report["methods"].values():
-        assert set(row) - {"per_seed"} == {"score", "ci95", "gap_closed", "per_task"}
+        assert set(row) - {"per_seed"} == {"score", "ci95", "gap_closed", "per_task", "prompt_tokens"}
         assert list(row["per_task"]) == report["tasks"]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
@@ -74,7 +75,10 @@ def test_the_report_has_its_documented_keys(report):
 def test_known_adapters_get_the_known_scores(report):
     """Oracle 1, base 0, a lookup of the right expert 1, of another's 0; the gap is closed accordingly."""
     methods = report["methods"]
-    assert list(methods) == ["base", "base_prompted", "mean", "looked_up", "looked_up_shuffled", "looked_up_junk", "oracle"]
+    assert list(methods) == [
+        "base", "base_prompted", "few_shot", "random_init", "mean",
+        "looked_up", "looked_up_shuffled", "looked_up_junk", "looked_up_prompted", "oracle",
+    ]  # fmt: skip
     assert methods["oracle"]["score"] == 1 and methods["oracle"]["gap_closed"] == 1
     assert methods["base"]["score"] == 0 and methods["base"]["gap_closed"] == 0
     assert methods["looked_up"]["score"] > 0.9 and methods["looked_up"]["gap_closed"] > 0.9
@@ -133,9 +137,11 @@ def test_seeds_show_other_descriptions(world, monkeypatch):
     shown = []
     first, second = _generator(bank, "mean"), _generator(bank, "mean")
     for number, one in enumerate((first, second)):
-        original = one.generate
+        original = one.generate_many
         monkeypatch.setattr(
-            one, "generate", lambda text, *, seed, n=number, o=original, **more: shown.append((n, text, seed)) or o(text, seed=seed, **more)
+            one,
+            "generate_many",
+            lambda texts, *, seed, n=number, o=original, **more: shown.extend((n, t, seed) for t in texts) or o(texts, seed=seed, **more),
         )
     evaluate(suite, {"mean": [first, second]}, methods=["mean"], seeds=3, limit=1, device="cpu", quiet=True)
     cell = CELLS[0]
@@ -158,7 +164,7 @@ def test_mismatches_are_errors(world, generators):
     with pytest.raises(BankError, match="base"):
         evaluate(suite, generators, oracles=AdapterBank(bank.folder, other, bank.experts), device="cpu", quiet=True)
     with pytest.raises(BankError, match="lacks tasks"):
-        evaluate(make_suite([*CELLS, ("red", "horse")]), generators, oracles=bank, device="cpu", quiet=True)
+        evaluate(make_suite([("red", "horse"), ("blue", "cat")]), generators, oracles=bank, device="cpu", quiet=True)
     with pytest.raises(ConfigError):
         evaluate(suite, {}, device="cpu", quiet=True)
 
@@ -183,6 +189,69 @@ def test_the_random_baseline_differs_between_tasks(world):
     assert sum(counts) == len(texts) and max(counts) < len(texts) / 2 and min(counts) > 0
     again = random.method.generate(random.condition(texts[3]), torch.Generator().manual_seed(0))[0]
     assert torch.equal(again, drawn[3])
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
+
+
+def test_rivals_are_rows_with_the_tokens_that_they_cost(report):
+    """Examples in the prompt cost more tokens than a description, an adapter none; each difference has its interval."""
+    tokens = {name: row["prompt_tokens"] for name, row in report["methods"].items()}
+    assert tokens["base"] == tokens["looked_up"] == tokens["oracle"] < tokens["base_prompted"] == tokens["looked_up_prompted"]
+    assert tokens["few_shot"] > 2 * tokens["base_prompted"]
+    assert report["methods"]["random_init"]["score"] < 0.2
+    rivals = ("looked_up_shuffled", "looked_up_junk", "looked_up_prompted", "base_prompted", "few_shot", "random_init", "mean", "oracle")
+    assert list(report["differences"]) == [f"looked_up - {name}" for name in rivals]
+    for name in rivals:
+        row = report["differences"][f"looked_up - {name}"]
+        apart = report["methods"]["looked_up"]["score"] - report["methods"][name]["score"]
+        assert row["difference"] == pytest.approx(apart, abs=1e-3) and row["ci95"][0] <= row["difference"] <= row["ci95"][1]
+
+
+def test_an_adapter_trained_on_a_few_examples_is_scored_by_name(world, generators):
+    """fresh_K learns a constant answer from K examples; K of few_shot shows in the tokens; a number is due."""
+    _, suite, _ = world
+    values = {"seeds": 1, "limit": 2, "device": "cpu", "quiet": True}
+    names = ["base", "fresh_6", "few_shot_2", "few_shot_6"]
+    found = evaluate(suite.select(suite.names[:2]), generators, methods=names, **values)["methods"]
+    assert found["fresh_6"]["score"] > found["base"]["score"] + 0.4
+    assert found["fresh_6"]["prompt_tokens"] == found["base"]["prompt_tokens"]
+    assert found["few_shot_2"]["prompt_tokens"] < found["few_shot_6"]["prompt_tokens"]
+    with pytest.raises(ConfigError, match="fresh_K"):
+        evaluate(suite, generators, methods=["fresh_many"], **values)
+
+
+def test_oracles_of_some_tasks_close_the_gap_over_those(world, generators):
+    """A task without an expert counts for every score, and for no gap."""
+    _, suite, bank = world
+    more = TaskSuite([*suite.select(suite.names[:2]), *make_suite([("red", "horse")])])
+    found = evaluate(more, generators, oracles=bank, methods=["looked_up", "oracle"], seeds=1, limit=4, device="cpu", quiet=True)["methods"]
+    assert found["oracle"]["tasks"] == 2 and list(found["oracle"]["per_task"]) == list(suite.names[:2])
+    assert len(found["looked_up"]["per_task"]) == 3 and found["looked_up"]["score"] < 0.8 < found["looked_up"]["gap_closed"]
+    assert "tasks" not in found["looked_up"]
+
+
+def test_a_ladder_needs_no_bank(world, generators, tmp_path, monkeypatch):
+    """Without one there are no baselines from it; another suite of the base does, in several splits over one loaded model."""
+    _, suite, bank = world
+    generators["looked_up"][0].save_pretrained(tmp_path / "g")
+    suite.save(tmp_path / "suite")
+    write_json(tmp_path / "suite" / "splits.json", {"train": [suite.names[4]], "one": list(suite.names[:2]), "two": list(suite.names[2:4])})
+    opened, loads = LoraGenerator.from_pretrained, []
+    monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
+    run = Runner.open
+    monkeypatch.setattr(Runner, "open", lambda *given: loads.append(given[1:]) or run(*given))
+    values = {"tasks": str(tmp_path / "suite"), "split": ["one", "two"], "device": "cpu", "quiet": True}
+    ladder = open_ladder([str(tmp_path / "g")], dtype="bfloat16", **values)
+    found = {name: one.evaluate(seeds=1, limit=2, quiet=True) for name, one in ladder.each()}
+    assert [report["tasks"] for report in found.values()] == [list(suite.names[:2]), list(suite.names[2:4])]
+    assert {"base", "few_shot", "nearest"} <= set(found["one"]["methods"]) and "mean" not in found["one"]["methods"]
+    assert loads == [("cpu", "bfloat16")]
+    # A bank whose tasks the suite does not hold still gives baselines, whose strength is then not tuned.
+    banked = open_ladder([str(tmp_path / "g")], bank=str(bank.folder), methods=["mean"], **values)
+    assert list(banked.evaluate(seeds=1, limit=2, quiet=True)["methods"]) == ["mean"]
+    with pytest.raises(ConfigError, match="--tasks"):
+        open_ladder([str(tmp_path / "g")], quiet=True)
 
 
 # --- reproduction -----------------------------------------------------------------------------------------------------
@@ -257,7 +326,7 @@ def test_a_ladder_from_folders(world, generators, tmp_path, monkeypatch):
     suite.save(tmp_path / "suite")
     opened = LoraGenerator.from_pretrained
     monkeypatch.setattr(LoraGenerator, "from_pretrained", lambda path, **more: opened(path, **{**more, "embedder": EMBEDDER}))
-    values = {"tasks": str(tmp_path / "suite"), "split": None, "device": "cpu", "quiet": True}
+    values = {"tasks": str(tmp_path / "suite"), "split": "all", "device": "cpu", "quiet": True}
     ladder = open_ladder([str(tmp_path / "g")], bank=str(bank.folder), oracles=str(bank.folder), **values)
     report = ladder.evaluate(seeds=1, limit=2, quiet=True)
     found = report["methods"]

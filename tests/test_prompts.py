@@ -9,6 +9,7 @@ from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, TaskError
+from lorag.tasks.prompted import Conversation
 from lorag.tasks.suite import Example, Task
 
 LLAMA3 = (
@@ -120,6 +121,23 @@ def test_long_inputs_lose_their_beginning_and_the_template_nothing(chat):
     assert ids == _rendered(tokenizer, " ".join(text.split()[-5:])) and len(ids) == frame + 5
     with pytest.raises(ConfigError, match=f"no room.*more than {frame} tokens"):
         make_objective("causal_lm", tokenizer, {"max_length": frame})
+
+
+def test_examples_are_earlier_turns_and_the_first_are_dropped(chat):
+    """As the template writes a conversation; where that is too long, the oldest example goes, and the description stays."""
+    kind, tokenizer = chat
+    said = Conversation("you are good", [("the cat", "sat"), ("12", "late")], "dog")
+    turns = ["you are good\n\nthe cat", "sat", "12", "late", "dog"]
+    written = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+    (ids,) = make_objective("causal_lm", tokenizer).prompts.prompts([said])
+    assert ids == tokenizer.apply_chat_template(written, tokenize=True, add_generation_prompt=True, return_dict=False)
+    written = [{**written[2], "content": "you are good\n\n12"}, *written[3:]]
+    shorter = tokenizer.apply_chat_template(written, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert make_objective("causal_lm", tokenizer, {"max_length": len(ids) - 1}).prompts.prompts([said]) == [shorter]
+    (plain,) = make_objective("causal_lm", tokenizer, {"template": "{input}\n"}).prompts.texts([said])
+    assert plain == f"{said}\n" and "Input: 12\nOutput: late\n\nInput: dog\nOutput:" in plain
+    system = make_objective("causal_lm", tokenizer, {"system": "late"}).prompts.texts([said])[0]
+    assert system.index("late") < system.index("you are good\n\nthe cat") < system.index("dog")
 
 
 def test_a_written_template_has_bos_once(chat):

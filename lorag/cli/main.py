@@ -18,7 +18,7 @@ from lorag.cli import smollm2 as cli_smollm2
 from lorag.cli import tasks as cli_tasks
 from lorag.cli import web as cli_web
 from lorag.cli.batch import generate_from_file
-from lorag.cli.options import Address, Cpus, Device, Gpus, OnBackend, Quiet
+from lorag.cli.options import Address, Cpus, Device, Dtype, Gpus, OnBackend, Quiet
 from lorag.errors import LoragError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From the description of a task to a LoRA adapter, in one pass.")
@@ -152,42 +152,67 @@ def train(
 @app.command()
 def evaluate(
     generator: Annotated[list[str] | None, typer.Option(help="Generator folder; may be repeated, also for other seeds.")] = None,
-    bank: Annotated[str, typer.Option(help="Bank of training experts, for the baselines.")] = "sandbox",
-    tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
-    split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
-    oracles: Annotated[str | None, typer.Option(help="Bank of experts of the evaluated tasks.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    bank: Annotated[str | None, typer.Option(help="Bank of training experts, for the baselines; by default that of the sandbox.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Task suite; by default the embedded one of the base model.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the suite, or several with commas between; by default the held-out ones; 'all' takes every task."),
+    ] = None,
+    oracles: Annotated[str | None, typer.Option(help="Bank of experts of the evaluated tasks, or of some of them.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated names, also few_shot_K and fresh_K; by default all that take no training."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     limit: Annotated[int, typer.Option(min=1, help="Most test examples of each task.")] = 32,
+    write: Annotated[bool, typer.Option("--write", help="Write answers out for all tasks, for lenient match: slower.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a page with figures (extra `report`).")] = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Score a generator with all its controls; with no argument, the embedded one on its held-out tasks."""
     from lorag.evaluation.folders import open_ladder
-    from lorag.evaluation.ladder import format_table
+    from lorag.evaluation.tables import print_report
     from lorag.files.artifacts import write_json
 
     if report is not None:
         from lorag.evaluation.report.style import require_matplotlib
 
         require_matplotlib()
-    chosen, whole = methods.split(",") if methods else None, None if split == "all" else split
-    ladder = open_ladder(generator or [], bank=bank, tasks=tasks, split=whole, oracles=oracles, methods=chosen, device=device, quiet=quiet)
-    found = ladder.evaluate(seeds=seeds, limit=limit, quiet=quiet)
-    print(format_table(found) + "\n")
+    ladder = open_ladder(
+        generator or [],
+        bank=bank,
+        tasks=tasks,
+        split=split.split(",") if split else None,
+        oracles=oracles,
+        methods=methods.split(",") if methods else None,
+        device=device,
+        dtype=dtype,
+        quiet=quiet,
+    )
+    found = {}
+    for name, one in ladder.each():
+        found[name] = one.evaluate(seeds=seeds, limit=limit, write=write, quiet=quiet)
+        if len(ladder.splits) > 1:
+            print(f"split {name}")
+        print_report(found[name])
+        print()
+        if json_file is not None:  # after each split, because all of them take long
+            write_json(json_file, found[name] if len(ladder.splits) == 1 else {"splits": found})
+        if report is not None:
+            from lorag.evaluation.report.gathering import gather_findings
+            from lorag.evaluation.report.writing import write_report
+
+            folder = report if len(ladder.splits) == 1 else report / name
+            page = write_report(folder, gather_findings(one, found[name], quiet=quiet))
+            print(f"written to {folder}: {page.name}, which holds all, and its figures")
+            print(f"next: open {page} in a browser")
     if json_file is not None:
-        write_json(json_file, found)
         print(f"written to {json_file}")
     if report is None:
         print("next: the same with --report DIR writes a page with figures")
-    else:
-        from lorag.evaluation.report.gathering import gather_findings
-        from lorag.evaluation.report.writing import write_report
-
-        page = write_report(report, gather_findings(ladder, found, quiet=quiet))
-        print(f"written to {report}: {page.name}, which holds all, and its figures\nnext: open {page} in a browser")
 
 
 @app.command()

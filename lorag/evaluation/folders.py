@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorag.bank.bank import AdapterBank, find_bank
+from lorag.base.names import SANDBOX_LM, SMOLLM2
+from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
@@ -18,15 +20,19 @@ from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
+from lorag.progress import progress_bar
 from lorag.tasks.finding import find_split, find_tasks
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
 
-__all__ = ["Ladder", "open_ladder"]
+__all__ = ["Ladder", "embedded_suite", "open_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
 MULTITASK = "multitask"
+_SANDBOX, _TRAIN, _ALL = "sandbox", "train", "all"
+_SUITES = {SANDBOX_LM: _SANDBOX, SMOLLM2: "smollm2"}  # base model -> embedded suite
+_SPLITS = {"smollm2": ("unseen_format", "unseen_label", "unseen_task")}
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,16 @@ class Ladder:
     """A ladder that is ready to be climbed.
 
     Attributes:
-        bank: Experts of the training tasks.
+        bank: Experts of the training tasks; it may be empty.
         suite: The evaluated tasks.
-        oracles: Their own experts, if there are any.
+        oracles: Their own experts, or those of some of them, if there are any.
         generators: Name to generators of that method, baselines first; several count as seeds.
         folders: Where the first of each method that was opened, and not fitted here, lies.
-        methods: Names to score, in this order; None is all that can be scored.
+        methods: Names to score, in this order; None is all that take no training.
         device: "auto", "cpu" or "cuda".
+        dtype: Precision of the base model.
+        splits: All splits that are to be evaluated, of which `suite` is the first.
+        loaded: The base model, once it runs.
     """
 
     bank: AdapterBank
@@ -50,9 +59,18 @@ class Ladder:
     folders: Mapping[str, Path]
     methods: Sequence[str] | None = None
     device: str = "auto"
+    dtype: str = "auto"
+    splits: Mapping[str, TaskSuite] = field(default_factory=dict)
+    loaded: list[Runner] = field(default_factory=list, repr=False, compare=False)
 
-    def evaluate(self, *, seeds: int = 3, limit: int = 32, quiet: bool = False) -> dict[str, Any]:
+    def each(self) -> Iterator[tuple[str, Ladder]]:
+        """Name and ladder of each split; the base model is loaded once for all."""
+        return ((name, replace(self, suite=suite)) for name, suite in self.splits.items())
+
+    def evaluate(self, *, seeds: int = 3, limit: int = 32, write: bool = False, quiet: bool = False) -> dict[str, Any]:
         """Scores it; arguments and report are those of `lorag.evaluation.ladder.evaluate`."""
+        if not self.loaded:
+            self.loaded.append(Runner.open(self.bank.base, self.device, self.dtype))
         return evaluate(
             self.suite,
             self.generators,
@@ -61,7 +79,8 @@ class Ladder:
             seeds=seeds,
             limit=limit,
             reproduce=self.oracles is self.bank,
-            device=self.device,
+            write=write,
+            runner=self.loaded[0],
             quiet=quiet,
         )
 
@@ -69,75 +88,117 @@ class Ladder:
 def open_ladder(
     generators: Sequence[str],
     *,
-    bank: str = "sandbox",
-    tasks: str = "sandbox",
-    split: str | None = "test",
+    bank: str | None = None,
+    tasks: str | None = None,
+    split: str | Sequence[str] | None = None,
     oracles: str | None = None,
     methods: Sequence[str] | None = None,
     device: str = "auto",
+    dtype: str = "auto",
     quiet: bool = False,
 ) -> Ladder:
-    """Opens everything and fits the closed-form baselines on the bank.
+    """Opens everything and fits the closed-form baselines on the bank, if there is one.
 
     Args:
         generators: Generator folders; several of one method count as seeds of it. Without any, the embedded ones.
-        bank: Bank of the training experts.
-        tasks: Suite.
-        split: Split of the suite.
-        oracles: Bank of the evaluated tasks' own experts; for the sandbox the embedded one.
-        methods: Names to be scored, so that other baselines need not be fitted; all by default.
+        bank: Bank of training experts, for the baselines; by default the embedded one of the generators' base, if it has one.
+        tasks: Suite; by default the embedded one of the base.
+        split: Split of the suite, or several; "all" is every task. By default what is held out: "test", or unseen formats, labels, tasks.
+        oracles: Bank of experts of the evaluated tasks, or of some of them; for the sandbox the embedded one.
+        methods: Names to be scored, so that other baselines need not be fitted; all that take no training by default.
         device: "auto", "cpu" or "cuda".
+        dtype: Precision of the base model: "auto", "float32", "bfloat16" or "float16".
         quiet: No progress bars.
 
     Raises:
-        ConfigError: If there is no generator.
-        ArtifactError: If a generator was trained on a bank of another base.
+        ConfigError: If there is no generator, or no suite is named or embedded.
+        ArtifactError: If generators were trained on different bases, or on another one than the bank's.
     """
-    experts = find_bank(bank)
-    suite = find_tasks(tasks, split)
-    oracle_bank: AdapterBank | None
-    if split == "train" and oracles is None:
-        oracle_bank = experts
-    elif oracles is None:
-        oracle_bank = AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == "sandbox" else None
-    else:
-        oracle_bank = AdapterBank.from_pretrained(oracles)
-    names = list(generators) or ([DEFAULT] if bank == "sandbox" else [])
-    if not names:
+    if not generators and bank not in (None, _SANDBOX):
         raise ConfigError("no generator to evaluate", remedy="Train one: lorag train bank=BANK out=DIR; then --generator DIR.")
-    given, places = _open_generators(names, experts, device)
-    if bank == "sandbox" and MULTITASK not in given:
-        more, folder = _open_generators([MULTITASK], experts, device)
+    given, places = _open_generators(list(generators) or [DEFAULT], device)
+    first = next(iter(given.values()))[0]
+    if bank is None and first.base.model.name == SANDBOX_LM:
+        bank = _SANDBOX
+    experts = AdapterBank(Path(), first.base, ()) if bank is None else find_bank(bank)
+    if first.base != experts.base:
+        name = list(generators or [DEFAULT])[0]
+        raise ArtifactError(f"{name} was not trained on a bank of this base", got=first.base.model.name, expected=experts.base.model.name)
+    tasks = embedded_suite(SANDBOX_LM if bank == _SANDBOX else first.base.model.name) if tasks is None else tasks
+    if bank == _SANDBOX and MULTITASK not in given:
+        more, folder = _open_generators([MULTITASK], device, first)
         given, places = given | more, places | folder
-    baselines = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
-    everything: dict[str, list[LoraGenerator]] = {}
-    if baselines:
-        first = next(iter(given.values()))[0]
-        training = find_split(tasks, "train") if split != "train" else None
-        prepared = prepare(experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, quiet=quiet)
-        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
-        for name in baselines:
-            fitted = fit_generator(prepared, method_type(name)(), loop, rank=first.rank, strength=None if training else 1.0, origin={})
-            everything[name] = [fitted]
-    order = ["random", "mean", "multitask", "nearest", "top_k", "ridge", "sg_mixture"]
-    everything |= given
+    names = _SPLITS.get(tasks, ("test",)) if split is None else (split,) if isinstance(split, str) else tuple(split)
+    splits = {name: find_tasks(tasks, None if name == _ALL else name) for name in names}
+    seen = _TRAIN in names
+    everything = given | (_fit_baselines(first, experts, tasks, seen, given, methods, device, dtype, quiet) if len(experts) else {})
+    order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    return Ladder(experts, suite, oracle_bank, ranked, places, methods, device)
+    found = _find_oracles(oracles, experts, tasks, seen)
+    return Ladder(experts, next(iter(splits.values())), found, ranked, places, methods, device, dtype, splits)
 
 
-def _open_generators(names: Sequence[str], experts: AdapterBank, device: str) -> tuple[dict[str, list[LoraGenerator]], dict[str, Path]]:
-    """Generators by method, which share an embedder, and the folder of the first of each method."""
+def embedded_suite(base: str) -> str:
+    """The suite that is embedded for a base model.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if base not in _SUITES:
+        raise ConfigError("no tasks to evaluate on", got=f"base model {base}", remedy="Name a suite with --tasks DIR.")
+    return _SUITES[base]
+
+
+def _find_oracles(oracles: str | None, experts: AdapterBank, tasks: str, seen: bool) -> AdapterBank | None:
+    if oracles is not None:
+        return AdapterBank.from_pretrained(oracles)
+    if seen and len(experts):
+        return experts
+    return AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == _SANDBOX else None
+
+
+def _fit_baselines(
+    first: LoraGenerator,
+    experts: AdapterBank,
+    tasks: str,
+    seen: bool,
+    given: Mapping[str, object],
+    methods: Sequence[str] | None,
+    device: str,
+    dtype: str,
+    quiet: bool,
+) -> dict[str, list[LoraGenerator]]:
+    """Baselines on a bank. Their strength is tuned where the suite has the experts' own tasks for training."""
+    names = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
+    if not names:
+        return {}
+    training = None if seen else find_split(tasks, _TRAIN)
+    if training is not None and not set(experts.names) <= {task.key for task in training}:
+        training = None
+    prepared = prepare(
+        experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, dtype=dtype, quiet=quiet
+    )
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
+    fitted = {}
+    for name in progress_bar(names, desc="fitting baselines", disable=quiet, leave=False, every=10.0):
+        strength = None if training is not None else 1.0
+        fitted[name] = [fit_generator(prepared, method_type(name)(), loop, rank=first.rank, strength=strength, origin={})]
+    return fitted
+
+
+def _open_generators(
+    names: Sequence[str], device: str, like: LoraGenerator | None = None
+) -> tuple[dict[str, list[LoraGenerator]], dict[str, Path]]:
+    """Generators by row, which share an embedder and a base, and the folder of the first of each row."""
     opened: dict[str, list[LoraGenerator]] = {}
     folders: dict[str, Path] = {}
-    embedder = None
     for name in names:
         folder = find_generator(name)
-        generator = LoraGenerator.from_pretrained(folder, embedder=embedder, device=device)
-        embedder = generator.embedder
-        if generator.base != experts.base:
-            raise ArtifactError(
-                f"{name} was not trained on a bank of this base", got=generator.base.model.name, expected=experts.base.model.name
-            )
-        opened.setdefault(generator.method.name, []).append(generator)
-        folders.setdefault(generator.method.name, folder)
+        generator = LoraGenerator.from_pretrained(folder, embedder=None if like is None else like.embedder, device=device)
+        like = generator if like is None else like
+        if generator.base != like.base:
+            raise ArtifactError(f"{name} was trained on another base", got=generator.base.model.name, expected=like.base.model.name)
+        row = f"{generator.method.name}_prompted" if generator.method.prompted else generator.method.name
+        opened.setdefault(row, []).append(generator)
+        folders.setdefault(row, folder)
     return opened, folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,13 @@ from lorag.methods.functional import code_losses, require_runner, validation_los
 from lorag.methods.method import Method, Settings, State
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.training_set import TrainingSet
+from lorag.tasks.prompted import with_description
 from lorag.text.conditioning import Condition, mixture, mixture_weights
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
+
+
+_START = 0.1  # of codes that are trained without an expert to start from
 
 
 class _Stored(Method):
@@ -73,12 +77,15 @@ class MultitaskSettings(Settings):
         learning_rate: Of the code.
         tasks: Tasks in a step.
         batch: Examples of each.
+        prompts: Whether descriptions stand before the inputs, so that the adapter learns to follow them. It then expects them in
+            every request.
     """
 
     steps: int = 300
     learning_rate: float = 0.05
     tasks: int = 32
     batch: int = 4
+    prompts: bool = False
 
 
 class Multitask(Mean):
@@ -89,11 +96,22 @@ class Multitask(Mean):
     settings: MultitaskSettings
     learns_from_tasks = True
 
+    @property
+    def prompted(self) -> bool:
+        """Whether descriptions stood before the inputs."""
+        return self.settings.prompts
+
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Trains one code, from the mean of the experts or from no change, with the base model's loss on all training tasks."""
         settings, runner = self.settings, require_runner(self.name, data, runner)
+        if settings.prompts:
+            data = replace(data, tasks=[with_description(task, task.descriptions) for task in data.tasks])
         experts = data.training_experts
-        module = _Code(data.codes[experts].mean(0) if experts else data.space.zero.cpu())
+        if experts:
+            start = data.codes[experts].mean(0)
+        else:  # from exactly no change, codes that are factors have no way to go
+            start = data.space.zero.cpu() + _START * torch.randn(data.space.size, generator=loop.rng)
+        module = _Code(start)
         training = torch.tensor(list(data.training))
 
         def loss(_: nn.Module, step: int) -> Batch:

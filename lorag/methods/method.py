@@ -105,6 +105,11 @@ class Method(abc.ABC):
         """Whether `fit` trains on examples of tasks, through the base model."""
         return False
 
+    @property
+    def prompted(self) -> bool:
+        """Whether its adapters are made for prompts that begin with the description."""
+        return False
+
     def shares(self, condition: Condition) -> Tensor | None:
         """How much each expert counts (n,) in what `generate` makes; None if all are learned from together."""
         return None

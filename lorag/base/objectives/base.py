@@ -128,6 +128,14 @@ class Objective(abc.ABC):
         """
         raise ConfigError(f"objective {self.name} writes no answers", expected="an objective that generates text")
 
+    def prompt_tokens(self, inputs: Sequence[str]) -> list[int]:
+        """Tokens of the prompt of each input.
+
+        Raises:
+            ConfigError: If this objective has no prompts of text.
+        """
+        raise ConfigError(f"objective {self.name} has no prompts", expected="an objective of texts that generates text")
+
     def check_examples(self, task: Task) -> None:
         """Raises TaskError unless the training examples of a task suffice to learn from."""
         training_examples(task)

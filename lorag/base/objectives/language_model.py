@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.base.objectives.base import Objective, select, task_rng, test_examples, training_examples
-from lorag.base.objectives.text_metrics import density, lenient_match, rouge_l
+from lorag.base.objectives.text_metrics import balanced_accuracy, density, lenient_match, rouge_l
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
 from lorag.tasks.suite import Example, Task
@@ -90,6 +90,12 @@ class LanguageModel(Objective):
         logits = self._logits(model, batch)
         return logits[(batch.targets != -100).to(logits.device)]
 
+    def prompt_tokens(self, inputs: Sequence[str]) -> list[int]:
+        """Tokens of the prompt of each input."""
+        if not self.reads_texts:
+            return super().prompt_tokens(inputs)
+        return [len(prompt) for prompt, _ in self._tokenised([(text, "") for text in inputs])]
+
     def encode(self, groups: Sequence[Sequence[tuple[str, str]]]) -> TokenRows:
         """Tokenises equal-sized groups of (input, output)."""
         return self._collate(self._tokenised([pair for group in groups for pair in group]), len(groups))
@@ -144,6 +150,8 @@ class LanguageModel(Objective):
     ) -> list[dict[str, float]]:
         """Exact match, token accuracy, mean log-likelihood, perplexity, bits per character; of written answers, more.
 
+        Of tasks with a closed set of labels also balanced accuracy, by the same greedy answers.
+
         Exact match is that of greedy decoding, without decoding: a greedy answer equals the reference if and only if
         every token of the reference is the likeliest one after the tokens before it. Perplexity (a token) and bits per
         character are of the answers' own text, without the end token: for language modelling as ICM-LoRA (arXiv 2501.17635)
@@ -178,6 +186,8 @@ class LanguageModel(Objective):
                 "token_accuracy": torch.cat(right[number]).float().mean().item(),
                 "log_likelihood": torch.cat(likely[number]).mean().item(),
             }
+            if tasks[number].labels is not None:
+                score["balanced_accuracy"] = balanced_accuracy(exact[number], [example.output for example in test])
             score |= density(torch.cat([logs[:-1] for logs in likely[number]]), [example.output for example in test])
             score |= self.compare(written[number], test) if writes[number] else {}
             plain = self.metric.removeprefix("neg_")

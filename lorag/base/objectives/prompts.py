@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ConfigError
+from lorag.tasks.prompted import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,8 +142,11 @@ class Chat(Prompts):
         found = []
         for given, text, ids in zip(inputs, texts, self._ids(texts), strict=True):
             while len(ids) > self.max_length and given:
-                pieces = self._ids([given])[0][len(ids) - self.max_length :]
-                given = str(self.tokenizer.decode(pieces)) if pieces else ""
+                if isinstance(given, Conversation):
+                    given = given.shorter()
+                else:
+                    pieces = self._ids([given])[0][len(ids) - self.max_length :]
+                    given = str(self.tokenizer.decode(pieces)) if pieces else ""
                 text = self._render(self._turns(given), True)
                 ids = self._ids([text])[0]
             found.append((text, ids))
@@ -162,11 +166,11 @@ class Chat(Prompts):
         return self._render(self._turns(_PROBE), True)
 
     def _turns(self, text: str) -> list[dict[str, str]]:
-        if self.system is None:
-            return [{"role": "user", "content": text}]
-        if self._merged:
-            return [{"role": "user", "content": f"{self.system}\n\n{text}" if self.system else text}]
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
+        said = text.turns if isinstance(text, Conversation) else [text]
+        if self.system and self._merged:
+            said = [f"{self.system}\n\n{said[0]}", *said[1:]]
+        turns = [{"role": "assistant" if place % 2 else "user", "content": content} for place, content in enumerate(said)]
+        return turns if self.system is None or self._merged else [{"role": "system", "content": self.system}, *turns]
 
     def _render(self, turns: list[dict[str, str]], open_end: bool) -> str:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["density", "lenient_match", "rouge_l"]
+__all__ = ["balanced_accuracy", "density", "lenient_match", "rouge_l"]
 
 _MOST_NATS = 700.0  # a token; beyond it a perplexity is not a number any more
 
@@ -37,6 +37,14 @@ def _core(text: str) -> str:
     plain = " ".join(text.casefold().split())
     places = [place for place, character in enumerate(plain) if unicodedata.category(character)[0] not in "PZ"]
     return plain[places[0] : places[-1] + 1] if places else plain
+
+
+def balanced_accuracy(right: Sequence[bool], labels: Sequence[str]) -> float:
+    """Mean over the labels that occur of the share of their examples that are answered right; always yes of yes and no has 0.5."""
+    own: dict[str, list[bool]] = {}
+    for hit, label in zip(right, labels, strict=True):
+        own.setdefault(label, []).append(hit)
+    return sum(sum(hits) / len(hits) for hits in own.values()) / len(own)
 
 
 def density(likelihood: Tensor, examples: Sequence[str]) -> dict[str, float]:

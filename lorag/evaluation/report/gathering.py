@@ -14,7 +14,7 @@ from lorag.adapters.provenance import public_name
 from lorag.bank.bank import AdapterBank
 from lorag.errors import LoragError
 from lorag.evaluation.folders import Ladder
-from lorag.evaluation.ladder import BASELINES, bootstrap, is_learned, shown_descriptions
+from lorag.evaluation.ladder import CONTROLS, bootstrap, is_learned, shown_descriptions
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
@@ -105,9 +105,9 @@ def _rungs(report: Mapping[str, Any]) -> tuple[Rung, ...]:
 def _role(name: str) -> str:
     if name in ("base", "oracle"):
         return "bound"
-    if name == "base_prompted" or not is_learned(name) or name in BASELINES:
+    if name in CONTROLS or not is_learned(name) or name.startswith(("few_shot_", "fresh_")):
         return "baseline"
-    return "control" if name.endswith(("_shuffled", "_junk")) else "generator"
+    return "control" if name.endswith(("_shuffled", "_junk", "_prompted")) else "generator"
 
 
 def _pairs(report: Mapping[str, Any]) -> tuple[Pairs, ...] | Absent:
@@ -128,7 +128,9 @@ def _gains(report: Mapping[str, Any], subject: str) -> list[float | None] | None
     if any(row is None for row in rows):
         return None
     floor, scores, ceiling = (
-        torch.tensor([row["per_task"][task] for task in report["tasks"]], dtype=torch.float64) for row in rows if row is not None
+        torch.tensor([row["per_task"].get(task, float("nan")) for task in report["tasks"]], dtype=torch.float64)
+        for row in rows
+        if row is not None
     )
     found = [None if math.isnan(gain) else gain for gain in gap_closed(scores, floor, ceiling).tolist()]
     return found if any(gain is not None for gain in found) else None
