@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from lorag.moved import follow_moves
+
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.bank.bank import AdapterBank
@@ -34,6 +36,9 @@ _HOME = {
     "generate_lora": "lorag.generator.generate",
     "generate_loras": "lorag.generator.generate",
 }
+
+
+follow_moves()
 
 
 def __getattr__(name: str) -> object:

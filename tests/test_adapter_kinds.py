@@ -160,6 +160,7 @@ def test_each_layer_is_merged_the_way_it_is_stored(flag):
 @pytest.mark.parametrize(
     "text",
     [
+        "<details><summary>See axolotl config</summary>\n\naxolotl version: `0.9.0`\n\n</details>",
         "This qwen2 model was trained 2x faster with [Unsloth](https://example.org) and Huggingface's TRL library.",
         "This model is a fine-tuned version of x on the None dataset.",
         "This model is a fine-tuned version of [x](https://example.org) on the alpaca_en dataset.",

@@ -31,7 +31,7 @@ def test_cosines_and_neighbours_by_hand(conditioner):
     found = conditioner(_embedding(0.6, 0.8))
     assert torch.allclose(found.similarities, torch.tensor([0.6, 1.4 * 0.5**0.5, -0.8]))
     assert found.neighbours == (("b", 0.9899), ("a", 0.6), ("c", -0.8))
-    assert found.novelty == pytest.approx(1 - 1.4 * 0.5**0.5, abs=1e-6)
+    assert found.distance == pytest.approx(1 - 1.4 * 0.5**0.5, abs=1e-6)
     assert conditioner(_embedding(0.6, 0.8), keep=1).neighbours == (("b", 0.9899),)
     assert found.task_vector is None
 
@@ -39,10 +39,10 @@ def test_cosines_and_neighbours_by_hand(conditioner):
 def test_an_excluded_expert_is_as_far_as_can_be(conditioner):
     """Training must not see a task's own expert: it has cosine -1, is no neighbour, and novelty is that to the others."""
     whole, left = conditioner(_embedding(1.0, 0.0)), conditioner(_embedding(1.0, 0.0), masked=torch.tensor([True, False]))
-    assert whole.novelty == 0 and whole.neighbours[0] == ("a", 1.0)
+    assert whole.distance == 0 and whole.neighbours[0] == ("a", 1.0)
     assert left.similarities.tolist() == pytest.approx([-1, 0.5**0.5, 0])
     assert [name for name, _ in left.neighbours] == ["b", "c"]
-    assert left.novelty == pytest.approx(1 - 0.5**0.5, abs=1e-6)
+    assert left.distance == pytest.approx(1 - 0.5**0.5, abs=1e-6)
     again = conditioner(_embedding(1.0, 0.0))
     assert torch.equal(again.similarities, whole.similarities)  # the exclusion is gone with its call
 
@@ -50,8 +50,8 @@ def test_an_excluded_expert_is_as_far_as_can_be(conditioner):
 def test_novelty_reaches_two_and_never_falls_below_zero():
     """Opposite to the only expert: 2; and rounding above a cosine of 1 does not make it negative."""
     alone = Conditioner(["a"], torch.tensor([[1.0, 0.0]]))
-    assert alone(_embedding(-1.0, 0.0)).novelty == 2
-    assert alone(_embedding(1.0 + 1e-6, 0.0)).novelty == 0
+    assert alone(_embedding(-1.0, 0.0)).distance == 2
+    assert alone(_embedding(1.0 + 1e-6, 0.0)).distance == 0
 
 
 def test_a_mixture_of_one_is_that_expert():

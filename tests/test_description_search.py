@@ -81,7 +81,7 @@ def test_a_condition_among_many_experts_holds_the_nearest(world, monkeypatch):
     """Same neighbours and novelty, and the same mixture of the nearest; the others, and excluded ones, have -1."""
     many, embedding, (right, without), outside = _conditioners(world, monkeypatch)
     found = many(embedding)
-    assert found.neighbours[:4] == right.neighbours[:4] and found.novelty == pytest.approx(right.novelty, abs=1e-6)
+    assert found.neighbours[:4] == right.neighbours[:4] and found.distance == pytest.approx(right.distance, abs=1e-6)
     assert 8 <= int((found.similarities > -1).sum()) <= 64 and found.similarities.shape == right.similarities.shape
     codes = torch.randn(len(many.names), 5, generator=torch.Generator().manual_seed(0))
     means = [mixture(one.similarities, codes, None, top=4, temperature=0.05).mean for one in (found, right)]

@@ -632,6 +632,6 @@ def test_an_unfitted_vae_says_so():
     """GeneratorError on use and on storing."""
     method = method_type("icm_lora")()
     condition = Condition(EMBEDDER.embed(["red dog"])[0], torch.zeros(1), (), 0.0)
-    for call in (lambda: _made(method, condition), method.tensors, method.size):
+    for call in (lambda: _made(method, condition), method.state, method.size):
         with pytest.raises(GeneratorError, match="not fitted"):
             call()

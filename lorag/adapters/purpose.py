@@ -47,7 +47,7 @@ _EMPTY = re.compile(
     r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|\d)"
     r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
     r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from) "
-    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|quick ?start\b"
+    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|\w+ version\b|quick ?start\b"
     r"|this (model|adapter) can be (used|loaded)|to use this (model|adapter)|training (was|procedure|logs?|loss)\b"
     r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|developed by|本模型(是|基于).{0,40}微调"
     r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) \S+\.?$|use the code below|users \(both direct"
@@ -156,8 +156,8 @@ def _words(text: str) -> int:
 
 
 def _visible(text: str) -> str:
-    """Text without comments, scripts and blocks of code; what is opened and never closed hides the rest, as in a browser."""
-    for start, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>")):
+    """Text without comments, scripts, folded details and blocks of code; what is opened and never closed hides the rest, as in a browser."""
+    for start, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"), ("<details", "</details>")):
         first, *others = text.split(start)
         text = "\n".join([first, *(other.partition(end)[2] for other in others)])
     shown, fence = [], ""

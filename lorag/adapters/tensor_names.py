@@ -120,7 +120,7 @@ def _explained(key: str, where: Path) -> ExtraTensorError | UnsupportedLoraError
             f"{where} adapts an embedding", got=key[:120], expected="LoRA of linear layers", remedy=f"lorag adapts linear layers. {WHOLE}"
         )
     if _VOCABULARY.search(key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")):
-        what = f"{where}: embeddings were saved along, as after training them, or with a resized vocabulary"
+        what = f"{where}: embeddings were saved along, as after training them (modules_to_save), or with a resized vocabulary"
         return ExtraTensorError(what, got=key[:120], expected="factors of linear layers alone", remedy=_SAVED_ALONG)
     if ".lora_A." in key or ".lora_B." in key:
         what = f"{where}: a factor has a name that PEFT does not write"

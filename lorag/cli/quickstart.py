@@ -22,7 +22,7 @@ __all__ = ["quickstart", "show_real_model"]
 
 _METHODS = ("base", "mean", "multitask", "nearest", "top_k", "ridge", "house", "house_shuffled", "house_junk", "oracle")
 _SHOWN = 3
-_REAL = "smollm2"
+_REAL, _WORDS = "smollm2", 32
 _REAL_TASKS = ("legal_plain_summary", "address_city", "clickbait_is_clickbait")  # of sources that nothing in training shares
 
 
@@ -76,7 +76,7 @@ def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
     """
     yield "4. A real language model: SmolLM2-135M-Instruct, on tasks of sources that its generator never saw"
     generator = open_generator(_REAL)
-    runner = Runner.open(generator.base)
+    runner = Runner.open(generator.base, dtype="bfloat16")
     suite = find_tasks(_REAL, "unseen_task")
     for number, name in enumerate(_REAL_TASKS):
         task = suite[name]
@@ -86,9 +86,9 @@ def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
             adapter.save_pretrained(out)
         stacked = Factors.stack([adapter.factors], runner.device)
         answers = {
-            "base": runner.generate([text.input]),
-            "prompted": runner.generate([f"{description}\n\n{text.input}"]),
-            "adapted": runner.generate([text.input], stacked),
+            "base": runner.generate([text.input], max_new_tokens=_WORDS),
+            "prompted": runner.generate([f"{description}\n\n{text.input}"], max_new_tokens=_WORDS),
+            "adapted": runner.generate([text.input], stacked, max_new_tokens=_WORDS),
         }
         yield f'   "{description}"'
         yield f"     text      {_one_line(text.input)}"

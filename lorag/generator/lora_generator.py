@@ -229,7 +229,7 @@ class LoraGenerator:
                     continue
                 adapter = plan.adapter
                 if adapter is None:
-                    adapter = LoraAdapter(self.base.layout, next(decoded)).scaled(plan.factor)
+                    adapter = LoraAdapter(self.base.layout, next(decoded).check_values()).scaled(plan.factor)
                 yield self._finished(plan, adapter.scaled(strength), seed, strength, examples, refine_steps)
 
     # --- the steps of it -----------------------------------------------------------------------------------------

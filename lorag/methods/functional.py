@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lorag.base.objectives.base import training_examples
-from lorag.base.row_adapters import Cores, Stacked
 from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
 from lorag.methods.network_method import draw
@@ -54,18 +53,7 @@ def require_runner(name: str, data: TrainingSet, runner: Runner | None) -> Runne
 
 def code_losses(runner: Runner, data: TrainingSet, codes: Tensor, indices: Sequence[int], count: int, seed: str) -> Tensor:
     """Loss (b,) of code number i, of (b, c), on `count` training examples of task `indices[i]`; differentiable."""
-    return runner.losses(_lowered(data.space.differentiable(codes), runner), [data.tasks[i] for i in indices], count, seed)
-
-
-def _lowered(adapters: Stacked | Cores, runner: Runner) -> Stacked | Cores:
-    """Adapters in the precision of the base model, where that is lower: its products would otherwise run in theirs."""
-    precision = runner.model.dtype
-    if precision == torch.float32:
-        return adapters
-    if isinstance(adapters, Cores):
-        parts = (adapters.bases_in, adapters.values, adapters.bases_out)
-        return Cores(*({name: value.to(precision) for name, value in part.items()} for part in parts))
-    return {name: (a.to(precision), b.to(precision)) for name, (a, b) in adapters.items()}
+    return runner.losses(data.space.differentiable(codes), [data.tasks[i] for i in indices], count, seed)
 
 
 def mean_loss(runner: Runner, data: TrainingSet, codes: Tensor, indices: Sequence[int], count: int, seed: str, chunk: int = 32) -> float:

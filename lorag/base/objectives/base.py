@@ -34,13 +34,13 @@ def take(adapters: Stacked | Cores | None, start: int, end: int) -> Stacked | Co
 
 
 def select(adapters: Stacked | Cores | None, indices: Sequence[int]) -> Stacked | Cores | None:
-    """Adapters of a stack by their numbers, in that order; differentiable."""
+    """Adapters of a stack by their numbers, in that order; differentiable. A single one serves all tasks."""
     if adapters is None:
         return None
     values = adapters.values if isinstance(adapters, Cores) else adapters
     first: Any = next(iter(values.values()))
     count, device = (first[0] if isinstance(first, tuple) else first).shape[0], (first[0] if isinstance(first, tuple) else first).device
-    if list(indices) == list(range(count)):
+    if count == 1 or list(indices) == list(range(count)):
         return adapters
     rows = torch.tensor(list(indices), device=device)
     if isinstance(adapters, Cores):
