@@ -156,7 +156,7 @@ def _words(text: str) -> int:
 
 
 def _visible(text: str) -> str:
-    """Text without comments, scripts, folded details and blocks of code; what is opened and never closed hides the rest, as in a browser."""
+    """Text without comments, scripts, details and blocks of code; what is opened and never closed hides the rest, as in a browser."""
     for start, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"), ("<details", "</details>")):
         first, *others = text.split(start)
         text = "\n".join([first, *(other.partition(end)[2] for other in others)])
