@@ -67,7 +67,12 @@ class Scorer:
 
 
 def longer_prompts(runner: Runner, base: BankBase) -> Runner:
-    """The same base model with an objective that takes prompts as long as the model reads, at most 2,048 tokens."""
+    """The same base model with an objective that takes prompts as long as the model reads, at most 2,048 tokens.
+
+    An objective whose inputs are not prompts stays as it is.
+    """
+    if not (runner.objective.generates and runner.objective.reads_texts):
+        return runner
     most = base.settings.get("max_length", runner.objective.max_length)
     positions = getattr(runner.model.config, "max_position_embeddings", None) or _MOST_TOKENS
     room = max(most, min(_MOST_TOKENS, positions - most - 1))  # answers have as much room as they had

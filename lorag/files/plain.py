@@ -123,6 +123,7 @@ def decode_text(raw: bytes, where: object) -> str:
     except UnicodeDecodeError as error:
         remedy = "Save it as UTF-8." if encoding == "utf-8-sig" else "It starts as UTF-16 does; save it as UTF-8."
         raise ArtifactError(f"{where} is not UTF-8 text", got=str(error)[:120], remedy=remedy) from error
-    if "\0" in text[:4096] and encoding == "utf-8-sig":
+    start = text[:4096]
+    if start and start.count("\0") * 4 >= len(start) and encoding == "utf-8-sig":
         raise ArtifactError(f"{where} is not UTF-8 text", got="zero bytes, as UTF-16 without a mark has", remedy="Save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")

