@@ -74,11 +74,11 @@ def _row(base: BaseModel, tasks: list[Task], dtype: str, repeats: int) -> dict[s
     return {
         "dtype": dtype,
         "tokens": ids.numel(),
-        "plain seconds": round(bare, 2),
-        "step seconds": round(whole, 2),
+        "plain seconds": round(bare, 4),
+        "step seconds": round(whole, 4),
         "step / plain": round(whole / bare, 2),
-        "head everywhere seconds": round(everywhere, 2),
-        "upper half seconds": round(upper, 2),
+        "head everywhere seconds": round(everywhere, 4),
+        "upper half seconds": round(upper, 4),
     }
 
 

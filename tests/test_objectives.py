@@ -96,7 +96,7 @@ def test_scores_of_a_batch_are_those_of_each_task_alone(setting, monkeypatch):
     for at_once in (100_000, 3):
         monkeypatch.setattr(type(objective), limit, at_once)
         for together, one in zip(objective.scores(rows, stacked, tasks, limit=6), alone, strict=True):
-            assert together == pytest.approx(one, abs=1e-5)
+            assert together == pytest.approx(one, rel=1e-5, abs=1e-5)
     for score in alone:
         assert objective.metric in score
         assert all(0 <= value <= 1 for key, value in score.items() if key not in ("log_likelihood", "perplexity", "bits_per_character"))
