@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.factors import MAX_RANK, check_alpha
 from lorag.adapters.patterns import Patterns
 from lorag.adapters.tensor_names import DORA, KEY, WHOLE, read_names
-from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import (
     BaseMismatchError,
     ExtraTensorError,
@@ -23,7 +22,10 @@ from lorag.errors import (
     RankRangeError,
     UnsupportedLoraError,
 )
-from lorag.files.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout, ModuleShape
+    from lorag.files.tensors import TensorSpec
 
 __all__ = ["CONFIG", "PROVENANCE", "SHIFTING", "WEIGHTS", "Match", "Scalings", "check_config", "match"]
 

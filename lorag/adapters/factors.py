@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, AlphaRangeError, DtypeOverflowError, NonFiniteError, NormRangeError, RankRangeError
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["MAX_RANK", "Factors", "Pair", "Svd", "balanced", "check_alpha", "check_values", "pad_pair", "thin_svd"]
 

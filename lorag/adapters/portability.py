@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.checks import SHIFTING
 from lorag.adapters.tensor_names import PREFIX
-from lorag.files.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from lorag.files.tensors import TensorSpec
 
 __all__ = ["TARGETS", "Facts", "Finding", "Rule", "Verdict", "check_portability"]
 

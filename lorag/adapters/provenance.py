@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag import __version__
 from lorag.adapters.licences import UNKNOWN, Derived, derive
-from lorag.base.base_model import BaseModel
-from lorag.base.layout import LoraLayout
 from lorag.base.names import packaged
+
+if TYPE_CHECKING:
+    from lorag.base.base_model import BaseModel
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["base_fields", "licence_of", "parents", "parents_of", "prompt_of", "public_name", "versions"]
 

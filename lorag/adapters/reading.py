@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Rename, Scalings, check_config, match
 from lorag.adapters.factors import Factors, Pair, check_values
-from lorag.base.layout import LoraLayout
 from lorag.errors import AdapterError, ArtifactError, FormatVersionError, StorageError
 from lorag.files.artifacts import finish_replacing, read_json
 from lorag.files.plain import require_plain
 from lorag.files.tensors import TensorSpec, read_header
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["AdapterParts", "read_folder", "read_provenance", "weight_digest"]
 

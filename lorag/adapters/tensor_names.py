@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorag.errors import ExtraTensorError, MissingPrefixError, MissingTensorError, UnsupportedLoraError
-from lorag.files.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from lorag.files.tensors import TensorSpec
 
 __all__ = ["DORA", "KEY", "PREFIX", "WHOLE", "Names", "read_names", "repaired"]
 

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.factors import Pair
 from lorag.adapters.merging import merge
 from lorag.adapters.model_card import bank_card
 from lorag.adapters.push import push_files, require_public
@@ -29,6 +28,9 @@ from lorag.files.artifacts import check_manifest, embedded, require_name, resolv
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
 from lorag.tasks.suite import check_description
+
+if TYPE_CHECKING:
+    from lorag.adapters.factors import Pair
 
 __all__ = ["AdapterBank", "BankBase", "Expert", "find_bank"]
 

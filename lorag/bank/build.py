@@ -7,13 +7,11 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import Objective, make_objective
 from lorag.base.runner import Runner
@@ -21,7 +19,11 @@ from lorag.errors import ConfigError
 from lorag.files.metrics import Metrics, check_trackers
 from lorag.parallel import Backend
 from lorag.progress import progress_bar
-from lorag.tasks.suite import Task, TaskSuite
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.base_model import BaseModel
+    from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["BankConfig", "build_bank"]
 

@@ -8,19 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.adapter import LoraAdapter, fused_error
-from lorag.adapters.checks import Match
 from lorag.adapters.licences import UNKNOWN
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
-from lorag.adapters.sources import Source
-from lorag.base.bank_base import BankBase
-from lorag.base.base_model import BaseModel
 from lorag.base.names import same_model
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import BaseMismatchError, BaseModelError, LoragError, MissingDependencyError, NormRangeError, StorageError
+
+if TYPE_CHECKING:
+    from lorag.adapters.checks import Match
+    from lorag.adapters.sources import Source
+    from lorag.base.bank_base import BankBase
+    from lorag.base.base_model import BaseModel
 
 __all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "read_candidate"]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lorag.bank.bank import AdapterBank, Expert
 from lorag.bank.candidates import DUPLICATE, check_norm
 from lorag.bank.descriptions import same_words
 from lorag.bank.index import BankIndex
 from lorag.errors import LoragError
 from lorag.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank, Expert
 
 __all__ = ["Finding", "check_bank", "format_findings"]
 

@@ -6,15 +6,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorag.bank.bank import AdapterBank, Expert
 from lorag.errors import ArtifactError, LoragError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
-from lorag.text.embedding import TextEmbedder
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank, Expert
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["DescriptionIndex", "same_words"]
 

@@ -6,17 +6,19 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
-from lorag.base.layout import LoraLayout
-from lorag.base.runner import Runner
-from lorag.progress import Bar
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout
+    from lorag.base.runner import Runner
+    from lorag.progress import Bar
+    from lorag.tasks.suite import Task
 
 __all__ = ["ExpertConfig", "train_group"]
 

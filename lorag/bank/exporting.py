@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorag.bank.bank import AdapterBank
 from lorag.errors import BankError, StorageError
 from lorag.files.artifacts import require_name
 from lorag.files.atomic import writing
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
 
 __all__ = ["export_arrow"]
 

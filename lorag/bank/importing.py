@@ -13,16 +13,19 @@ import traceback
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.sources import Source
 from lorag.bank.bank import AdapterBank
 from lorag.bank.candidates import DUPLICATE, Candidate, ImportOptions, check_norm, read_candidate
 from lorag.bank.descriptions import DescriptionIndex, same_words
 from lorag.bank.index import BankIndex, stamp
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.parallel import Backend
-from lorag.text.embedding import TextEmbedder
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.adapters.sources import Source
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["ImportOptions", "Imported", "import_adapters"]
 

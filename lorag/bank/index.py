@@ -11,19 +11,21 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.spans import RunningSpan
-from lorag.bank.bank import AdapterBank, Expert
-from lorag.base.layout import LoraLayout
 from lorag.errors import ArtifactError, FormatVersionError, LoragError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.bank.bank import AdapterBank, Expert
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["BankIndex", "stamp"]
 

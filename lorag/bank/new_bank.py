@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.adapter import fused_error
 from lorag.adapters.checks import CONFIG, check_config
 from lorag.adapters.folder import own_layout, read_facts
-from lorag.adapters.sources import Source
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES, BaseModel, is_trusted, kind_of
 from lorag.base.layout import LoraLayout
@@ -25,6 +24,9 @@ from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import BankError, BaseMismatchError, BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import read_json
 from lorag.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lorag.adapters.sources import Source
 
 __all__ = ["NewBank", "start_bank"]
 

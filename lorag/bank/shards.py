@@ -11,19 +11,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import torch
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
-from lorag.base.layout import LoraLayout
 from lorag.errors import ArtifactError, BankError, DtypeOverflowError
 from lorag.files.artifacts import require_name, resolve_inside
 from lorag.files.tensors import TensorSpec, read_header
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "stack_checkpoints"]
 

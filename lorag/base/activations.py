@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
-from lorag.tasks.suite import Task
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.tasks.suite import Task
 
 __all__ = ["InputStatistics", "input_statistics", "output_gradients"]
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.layout import LoraLayout
 from lorag.errors import BaseModelError, LayoutError
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["Cores", "RowAdapters", "Stacked"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +22,11 @@ from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.progress import progress_bar
 from lorag.tasks.finding import find_split, find_tasks
-from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import prepare
 from lorag.training.train import fit_generator
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import TaskSuite
 
 __all__ = ["Ladder", "embedded_suite", "open_ladder"]
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorag.bank.bank import AdapterBank
 from lorag.errors import GeneratorError
 from lorag.generator.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
-from lorag.generator.gate import Verdict
-from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
-from lorag.tasks.suite import TaskSuite
 from lorag.tasks.unknown import unknown_tasks
 from lorag.training.calibrate import gap_closed_by
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
+    from lorag.generator.gate import Verdict
+    from lorag.generator.lora_generator import LoraGenerator
+    from lorag.tasks.suite import TaskSuite
 
 __all__ = ["format_gate", "measure_gate"]
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.adapter import LoraAdapter
-from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
@@ -20,10 +18,14 @@ from lorag.evaluation.rivals import random_like, train_fresh
 from lorag.evaluation.scoring import Scorer, longer_prompts
 from lorag.evaluation.statistics import Scores, bootstrap, differences, summarise
 from lorag.evaluation.tables import format_table
-from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.prompted import with_description, with_shots
-from lorag.tasks.suite import Task, TaskSuite
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.bank.bank import AdapterBank
+    from lorag.generator.lora_generator import LoraGenerator
+    from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["BASELINES", "CONTROLS", "bootstrap", "evaluate", "format_table", "is_learned", "shown_descriptions"]
 

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank
-from lorag.generator.lora_generator import LoraGenerator
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.bank.bank import AdapterBank
+    from lorag.generator.lora_generator import LoraGenerator
 
 __all__ = ["Reproduction", "bank_bytes", "delta_error", "generator_bytes"]
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.runner import Runner
-from lorag.progress import Bar
 from lorag.tasks.prompted import draw_shots
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.runner import Runner
+    from lorag.progress import Bar
+    from lorag.tasks.suite import Task
 
 __all__ = ["random_like", "train_fresh"]
 

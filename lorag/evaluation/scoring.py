@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
-from lorag.base.bank_base import BankBase
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
-from lorag.progress import Bar
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.bank_base import BankBase
+    from lorag.progress import Bar
+    from lorag.tasks.suite import Task
 
 __all__ = ["MEASURES", "Scorer", "longer_prompts"]
 

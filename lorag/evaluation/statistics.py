@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorag.evaluation.scoring import MEASURES
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Task
 
 __all__ = ["Scores", "bootstrap", "differences", "summarise"]
 

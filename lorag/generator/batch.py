@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG
 from lorag.adapters.reading import read_provenance
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragError, UnknownTaskWarning
@@ -18,6 +17,9 @@ from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import ON_UNKNOWN
 from lorag.parallel import Backend
 from lorag.tasks.descriptions import check_description
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
 
 __all__ = ["AdapterRequest", "AdapterResult", "BatchSettings", "read_requests", "write_adapters"]
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lorag.methods import Method
-from lorag.spaces.weight_space import WeightSpace
-from lorag.text.conditioning import Condition, Conditioner
-from lorag.text.embedding import Embedding, TextEmbedder
+if TYPE_CHECKING:
+    from lorag.methods import Method
+    from lorag.spaces.weight_space import WeightSpace
+    from lorag.text.conditioning import Condition, Conditioner
+    from lorag.text.embedding import Embedding, TextEmbedder
 
 __all__ = ["FEATURES", "Evidence", "Reference", "gather", "rewordings"]
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from lorag.bank.descriptions import same_words
 from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning, warn_caller
 from lorag.generator.calibration import Logistic
 from lorag.generator.evidence import FEATURES, Evidence, Reference
-from lorag.text.conditioning import Condition
+
+if TYPE_CHECKING:
+    from lorag.text.conditioning import Condition
 
 __all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
 

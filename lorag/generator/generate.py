@@ -6,13 +6,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import GeneratorError
 from lorag.files.artifacts import sha256
 from lorag.generator.files import MANIFEST, find_generator
 from lorag.generator.lora_generator import LoraGenerator
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
 
 __all__ = ["DEFAULT", "default_generator", "generate_lora", "generate_loras", "open_generator"]
 

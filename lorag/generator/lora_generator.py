@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.provenance import base_fields, licence_of, parents, public_name, versions
 from lorag.adapters.push import push_generator_folder
-from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
@@ -23,11 +22,14 @@ from lorag.generator.evidence import Evidence, gather
 from lorag.generator.files import find_generator, read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, refine
-from lorag.methods import Method
-from lorag.spaces import WeightSpace
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
-from lorag.text.embedding import TextEmbedder
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank, BankBase
+    from lorag.methods import Method
+    from lorag.spaces import WeightSpace
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["ON_UNKNOWN", "LoraGenerator"]
 

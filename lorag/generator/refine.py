@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.runner import Runner
 from lorag.errors import TaskError
 from lorag.tasks.suite import Example, Task
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.runner import Runner
 
 __all__ = ["check_examples", "refine", "refine_tasks"]
 

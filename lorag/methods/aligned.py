@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import whole
 from lorag.methods.network_method import NetworkMethod, ReaderSettings, collate
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
 
 __all__ = ["Aligned"]
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import Settings, whole
 from lorag.methods.network_method import NetworkMethod
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.experts import ExpertAttention
 from lorag.networks.readers import Augmentation
-from lorag.text.conditioning import Condition
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import Embedding
 
 __all__ = ["Attention"]
 

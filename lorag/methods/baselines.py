@@ -5,18 +5,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.methods.functional import code_losses, require_runner, validation_loss
 from lorag.methods.method import Method, Settings, State
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.tasks.prompted import with_description
 from lorag.text.conditioning import Condition, mixture, mixture_weights
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
 
 __all__ = ["Mean", "Multitask", "Nearest", "RandomExpert", "SgMixture", "TopK"]
 

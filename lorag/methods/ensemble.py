@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from torch.nn import functional as F
 
 from lorag.methods.network_method import collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.experts import KernelHead
-from lorag.networks.readers import Augmentation, DescriptionNetwork, FeatureReader
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.methods.training_set import TrainingSet
+    from lorag.networks.readers import Augmentation, DescriptionNetwork, FeatureReader
+    from lorag.text.embedding import Embedding
 
 __all__ = ["EnsembleSettings", "teach_ensemble"]
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lorag.base.objectives.base import training_examples
-from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
 from lorag.methods.network_method import draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
-from lorag.tasks.suite import Task
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
+    from lorag.tasks.suite import Task
+    from lorag.text.embedding import Embedding
 
 __all__ = [
     "FunctionalSettings",

@@ -10,20 +10,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.base.runner import Runner
 from lorag.methods.functional import code_losses, mean_loss
 from lorag.methods.network_method import draw
 from lorag.methods.support_examples import told_apart
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.methods.vae import negative_elbo
-from lorag.networks.vae import FusionVae
 from lorag.spaces.principal_codes import PrincipalCodes
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
+    from lorag.networks.vae import FusionVae
 
 __all__ = ["FusionTraining", "SetSettings", "adapt", "codes_of", "draw_set"]
 

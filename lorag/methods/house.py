@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.layout import ModulePlace
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.ensemble import EnsembleSettings, teach_ensemble
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.kernel import ExpertRegression, KernelSettings, can_regress, regress_codes
 from lorag.methods.method import Settings, whole
 from lorag.methods.network_method import NetworkMethod, ReaderSettings, reconstruct
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.experts import KernelHead
 from lorag.networks.modules import ModuleDecoder
 from lorag.networks.readers import Augmentation, DescriptionNetwork, FeatureReader, linear_head
+
+if TYPE_CHECKING:
+    from lorag.base.layout import ModulePlace
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
 
 __all__ = ["House", "HouseSettings", "number_places"]
 

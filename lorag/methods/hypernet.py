@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorag.base.runner import Runner
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import Settings, whole
 from lorag.methods.network_method import NetworkMethod, reconstruct
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.modules import ModuleNetwork
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
 
 __all__ = ["Hypernet"]
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import task_vectors
 from lorag.methods.fusion_stages import FusionTraining, SetSettings, codes_of
 from lorag.methods.method import Method, Settings, State, nested, part, whole
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.methods.vae import Diagnostics, gaussian_kl
 from lorag.networks.vae import FusionVae, Gaussian, standard_normal
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition, mixture
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
 
 __all__ = ["IcmFusion", "IcmFusionSettings"]
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import task_vectors
 from lorag.methods.kernel import ExpertRegression, KernelSettings
 from lorag.methods.method import nested, part, whole
 from lorag.methods.network_method import ReaderSettings, collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
 from lorag.networks.conv_vae import ConvVae
 from lorag.networks.vae import ConditionalVae
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
-from lorag.text.conditioning import Condition
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import Embedding
 
 __all__ = ["IcmLora"]
 

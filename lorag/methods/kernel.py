@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.method import Method, State, part, whole
 from lorag.methods.network_method import ReaderSettings, collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.experts import ExpertKernel
 from lorag.spaces.principal_codes import PrincipalCodes
-from lorag.text.conditioning import Condition
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import Embedding
 
 __all__ = ["ExpertRegression", "Kernel", "KernelSettings", "can_regress", "regress_codes"]
 

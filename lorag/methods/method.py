@@ -6,18 +6,20 @@ import abc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.config import from_plain
 from lorag.errors import ConfigError, GeneratorError, LoragError
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
-from lorag.text.conditioning import Condition, Conditioner
 from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition, Conditioner
 
 __all__ = ["Method", "Settings", "State", "check_layers", "nested", "part", "whole"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from lorag.methods.method import Method, Settings, State, check_layers, nested, part
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.readers import ConditionReader
-from lorag.text.conditioning import Condition
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import Embedding
 
 __all__ = ["NetworkMethod", "ReaderSettings", "collate", "draw", "reconstruct"]
 

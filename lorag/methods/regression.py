@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.methods.method import Method, Settings, State, whole
 from lorag.methods.network_method import NetworkMethod, reconstruct
-from lorag.methods.training_loop import TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.networks.readers import PooledNetwork
-from lorag.text.conditioning import Condition
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.conditioning import Condition
 
 __all__ = ["Mlp", "Ridge"]
 

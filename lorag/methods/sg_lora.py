@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.baselines import MixtureSettings
 from lorag.methods.method import whole
 from lorag.methods.network_method import ReaderSettings, collate
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
 from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
 from lorag.networks.vae import LearnedPriorVae
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition, mixture
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.base.runner import Runner
+    from lorag.methods.training_set import TrainingSet
+    from lorag.text.embedding import Embedding
 
 __all__ = ["ExpertMixture", "SgLora"]
 

@@ -7,17 +7,19 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.base.objectives.base import task_rng, training_examples
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError
-from lorag.tasks.suite import Task, TaskSuite
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.runner import Runner
+    from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["Reduction", "minimise", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "told_apart", "warn_of_shared_inputs"]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorag.errors import GeneratorError
-from lorag.spaces.weight_space import WeightSpace
-from lorag.tasks.suite import Task
-from lorag.text.conditioning import Conditioner
-from lorag.text.embedding import Embedding
+
+if TYPE_CHECKING:
+    from lorag.spaces.weight_space import WeightSpace
+    from lorag.tasks.suite import Task
+    from lorag.text.conditioning import Conditioner
+    from lorag.text.embedding import Embedding
 
 __all__ = ["TrainingSet"]
 

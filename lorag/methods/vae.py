@@ -5,16 +5,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorag.methods.method import Method, State, nested, part
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.conv_vae import ConvVae
 from lorag.networks.vae import ConditionalVae, Gaussian, LearnedPriorVae, Reconstruction
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
+
+if TYPE_CHECKING:
+    from lorag.methods.training_loop import TrainingLoop
 
 __all__ = ["Diagnostics", "VaeMethod", "gaussian_kl", "negative_elbo", "squared_error"]
 

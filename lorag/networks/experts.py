@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.networks.readers import ConditionReader
+if TYPE_CHECKING:
+    from lorag.networks.readers import ConditionReader
 
 __all__ = ["ExpertAttention", "ExpertKernel", "GroupKernel", "KernelHead"]
 

@@ -10,9 +10,9 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorag import __version__
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import BaseModel
@@ -23,6 +23,9 @@ from lorag.generator.generate import default_generator
 from lorag.generator.lora_generator import ON_UNKNOWN, LoraGenerator
 from lorag.serving.names import PREFIX, DescribedTask, NamedExpert, Requested, alias, parse_name
 from lorag.serving.store import AdapterStore, StoreLimits
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
 
 __all__ = ["AdapterResolver", "ServingSettings"]
 

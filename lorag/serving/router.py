@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,14 +15,16 @@ from torch import Tensor
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, find_bank
-from lorag.base.row_adapters import Stacked
 from lorag.base.runner import Runner
 from lorag.errors import BankError, TaskError
 from lorag.generator.generate import default_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.serving.names import Fusion, NamedExpert, parse_name
 from lorag.serving.retrieval import CodeIndex, TextIndex
-from lorag.tasks.suite import TaskSuite
+
+if TYPE_CHECKING:
+    from lorag.base.row_adapters import Stacked
+    from lorag.tasks.suite import TaskSuite
 
 __all__ = ["Answer", "LoraRouter", "Route"]
 

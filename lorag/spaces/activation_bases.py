@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
 from lorag.base.activations import input_statistics, output_gradients
-from lorag.base.layout import LoraLayout
 from lorag.errors import GeneratorError
 from lorag.progress import progress_bar
 from lorag.spaces.weight_space import SpaceInputs, WeightSpace
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["ActivationBases", "ReadTexts", "alignment"]
 

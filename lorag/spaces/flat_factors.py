@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair, pad_pair
-from lorag.base.layout import LoraLayout
 from lorag.errors import GeneratorError
 from lorag.spaces.weight_space import AdapterStream, FactorStream, SpaceInputs, WeightSpace, no_experts
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["FlatFactors"]
 

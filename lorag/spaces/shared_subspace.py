@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
 from lorag.adapters.spans import Span, weighted_columns
-from lorag.base.layout import LoraLayout
 from lorag.base.row_adapters import Cores
 from lorag.errors import GeneratorError
 from lorag.progress import progress_bar
 from lorag.spaces.weight_space import AdapterStream, FactorStream, SpaceInputs, WeightSpace, no_experts
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.layout import LoraLayout
 
 __all__ = ["SharedSubspace"]
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
-from lorag.base.layout import LoraLayout
-from lorag.base.row_adapters import Cores
-from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.base.layout import LoraLayout
+    from lorag.base.row_adapters import Cores
+    from lorag.base.runner import Runner
+    from lorag.tasks.suite import Task
 
 __all__ = ["AdapterStream", "FactorStream", "SpaceInputs", "WeightSpace", "no_experts"]
 

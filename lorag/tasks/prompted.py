@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lorag.errors import TaskError
-from lorag.tasks.suite import Example, Task
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["Conversation", "draw_shots", "with_description", "with_shots"]
 

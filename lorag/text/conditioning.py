@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorag.text.embedding import Embedding
 from lorag.text.search import MANY, NeighbourSearch
+
+if TYPE_CHECKING:
+    from lorag.text.embedding import Embedding
 
 __all__ = ["Condition", "Conditioner", "Mixture", "mixture", "mixture_weights"]
 

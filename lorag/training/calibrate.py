@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank
-from lorag.base.runner import Runner
-from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import Method, TrainingSet
 from lorag.methods.functional import evenly, mean_loss, task_vectors
-from lorag.tasks.suite import Task
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
+    from lorag.base.runner import Runner
+    from lorag.generator.lora_generator import LoraGenerator
+    from lorag.methods import Method, TrainingSet
+    from lorag.tasks.suite import Task
 
 __all__ = ["gap_closed", "gap_closed_by", "score_codes", "tune_strength"]
 

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from lorag.generator.gate import Gate, digest
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
-from lorag.tasks.suite import Task, TaskSuite
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.text.embedding import Embedding, TextEmbedder
 from lorag.training.calibrate import gap_closed_by
 from lorag.training.preparation import hold_out
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["GateSettings", "add_gate", "fit_gate"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, tasks_of, warn_of_shared_inputs
 from lorag.networks.vae import resolve_conflicts
 from lorag.tasks.finding import find_tasks
-from lorag.tasks.suite import Task, TaskSuite
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["RULES", "fuse", "fuse_experts", "read_weights"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorag.bank.bank import AdapterBank
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.methods.training_set import TrainingSet
@@ -18,8 +18,11 @@ from lorag.spaces import SpaceInputs, WeightSpace, fit_space
 from lorag.spaces.activation_bases import ActivationBases, alignment
 from lorag.tasks.suite import Task, TaskSuite, connected
 from lorag.text.conditioning import Conditioner
-from lorag.text.embedding import Embedding, TextEmbedder
 from lorag.text.misspelling import misspell_some
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
+    from lorag.text.embedding import Embedding, TextEmbedder
 
 __all__ = ["Prepared", "Split", "hold_out", "prepare"]
 

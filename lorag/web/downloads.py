@@ -8,11 +8,14 @@ import threading
 import zipfile
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
 from lorag.adapters.model_card import CARD
 from lorag.files.artifacts import slug
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
 
 __all__ = ["Downloads"]
 

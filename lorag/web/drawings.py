@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorag.web.orders import Answers, Made, Order, Outlook
+if TYPE_CHECKING:
+    from lorag.web.orders import Answers, Made, Order, Outlook
 
 __all__ = ["draw_answers", "draw_made", "draw_map", "draw_message", "draw_neighbours", "draw_verdict"]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import ConfigError
 from lorag.tasks.suite import check_description
-from lorag.text.task_map import TaskMap
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.text.task_map import TaskMap
 
 __all__ = ["MOST_INPUT", "MOST_INPUTS", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook"]
 

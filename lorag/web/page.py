@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.errors import LoragError, UnknownTaskError
 from lorag.tasks.suite import MAX_DESCRIPTION
 from lorag.web import drawings
-from lorag.web.downloads import Downloads
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, MOST_SAMPLES, Made, Order
-from lorag.web.workbench import Workbench
+
+if TYPE_CHECKING:
+    from lorag.web.downloads import Downloads
+    from lorag.web.workbench import Workbench
 
 __all__ = ["build_page"]
 

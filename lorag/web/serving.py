@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ConfigError, MissingDependencyError
 from lorag.web.downloads import Downloads
 from lorag.web.page import build_page
-from lorag.web.workbench import Workbench
+
+if TYPE_CHECKING:
+    from lorag.web.workbench import Workbench
 
 __all__ = ["Doorkeeper", "serving"]
 

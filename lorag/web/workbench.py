@@ -10,11 +10,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import find_bank
 from lorag.errors import ConfigError, TaskError
@@ -22,6 +21,9 @@ from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.task_map import TaskMap
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
 
 __all__ = ["Workbench"]
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
-from lorag.tasks.suite import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["Objective", "select", "take", "task_rng", "test_examples", "training_examples"]
 

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorag.base.objectives.base import Objective, take, task_rng, test_examples, training_examples
-from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
 from lorag.files.images import ImageFile
-from lorag.tasks.suite import Example, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
+
+    from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["ImageText", "open_images", "recall"]
 

@@ -13,10 +13,11 @@ from lorag.base.objectives.image_text import open_images
 from lorag.base.objectives.language_model import TokenRows, pad_rows
 from lorag.base.objectives.seq2seq_lm import Seq2SeqLM
 from lorag.errors import ConfigError
-from lorag.tasks.suite import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lorag.tasks.suite import Example
 
 __all__ = ["ImageSeq2Seq", "box_f1", "boxes_of"]
 

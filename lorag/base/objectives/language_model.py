@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from lorag.base.objectives.base import Objective, select, task_rng, test_examples, training_examples
 from lorag.base.objectives.text_metrics import balanced_accuracy, density, lenient_match, rouge_l
-from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import ConfigError, TaskError
-from lorag.tasks.suite import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["LanguageModel", "TokenRows", "pad_rows"]
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorag.base.objectives.base import Objective, take, task_rng, test_examples, training_examples
-from lorag.base.row_adapters import Cores, RowAdapters, Stacked
 from lorag.errors import TaskError
-from lorag.tasks.suite import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+    from lorag.tasks.suite import Task
 
 __all__ = ["LabelMatching", "Prototypes"]
 

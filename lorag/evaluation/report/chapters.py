@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from lorag.evaluation.report import figures
 from lorag.evaluation.report.findings import Absent, Findings
-from lorag.evaluation.report.style import Theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lorag.evaluation.report.style import Theme
 
 __all__ = ["Chapter", "write_chapters"]
 

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorag.evaluation.report.findings import Curves, Distances, Norms, Pairs, Rung, Selective, Tasks
 from lorag.evaluation.report.style import WIDTH, Mark, Theme, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lorag.evaluation.report.findings import Curves, Distances, Norms, Pairs, Rung, Selective, Tasks
     from lorag.generator.calibration import RiskCoverage
 
 __all__ = ["BAD", "GOOD", "draw_curves", "draw_distances", "draw_ladder", "draw_map", "draw_norms", "draw_pairs", "draw_selective"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lorag.generator.calibration import RiskCoverage
+if TYPE_CHECKING:
+    from lorag.generator.calibration import RiskCoverage
 
 __all__ = ["Absent", "Curves", "Distances", "Findings", "Norms", "Pairs", "Rung", "Selective", "Stage", "Tasks"]
 

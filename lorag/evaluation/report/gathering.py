@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import lorag
 from lorag.adapters.provenance import public_name
-from lorag.bank.bank import AdapterBank
 from lorag.errors import LoragError
-from lorag.evaluation.folders import Ladder
 from lorag.evaluation.ladder import CONTROLS, bootstrap, is_learned, shown_descriptions
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
-from lorag.generator.evidence import Evidence
-from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
 from lorag.tasks.unknown import unknown_tasks
 from lorag.text.task_map import TaskMap
 from lorag.training.calibrate import gap_closed
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
+    from lorag.evaluation.folders import Ladder
+    from lorag.generator.evidence import Evidence
+    from lorag.generator.lora_generator import LoraGenerator
 
 __all__ = ["gather_findings"]
 

@@ -6,9 +6,12 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from lorag.errors import printable
-from lorag.evaluation.report.chapters import Chapter
+
+if TYPE_CHECKING:
+    from lorag.evaluation.report.chapters import Chapter
 
 __all__ = ["render_page"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorag.evaluation.report.chapters import write_chapters
-from lorag.evaluation.report.findings import Findings
 from lorag.evaluation.report.page import render_page
 from lorag.evaluation.report.style import DARK, LIGHT, drawing, require_matplotlib, to_png
 from lorag.files.atomic import write_bytes
+
+if TYPE_CHECKING:
+    from lorag.evaluation.report.findings import Findings
 
 __all__ = ["PAGE", "write_report"]
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from lorag.bank.bank import AdapterBank
 from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
 from lorag.base.base_model import BaseModel
@@ -19,6 +19,9 @@ from lorag.tasks.suite import TaskSuite
 from lorag.training.train import TrainConfig, train
 from lorag.worlds.sandbox.base_lm import TEMPLATE, PretrainConfig, pretrain
 from lorag.worlds.sandbox.grid import build_suite, splits
+
+if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
 
 __all__ = ["SandboxConfig", "build"]
 

@@ -6,10 +6,13 @@ import random
 import re
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lorag.tasks.suite import Example, Task
 from lorag.worlds.smollm2.files import read
-from lorag.worlds.smollm2.label_pools import Label
+
+if TYPE_CHECKING:
+    from lorag.worlds.smollm2.label_pools import Label
 
 __all__ = ["detector"]
 

@@ -7,13 +7,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from lorag.tasks.suite import Example, Task
 from lorag.worlds.smollm2.detectors import detector
 from lorag.worlds.smollm2.files import read, read_glosses
 from lorag.worlds.smollm2.label_pools import KEPT, Label
 from lorag.worlds.smollm2.sources import Source, sample
 from lorag.worlds.smollm2.wordings import Phrases
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["Draft", "Limits", "draft_detectors", "draft_sources", "draft_subsets"]
 

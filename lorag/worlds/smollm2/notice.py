@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from lorag.worlds.smollm2.files import read
-from lorag.worlds.smollm2.sources import Source
+
+if TYPE_CHECKING:
+    from lorag.worlds.smollm2.sources import Source
 
 __all__ = ["notice"]
 
