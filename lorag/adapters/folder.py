@@ -15,12 +15,13 @@ from lorag.adapters.tensor_names import PREFIX, read_names
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import finish_replacing, read_json
-from lorag.files.plain import require_plain
+from lorag.files.plain import decode_text, read_bounded, require_plain
 from lorag.files.tensors import TensorSpec, read_header
 
-__all__ = ["own_layout", "read_facts"]
+__all__ = ["CHAT_FILES", "own_chat_template", "own_layout", "read_facts"]
 
-_MAX_CONFIG = 2**20
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # where trainers leave the chat template that they used
+_MAX_CONFIG, _MAX_CHAT = 2**20, 16 * 2**20  # a tokenizer's config lists its added tokens
 # With one of these, the names in target_modules match more modules than the adapter changes.
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -57,6 +58,19 @@ def _first_broken(path: Path, spec: TensorSpec) -> str | None:
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
     return None
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside an adapter, with which it was trained; None if there is none.
+
+    Raises:
+        ArtifactError: If one of the files is a link, too large, not UTF-8 or not strict JSON.
+    """
+    written, config = (folder / name for name in CHAT_FILES)
+    if written.is_file():
+        return decode_text(read_bounded(written, _MAX_CONFIG), written)
+    stated = read_json(config, _MAX_CHAT).get("chat_template") if config.is_file() else None
+    return stated if isinstance(stated, str) and stated.strip() else None
 
 
 def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path, *, repair: bool = False) -> LoraLayout:

@@ -16,6 +16,7 @@ from lorag.cli import gate as cli_gate
 from lorag.cli import publishing as cli_publishing
 from lorag.cli import smollm2 as cli_smollm2
 from lorag.cli import tasks as cli_tasks
+from lorag.cli import trying as cli_trying
 from lorag.cli import web as cli_web
 from lorag.cli.batch import generate_from_file
 from lorag.cli.options import Address, Cpus, Device, Dtype, Gpus, OnBackend, Quiet
@@ -29,6 +30,7 @@ app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(cli_smollm2.app, name="smollm2")
 app.add_typer(cli_tasks.app, name="tasks")
 cli_publishing.register(app)
+cli_trying.register(app)
 cli_web.register(app)
 
 _state = {"debug": False}

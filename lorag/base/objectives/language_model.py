@@ -91,6 +91,10 @@ class LanguageModel(Objective):
         logits = self._logits(model, batch)
         return logits[(batch.targets != -100).to(logits.device)]
 
+    def predictions(self, model: PreTrainedModel, groups: Sequence[Sequence[tuple[str, str]]]) -> Tensor:
+        """Log-probabilities (k, v) of the next token at the k answer tokens of equal-sized groups of (input, output), row after row."""
+        return F.log_softmax(self._answer_logits(model, self.encode(groups)).float(), -1)
+
     def prompt_tokens(self, inputs: Sequence[str]) -> list[int]:
         """Tokens of the prompt of each input."""
         if not self.reads_texts:
