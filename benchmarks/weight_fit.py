@@ -90,7 +90,7 @@ def fit(folder: Path, count: int) -> dict[str, str | float]:
     space = SharedSubspace.fit_stream(bank, bank.base.layout, K, quiet=False)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     peak = peak_bytes()
-    kept = [space.energy(bank.adapter(expert.name)) for expert in bank.experts[:4]]
+    kept = [space.energy(bank.adapter(expert.name).factors) for expert in bank.experts[:4]]
     return {
         "experts": count,
         "bank MiB": round(count * bank.base.layout.values(RANK) * 2 / 2**20),

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorag.errors import ArtifactError, ConfigError
-from lorag.files.plain import looks_like, read_bounded
+from lorag.files.artifacts import looks_like, read_bounded
 from lorag.files.yaml_values import parse_yaml, uninterpolated
 
 __all__ = ["from_plain", "load_config", "preset_names", "read_settings", "recipe_names", "to_plain"]

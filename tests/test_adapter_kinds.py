@@ -19,7 +19,7 @@ from lorag.adapters.tensor_names import KEY, read_names
 from lorag.base.layout import LoraLayout
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, UnsupportedLoraError
-from lorag.files.plain import decode_text
+from lorag.files.artifacts import decode_text
 
 
 def _meta(build, config):

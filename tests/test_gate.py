@@ -274,9 +274,10 @@ def test_close_tasks_are_fused_if_fusing_did_as_well(gated, bank):
     fused = close.generate(text, bank=bank)
     assert fused.info["gate"]["decision"] == "fuse" and fused.info["gate"]["served"] == "fusion"
     shares = mixture_weights(close.condition(text).similarities, 4, 0.05)
-    code = sum(share * close.space.encode(bank.adapter(name)) for name, share in zip(bank.names, shares, strict=True) if share)
+    code = sum(share * close.space.encode(bank.adapter(name).factors) for name, share in zip(bank.names, shares, strict=True) if share)
     assert (
-        torch.allclose(close.space.restore(close.space.encode(fused)), close.space.restore(code), atol=1e-4) or fused.rank < close.space.k
+        torch.allclose(close.space.restore(close.space.encode(fused.factors)), close.space.restore(code), atol=1e-4)
+        or fused.rank < close.space.k
     )
     assert len(fused.info["parents"]) == 4 and sum(p["weight"] for p in fused.info["parents"]) == pytest.approx(1, abs=1e-4)
     assert close.generate(text).info["gate"]["served"] == "generated"  # without the bank there is nothing to fuse

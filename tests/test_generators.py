@@ -17,7 +17,7 @@ from lorag.generator.generate import generate_loras
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import METHODS, TrainingSet, method_type
 from lorag.methods.functional import mean_loss
-from lorag.methods.network_method import _distance
+from lorag.methods.method import _distance
 from lorag.methods.regression import _left_out_error
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.text.conditioning import Conditioner, mixture

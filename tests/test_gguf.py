@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_gguf import TEMPLATE, write_gguf
 
-from lorag.adapters.model_card import adapter_card
 from lorag.adapters.provenance import base_fields, prompt_of
+from lorag.adapters.publishing import adapter_card
 from lorag.base import gguf as gguf_module
 from lorag.base import names
 from lorag.base.base_model import BaseModel

@@ -188,7 +188,7 @@ def test_it_comes_back_from_its_tensors(world, learned):
     ):
         with pytest.raises(GeneratorError):
             back.restore(broken, shape)
-            back.try_out(world.conditioner, world.space.size, lambda codes: codes)
+            back.try_out(condition, world.space.size, lambda codes: codes)
 
 
 # --- the VAE on top -----------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from peft import LoraConfig, get_peft_model
 from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, save_base
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.licences import UNKNOWN, derive, known_licence
-from lorag.adapters.model_card import CARD, adapter_card, own_card
-from lorag.adapters.provenance import parents, public_name
+from lorag.adapters.provenance import UNKNOWN, derive, known_licence, parents, public_name
+from lorag.adapters.publishing import CARD, adapter_card, own_card
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.cli import info as cards

@@ -200,7 +200,7 @@ def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepare
     full = SharedSubspace.fit_stream(prepared.bank, layout, 8)
     half = SharedSubspace.fit_stream(prepared.bank, layout, 8, dtype=torch.bfloat16)
     adapter = prepared.bank.adapter("red-cat")
-    near, wide = (space.decode(space.encode(adapter)[None], 4)[0] for space in (half, full))
+    near, wide = (space.decode(space.encode(adapter.factors)[None], 4)[0] for space in (half, full))
     for name, (rows, columns) in near.items():
         right = wide[name][1] @ wide[name][0]
         assert rows.dtype == torch.float32
@@ -258,7 +258,7 @@ def test_fitting_from_the_stream_is_fitting_from_adapters(prepared):
     streamed = SharedSubspace.fit_stream(prepared.bank, layout, 8)
     whole = SharedSubspace.fit(prepared.bank.adapters, layout, 8)
     adapter = prepared.bank.adapter("red-cat")
-    assert torch.allclose(streamed.encode(adapter), whole.encode(adapter), atol=1e-4)
+    assert torch.allclose(streamed.encode(adapter.factors), whole.encode(adapter.factors), atol=1e-4)
 
 
 def test_experts_that_are_no_numbers_are_refused(llama_layout, random_adapter):

@@ -51,8 +51,8 @@ def test_cores_equal_factors(setting):
     """Cores in shared bases compute what the factors of the same ΔW compute."""
     _, rows, adapters, inputs = setting
     space = SharedSubspace.fit(lambda: iter(adapters), rows.layout, 10)
-    assert min(space.energy(adapter) for adapter in adapters) > 1 - 1e-5
-    cores = space.differentiable(torch.stack([space.encode(adapter) for adapter in adapters]))
+    assert min(space.energy(adapter.factors) for adapter in adapters) > 1 - 1e-5
+    cores = space.differentiable(torch.stack([space.encode(adapter.factors) for adapter in adapters]))
     with torch.no_grad():
         with rows.use(cores) as model:
             ours = output_of(model, inputs)
@@ -103,7 +103,7 @@ def test_gradients_of_cores_equal_dense_autograd(llama):
     """The same for cores M in W + U_out M U_inᵀ."""
     rows, adapters, inputs = llama
     space = SharedSubspace.fit(lambda: iter(adapters), rows.layout, 10)
-    cores = space.differentiable(torch.stack([space.encode(adapter) for adapter in adapters]))
+    cores = space.differentiable(torch.stack([space.encode(adapter.factors) for adapter in adapters]))
     values = {name: m.detach().clone().requires_grad_() for name, m in cores.values.items()}
     with rows.use(Cores(cores.bases_in, values, cores.bases_out)) as model:
         _loss(model(**inputs).logits, inputs["input_ids"]).backward()
@@ -187,7 +187,7 @@ def test_half_precision_base_models(tiny_models, random_adapter, kind):
     stacked = stack_adapters(adapters)
     if kind == "cores":
         space = SharedSubspace.fit(lambda: iter(adapters), layout, 12)
-        stacked = space.differentiable(torch.stack([space.encode(adapter) for adapter in adapters]))
+        stacked = space.differentiable(torch.stack([space.encode(adapter.factors) for adapter in adapters]))
     inputs = tiny.inputs(6, torch.Generator().manual_seed(5))
     found = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorag.errors import DescriptionError, LoragError, TaskError
-from lorag.tasks.suite import MAX_DESCRIPTION, Example, Task, TaskSuite, check_description
+from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
+from lorag.tasks.suite import Example, Task, TaskSuite
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "tasks"
 

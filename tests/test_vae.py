@@ -15,7 +15,7 @@ from lorag.cli.info import describe_path
 from lorag.errors import ConfigError, GeneratorError
 from lorag.files.tensors import save_tensors
 from lorag.methods import TrainingSet, method_type
-from lorag.methods.network_method import collate
+from lorag.methods.method import collate
 from lorag.methods.sg_lora import ExpertMixture
 from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.vae import Diagnostics, gaussian_kl, negative_elbo, squared_error

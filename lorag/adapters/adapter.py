@@ -19,9 +19,8 @@ from lorag import __version__
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
 from lorag.adapters.factors import Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
-from lorag.adapters.model_card import CARD, adapter_card, own_card, write_card
 from lorag.adapters.portability import Facts, check_portability
-from lorag.adapters.push import push_files, require_public
+from lorag.adapters.publishing import CARD, adapter_card, own_card, push_files, require_public, write_card
 from lorag.adapters.reading import AdapterParts, read_folder, weight_digest
 from lorag.adapters.tensor_names import KEY, WHOLE
 from lorag.base.base_model import KINDS, BaseModel, is_trusted, kind_of

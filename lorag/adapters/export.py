@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
-from lorag.adapters.model_card import merged_card, write_card
 from lorag.adapters.provenance import base_fields, licence_of, versions
+from lorag.adapters.publishing import merged_card, write_card
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.base.base_model import DTYPES, BaseModel, stored_config
 from lorag.base.precision import cast_files, require_plain_weights, stored_types
 from lorag.errors import AdapterError, BaseModelError, MissingDependencyError, StorageError, UndescribedError
-from lorag.files.artifacts import write_json
+from lorag.files.artifacts import require_plain, write_json
 from lorag.files.atomic import writing
 from lorag.files.hub import fetch
-from lorag.files.plain import require_plain
 from lorag.progress import quiet_loading
 
 __all__ = ["export_merged", "export_portable", "merge_into"]

@@ -14,8 +14,7 @@ from lorag.adapters.portability import Facts
 from lorag.adapters.tensor_names import PREFIX, read_names
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import AdapterError, ArtifactError
-from lorag.files.artifacts import finish_replacing, read_json
-from lorag.files.plain import decode_text, read_bounded, require_plain
+from lorag.files.artifacts import decode_text, finish_replacing, read_bounded, read_json, require_plain
 from lorag.files.tensors import TensorSpec, read_header
 
 __all__ = ["CHAT_FILES", "own_chat_template", "own_layout", "read_facts"]

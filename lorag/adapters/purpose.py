@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import UndescribedError
-from lorag.files.plain import decode_text, read_bounded
-from lorag.tasks.suite import check_description
+from lorag.files.artifacts import decode_text, read_bounded
+from lorag.tasks.descriptions import check_description
 
 __all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose", "stated_licence"]
 

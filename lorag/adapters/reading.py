@@ -15,8 +15,7 @@ from torch import Tensor
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Rename, Scalings, check_config, match
 from lorag.adapters.factors import Factors, Pair, check_values
 from lorag.errors import AdapterError, ArtifactError, FormatVersionError, StorageError
-from lorag.files.artifacts import finish_replacing, read_json
-from lorag.files.plain import require_plain
+from lorag.files.artifacts import finish_replacing, read_json, require_plain
 from lorag.files.tensors import TensorSpec, read_header
 
 if TYPE_CHECKING:

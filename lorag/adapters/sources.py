@@ -11,9 +11,8 @@ from pathlib import Path
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
 from lorag.errors import BankError, DescriptionError
-from lorag.files.artifacts import safe_name
+from lorag.files.artifacts import decode_text, read_bounded, safe_name
 from lorag.files.hub import fetch
-from lorag.files.plain import decode_text, read_bounded
 from lorag.tasks.descriptions import check_description
 
 __all__ = ["Source", "find_sources", "listed_sources"]

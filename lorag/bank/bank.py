@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import merge
-from lorag.adapters.model_card import bank_card
-from lorag.adapters.push import push_files, require_public
+from lorag.adapters.publishing import bank_card, push_files, require_public
 from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, stack_checkpoints
 from lorag.base.bank_base import BankBase
 from lorag.base.base_model import TASK_TYPES
@@ -27,7 +26,7 @@ from lorag.errors import BankError, LoragError, StorageError
 from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
-from lorag.tasks.suite import check_description
+from lorag.tasks.descriptions import check_description
 
 if TYPE_CHECKING:
     from lorag.adapters.factors import Pair

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.adapter import LoraAdapter, fused_error
-from lorag.adapters.licences import UNKNOWN
+from lorag.adapters.provenance import UNKNOWN
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.base.names import same_model

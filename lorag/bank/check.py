@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorag.bank.candidates import DUPLICATE, check_norm
-from lorag.bank.descriptions import same_words
 from lorag.bank.index import BankIndex
 from lorag.errors import LoragError
 from lorag.progress import progress_bar
+from lorag.tasks.descriptions import same_words
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank, Expert

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from lorag.bank.bank import AdapterBank
 from lorag.bank.candidates import DUPLICATE, Candidate, ImportOptions, check_norm, read_candidate
-from lorag.bank.descriptions import DescriptionIndex, same_words
-from lorag.bank.index import BankIndex, stamp
+from lorag.bank.index import BankIndex, DescriptionIndex, stamp
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.parallel import Backend
+from lorag.tasks.descriptions import same_words
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import BaseModelError, LoragError, MissingDependencyError
-from lorag.files.artifacts import read_json, sha256, write_json
+from lorag.files.artifacts import looks_like, read_json, require_plain, sha256, write_json
 from lorag.files.cache import cached_folder
-from lorag.files.plain import looks_like, require_plain
 from lorag.progress import progress_bar, quiet_loading
 
 __all__ = ["ORIGIN", "converted", "is_gguf", "origin_of"]

@@ -13,9 +13,8 @@ from typing import Any
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE
 from lorag.adapters.folder import read_facts
-from lorag.adapters.licences import UNKNOWN, derive
 from lorag.adapters.portability import check_portability
-from lorag.adapters.provenance import licence_of, prompt_of
+from lorag.adapters.provenance import UNKNOWN, derive, licence_of, prompt_of
 from lorag.adapters.reading import read_provenance
 from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex

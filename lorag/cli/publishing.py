@@ -55,8 +55,7 @@ def push(
     """Publish an adapter, bank or generator on the hub, with its card; private unless --public is given."""
     from lorag.adapters.adapter import LoraAdapter
     from lorag.adapters.checks import CONFIG
-    from lorag.adapters.model_card import own_card
-    from lorag.adapters.push import push_generator_folder
+    from lorag.adapters.publishing import own_card, push_generator_folder
     from lorag.bank.bank import AdapterBank
     from lorag.errors import ArtifactError
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.base.objectives import make_objective, take
 from lorag.base.objectives.language_model import LanguageModel
-from lorag.base.row_adapters import Stacked
 from lorag.base.runner import Runner
 from lorag.errors import AdapterError, ConfigError
 from lorag.evaluation.rivals import random_like
 from lorag.tasks.descriptions import check_description
+
+if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.row_adapters import Stacked
 
 __all__ = ["Answers", "Effect", "open_for", "side_by_side"]
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorag.errors import ArtifactError, MissingDependencyError
-from lorag.files.artifacts import resolve_inside
+from lorag.files.artifacts import looks_like, read_bounded, require_plain, resolve_inside
 from lorag.files.atomic import write_bytes
-from lorag.files.plain import looks_like, read_bounded, require_plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image

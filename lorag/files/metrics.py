@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ArtifactError, ConfigError, MissingDependencyError
-from lorag.files.artifacts import parse_json, writing
-from lorag.files.plain import read_bounded
+from lorag.files.artifacts import parse_json, read_bounded, writing
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

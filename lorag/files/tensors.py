@@ -14,9 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lorag.errors import ArtifactError
-from lorag.files.artifacts import parse_json
+from lorag.files.artifacts import looks_like, parse_json, require_plain
 from lorag.files.atomic import write_bytes
-from lorag.files.plain import looks_like, require_plain
 
 __all__ = ["TensorSpec", "load_tensors", "read_header", "save_tensors", "tensor_bytes"]
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorag.adapters.checks import CONFIG
 from lorag.adapters.reading import read_provenance
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragError, UnknownTaskWarning
-from lorag.files.artifacts import parse_json, require_name, slug
-from lorag.files.plain import decode_text, read_bounded
+from lorag.files.artifacts import decode_text, parse_json, read_bounded, require_name, slug
 from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import ON_UNKNOWN
 from lorag.parallel import Backend

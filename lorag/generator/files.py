@@ -19,7 +19,7 @@ from lorag.generator.gate import Gate
 from lorag.methods import method_type
 from lorag.spaces import open_space
 from lorag.text.conditioning import Conditioner
-from lorag.text.embedding import CachedEmbedder, SentenceEmbedder, TextEmbedder
+from lorag.text.embedding import CachedEmbedder, Embedding, SentenceEmbedder, TextEmbedder
 
 if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
@@ -146,7 +146,8 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
     conditioner = Conditioner(names, centroids)
     method.restore(part("method."), shape)
-    method.try_out(conditioner, space.size, lambda codes: space.decode(codes, rank))
+    vector = torch.nn.functional.normalize(torch.ones(centroids.shape[1]), dim=0)
+    method.try_out(conditioner(Embedding(vector, vector[None])), space.size, lambda codes: space.decode(codes, rank))
     if embedder is None:
         embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(wanted, device))
     if embedder.name != wanted or embedder.size != centroids.shape[1]:

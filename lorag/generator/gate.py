@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorag.bank.descriptions import same_words
 from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning, warn_caller
 from lorag.generator.calibration import Logistic
 from lorag.generator.evidence import FEATURES, Evidence, Reference
+from lorag.tasks.descriptions import same_words
 
 if TYPE_CHECKING:
     from lorag.text.conditioning import Condition

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.provenance import base_fields, licence_of, parents, public_name, versions
-from lorag.adapters.push import push_generator_folder
+from lorag.adapters.publishing import push_generator_folder
 from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
@@ -277,7 +277,7 @@ class LoraGenerator:
         """Shares (n,) of the experts nearest to a description, a softmax over similarities (n,), and the code (1, c) of their fusion."""
         shares = mixture_weights(similarities, _FUSED, _FUSED_TEMPERATURE)
         chosen = shares.nonzero()[:, 0].tolist()
-        codes = torch.stack([self.space.encode(bank.adapter(self.conditioner.names[i])) for i in chosen])
+        codes = torch.stack([self.space.encode(bank.adapter(self.conditioner.names[i]).factors) for i in chosen])
         return shares, (shares[chosen] @ codes)[None]
 
     def _finished(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.method import whole
-from lorag.methods.network_method import NetworkMethod, ReaderSettings, collate
+from lorag.methods.method import NetworkMethod, ReaderSettings, collate, whole
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
 

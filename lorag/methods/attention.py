@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.method import Settings, whole
-from lorag.methods.network_method import NetworkMethod
+from lorag.methods.method import NetworkMethod, Settings, whole
 from lorag.networks.experts import ExpertAttention
 from lorag.networks.readers import Augmentation
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorag.base.objectives.base import training_examples
 from lorag.errors import GeneratorError
-from lorag.methods.network_method import draw
+from lorag.methods.method import draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 
 if TYPE_CHECKING:

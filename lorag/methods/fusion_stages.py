@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.methods.functional import code_losses, mean_loss
-from lorag.methods.network_method import draw
+from lorag.methods.method import draw
 from lorag.methods.support_examples import told_apart
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.vae import negative_elbo

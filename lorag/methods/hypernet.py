@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.method import Settings, whole
-from lorag.methods.network_method import NetworkMethod, reconstruct
+from lorag.methods.method import NetworkMethod, Settings, reconstruct, whole
 from lorag.networks.modules import ModuleNetwork
 
 if TYPE_CHECKING:

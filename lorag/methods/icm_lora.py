@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import task_vectors
 from lorag.methods.kernel import ExpertRegression, KernelSettings
-from lorag.methods.method import nested, part, whole
-from lorag.methods.network_method import ReaderSettings, collate, draw
+from lorag.methods.method import ReaderSettings, collate, draw, nested, part, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
 from lorag.networks.conv_vae import ConvVae

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.method import Method, State, part, whole
-from lorag.methods.network_method import ReaderSettings, collate, draw
+from lorag.methods.method import Method, ReaderSettings, State, collate, draw, part, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.networks.experts import ExpertKernel
 from lorag.spaces.principal_codes import PrincipalCodes

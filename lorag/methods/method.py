@@ -1,27 +1,42 @@
-"""What a method is: fitted on tasks, it turns the condition of a description into codes; and how it is stored."""
+"""What a method is: fitted on tasks, it turns the condition of a description into codes; how it is stored; methods around one network."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorag.config import from_plain
 from lorag.errors import ConfigError, GeneratorError, LoragError
-from lorag.text.embedding import Embedding
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
+from lorag.networks.readers import ConditionReader
 
 if TYPE_CHECKING:
     from lorag.base.runner import Runner
-    from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
-    from lorag.text.conditioning import Condition, Conditioner
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import Embedding
 
-__all__ = ["Method", "Settings", "State", "check_layers", "nested", "part", "whole"]
+__all__ = [
+    "Method",
+    "NetworkMethod",
+    "ReaderSettings",
+    "Settings",
+    "State",
+    "check_layers",
+    "collate",
+    "draw",
+    "nested",
+    "part",
+    "reconstruct",
+    "whole",
+]
 
 _MOST_LAYERS = 256
 
@@ -139,11 +154,11 @@ class Method(abc.ABC):
         with self._fitting_together():
             self.load(tensors, shape)
 
-    def try_out(self, conditioner: Conditioner, size: int, use: Callable[[Tensor], object]) -> None:
+    def try_out(self, condition: Condition, size: int, use: Callable[[Tensor], object]) -> None:
         """A trial on one condition: what does not fit together shows now, and not at a user's first task.
 
         Args:
-            conditioner: The generator's.
+            condition: Any of the generator's conditions.
             size: Length c of a code.
             use: What is done with codes (1, c).
 
@@ -153,8 +168,7 @@ class Method(abc.ABC):
         if self.needs_task_vectors:
             return
         with self._fitting_together():
-            vector = nn.functional.normalize(torch.ones(conditioner.centroids.shape[1]), dim=0)
-            codes = self.generate(conditioner(Embedding(vector, vector[None])), torch.Generator().manual_seed(0))
+            codes = self.generate(condition, torch.Generator().manual_seed(0))
             if codes.shape != (1, size) or not codes.isfinite().all():
                 raise ValueError(f"codes {tuple(codes.shape)}, where {(1, size)} finite values are expected")
             use(codes)
@@ -205,3 +219,151 @@ def whole(shape: Mapping[str, Any], name: str, most: int = 2**31 - 1) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{name} {value!r:.40}, where a whole number up to {most} is expected")
     return value
+
+
+# --- methods around one network ---------------------------------------------------------------------------------------
+
+
+_WORDINGS = 8  # of each held-out task, that validation reads
+
+
+@dataclass
+class ReaderSettings(Settings):
+    """How a method reads descriptions.
+
+    Attributes:
+        queries: Learned queries of the transformer that reads the description.
+        layers: Of the transformer.
+        heads: Of its attention.
+        dropout: In the transformer and before the features.
+        word_dropout: Share of a description's tokens masked in training.
+        noise: Gaussian noise on its vectors in training, as a share of their own size.
+    """
+
+    queries: int = 8
+    layers: int = 1
+    heads: int = 4
+    dropout: float = 0.1
+    word_dropout: float = 0.1
+    noise: float = 0.2
+
+    def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
+        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none.
+
+        Raises:
+            ConfigError: If there are more layers than can be meant; these settings may stand inside others.
+        """
+        check_layers("layers", self.layers)
+        return ConditionReader(
+            embedding,
+            vector,
+            width=width,
+            queries=self.queries,
+            layers=self.layers,
+            heads=self.heads,
+            features=features,
+            dropout=self.dropout,
+            word_dropout=self.word_dropout,
+            noise=self.noise,
+        )
+
+
+def collate(embeddings: Sequence[Embedding], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacks embeddings on a device: pooled (b, e), tokens (b, t, e), and a mask (b, t) that is true at real tokens."""
+    pooled = torch.stack([one.pooled for one in embeddings])
+    tokens = nn.utils.rnn.pad_sequence([one.tokens for one in embeddings], batch_first=True)
+    lengths = torch.tensor([len(one.tokens) for one in embeddings])
+    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    return pooled.to(device), tokens.to(device), mask.to(device)
+
+
+def draw(data: TrainingSet, tasks: Sequence[int], loop: TrainingLoop) -> list[Embedding]:
+    """One description of each of some tasks, at random."""
+    picks = torch.randint(2**31, (len(tasks),), generator=loop.rng).tolist()
+    return [data.embeddings[i][pick % len(data.embeddings[i])] for i, pick in zip(tasks, picks, strict=True)]
+
+
+class NetworkMethod(Method):
+    """A method around one deterministic network; what the network is follows from the settings and a shape alone.
+
+    Attributes:
+        network: The network.
+        shape: What `build` made it from; JSON values.
+    """
+
+    network: nn.Module | None = None
+    shape: dict[str, Any]
+
+    @abc.abstractmethod
+    def build(self, shape: Mapping[str, Any]) -> nn.Module:
+        """Makes the untrained network."""
+
+    def start(self, shape: dict[str, Any], loop: TrainingLoop) -> nn.Module:
+        """Builds the network from the loop's seed on its device, unless there is one, which then goes on learning."""
+        if self.network is None:
+            self.shape = shape
+            with loop.seeded():
+                self.network = self.build(shape)
+            self.network.to(loop.accelerator.device)
+        return self.network
+
+    def predict(self, embeddings: Sequence[Embedding], *more: Tensor | None) -> Tensor:
+        """Codes (b, c), with gradients if the network is training; `more` is what a method's network takes besides descriptions."""
+        if self.network is None:
+            raise self.unfitted()
+        device = next(self.network.parameters()).device
+        return self.network(*collate(embeddings, device), *(None if one is None else one.to(device) for one in more))
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """One code, repeated."""
+        with torch.inference_mode():
+            return self.predict([condition.embedding]).cpu().expand(count, -1).clone()
+
+    def state(self) -> State:
+        """The network's parameters, and the shape from which it is built."""
+        if self.network is None:
+            raise self.unfitted()
+        return State(nested(network=self.network.state_dict()), dict(self.shape))
+
+    def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
+        """Builds the network and loads its parameters."""
+        with torch.device("meta"):
+            network = self.build(shape)
+        network.load_state_dict(part(tensors, "network"), assign=True)
+        self.network, self.shape = network.requires_grad_(False).eval(), dict(shape)
+
+
+def reconstruct(method: NetworkMethod, data: TrainingSet, loop: TrainingLoop, steps: int, learning_rate: float, batch: int) -> None:
+    """Trains a method's network, once started, on random (expert, description) pairs; without experts nothing happens.
+
+    In a shared subspace, codes are cores divided by one number per module, so their squared distance is ‖ΔW − ΔW'‖²
+    summed over modules with one weight each. Validation is the same distance on held-out experts.
+    """
+    training, held = torch.tensor(data.training_experts), data.validation_experts
+    if method.network is None:
+        raise method.unfitted()
+    if not len(training):
+        return
+    device = loop.accelerator.device
+
+    def loss(_: nn.Module, step: int) -> Batch:
+        rows = training[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
+        drawn = draw(data, rows, loop)
+        return Batch(batch, lambda share: _distance(method.predict(drawn[share]), data.codes[rows[share]].to(device)))
+
+    def validate(_: nn.Module) -> float:
+        distances = []
+        with torch.no_grad():
+            for i in held:
+                guessed = method.predict(data.embeddings[i][:_WORDINGS])
+                distances.append(_distance(guessed, data.codes[i].to(device).expand(len(guessed), -1)))
+        return torch.stack(distances).mean().item()
+
+    settings = LoopSettings(steps, learning_rate, validate_every=100)
+    loop.run(f"{method.name} reconstruction", method.network, loss, validate if held else None, settings)
+
+
+def _distance(guessed: Tensor, right: Tensor) -> Tensor:
+    if guessed.shape != right.shape:  # a silent broadcast here once pulled a published method to the batch mean
+        raise AssertionError(f"codes {tuple(guessed.shape)} against {tuple(right.shape)}")
+    return F.mse_loss(guessed, right)

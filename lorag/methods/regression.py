@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorag.methods.method import Method, Settings, State, whole
-from lorag.methods.network_method import NetworkMethod, reconstruct
+from lorag.methods.method import Method, NetworkMethod, Settings, State, reconstruct, whole
 from lorag.networks.readers import PooledNetwork
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.baselines import MixtureSettings
-from lorag.methods.method import whole
-from lorag.methods.network_method import ReaderSettings, collate
+from lorag.methods.method import ReaderSettings, collate, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
 from lorag.networks.vae import LearnedPriorVae

@@ -75,7 +75,7 @@ class CodeIndex:
         names = generator.conditioner.names
         if not names:
             raise BankError("the bank has no experts", remedy="Add some.")
-        return cls(generator, torch.stack([generator.space.encode(bank.adapter(name)).float() for name in names]))
+        return cls(generator, torch.stack([generator.space.encode(bank.adapter(name).factors).float() for name in names]))
 
     def scores(self, description: str, seed: int = 0) -> Tensor:
         """One value for each expert (n,): less the distance between its code and the description's, in shares of the code's size."""

@@ -21,7 +21,6 @@ from lorag.progress import progress_bar
 from lorag.spaces.weight_space import SpaceInputs, WeightSpace
 
 if TYPE_CHECKING:
-    from lorag.adapters.adapter import LoraAdapter
     from lorag.base.layout import LoraLayout
 
 __all__ = ["ActivationBases", "ReadTexts", "alignment"]
@@ -152,9 +151,8 @@ class ActivationBases(WeightSpace):
         """The wanted rank, at most the space's."""
         return max(1, min(wanted, self.rank))
 
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) whose factors are nearest to an adapter's; of one of a higher rank, to its best approximation."""
-        factors = adapter.factors
+    def encode(self, factors: Factors) -> Tensor:
+        """Code (c,) whose factors are nearest to these; of those of a higher rank, to their best approximation."""
         factors = factors.truncated(self.rank)[0] if factors.rank > self.rank else factors.padded(self.rank)
         parts = []
         for name, entry, u_out in zip(self.layout.names, self.entry, self.bases_out, strict=True):
@@ -163,11 +161,11 @@ class ActivationBases(WeightSpace):
             parts.append((torch.linalg.pinv(u_out.double()) @ b).T.flatten())
         return torch.cat(parts).float()
 
-    def energy(self, adapter: LoraAdapter) -> float:
+    def energy(self, factors: Factors) -> float:
         """Share of ‖ΔW‖² over all modules that the code keeps, at most 1."""
-        whole = adapter.factors.norm() ** 2
-        kept = self.decode(self.encode(adapter)[None], self.rank)[0]
-        lost = whole - 2 * kept.dot(adapter.factors) + kept.norm() ** 2
+        whole = factors.norm() ** 2
+        kept = self.decode(self.encode(factors)[None], self.rank)[0]
+        lost = whole - 2 * kept.dot(factors) + kept.norm() ** 2
         return max(0.0, 1 - lost / whole) if whole else 1.0
 
     def differentiable(self, codes: Tensor) -> dict[str, Pair]:

@@ -70,11 +70,11 @@ class FlatFactors(WeightSpace):
         """The space's own."""
         return self.rank
 
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) of an adapter."""
-        if adapter.rank > self.rank:
-            raise GeneratorError("an adapter's rank exceeds the weight space's", got=adapter.rank, expected=f"at most {self.rank}")
-        padded = adapter.factors.padded(self.rank)
+    def encode(self, factors: Factors) -> Tensor:
+        """Code (c,) of an adapter's factors."""
+        if factors.rank > self.rank:
+            raise GeneratorError("an adapter's rank exceeds the weight space's", got=factors.rank, expected=f"at most {self.rank}")
+        padded = factors.padded(self.rank)
         values = torch.cat([factor.flatten() for name in self.layout.names for factor in padded[name]])
         return (values - self.mean) / self.scale
 

@@ -125,18 +125,18 @@ class SharedSubspace(WeightSpace):
         """Any up to k."""
         return min(wanted, self.k)
 
-    def cores(self, adapter: LoraAdapter) -> Tensor:
-        """Cores (m, k, k) of an adapter, in fp32."""
+    def cores(self, factors: Factors) -> Tensor:
+        """Cores (m, k, k) of an adapter's factors, in fp32."""
         found = []
         precise = torch.float64 if self.bases_in[0].dtype == torch.float32 else torch.float32  # bases in bf16 are not worth more
         for module, u_in, u_out in zip(self.layout.modules, self.bases_in, self.bases_out, strict=True):
-            a, b = (factor.to(u_in.device) for factor in adapter.factors.pair(module.name, precise))
+            a, b = (factor.to(u_in.device) for factor in factors.pair(module.name, precise))
             found.append((u_out.to(precise).T @ b) @ (a @ u_in.to(precise)))
         return torch.stack(found).float()
 
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) of an adapter."""
-        return self.standardise(self.cores(adapter))
+    def encode(self, factors: Factors) -> Tensor:
+        """Code (c,) of an adapter's factors."""
+        return self.standardise(self.cores(factors))
 
     def standardise(self, cores: Tensor) -> Tensor:
         """Codes (..., c) of cores (..., m, k, k)."""
@@ -147,10 +147,10 @@ class SharedSubspace(WeightSpace):
         cores = rearrange(codes, "... (m p q) -> ... m p q", m=len(self.layout), p=self.k)
         return cores * self.scale[:, None, None] + self.mean
 
-    def energy(self, adapter: LoraAdapter) -> float:
+    def energy(self, factors: Factors) -> float:
         """Share of ‖ΔW‖² over all modules that lies in the bases, from 0 to 1."""
-        whole = adapter.factors.norm() ** 2
-        return min(1.0, float(self.cores(adapter).double().square().sum() / whole)) if whole else 1.0
+        whole = factors.norm() ** 2
+        return min(1.0, float(self.cores(factors).double().square().sum() / whole)) if whole else 1.0
 
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
         """Best rank-r factors of each code (b, c), singular values shared evenly by A and B."""

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors, Pair
 from lorag.errors import GeneratorError
 
 if TYPE_CHECKING:
+    from lorag.adapters.adapter import LoraAdapter
     from lorag.base.layout import LoraLayout
     from lorag.base.row_adapters import Cores
     from lorag.base.runner import Runner
@@ -113,8 +113,8 @@ class WeightSpace(ABC):
         """The rank of adapters that the space decodes which is nearest to a wanted one."""
 
     @abstractmethod
-    def encode(self, adapter: LoraAdapter) -> Tensor:
-        """Code (c,) of an adapter."""
+    def encode(self, factors: Factors) -> Tensor:
+        """Code (c,) of an adapter's factors."""
 
     @abstractmethod
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
@@ -151,7 +151,7 @@ class WeightSpace(ABC):
     @property
     def zero(self) -> Tensor:
         """Code (c,) of the adapter that changes nothing."""
-        return self.encode(LoraAdapter(self.layout, Factors.zeros(self.layout)))
+        return self.encode(Factors.zeros(self.layout))
 
     def scaled(self, codes: Tensor, strength: float) -> Tensor:
         """Codes (..., c) whose ΔW is `strength` times as large."""

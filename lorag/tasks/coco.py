@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import TaskError
-from lorag.files.artifacts import parse_json, write_json
+from lorag.files.artifacts import parse_json, read_bounded, write_json
 from lorag.files.images import ImageFile, copy_images
-from lorag.files.plain import read_bounded
 from lorag.tasks.suite import Example, Task, TaskSuite
 
 __all__ = ["import_coco"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorag.errors import DescriptionError
 
-__all__ = ["MAX_DESCRIPTION", "check_description"]
+__all__ = ["MAX_DESCRIPTION", "check_description", "same_words"]
 
 MAX_DESCRIPTION = 4096
 _INVISIBLE = "\ufeff\u200b\u2060"  # byte order mark and spaces of no width, which editors and web pages leave at ends
@@ -27,3 +27,8 @@ def check_description(text: object) -> str:
     if any((c < " " and c not in "\t\n\r") or c in "\x7f\ufffd" or "\ud800" <= c <= "\udfff" for c in stripped):
         raise DescriptionError("the description is not text", got=repr(stripped[:40]), remedy="Pass UTF-8 text.")
     return stripped
+
+
+def same_words(text: str) -> str:
+    """A description without what makes no other task of it: case, spaces and the full stop."""
+    return " ".join(text.casefold().split()).rstrip(".!")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import DescriptionError, TaskError
-from lorag.files.artifacts import read_json, write_json
-from lorag.files.plain import read_bounded
+from lorag.files.artifacts import read_bounded, read_json, write_json
 from lorag.tasks.derived import hold_out_groups
 from lorag.tasks.descriptions import check_description
 from lorag.tasks.suite import Example, Task, TaskSuite

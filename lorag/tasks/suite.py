@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorag.errors import ArtifactError, DescriptionError, TaskError
-from lorag.files.artifacts import parse_json, read_json, safe_name
+from lorag.files.artifacts import parse_json, read_json, require_plain, safe_name
 from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
-from lorag.files.plain import require_plain
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 
 __all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorag.errors import ConfigError
 from lorag.files.yaml_values import parse_yaml
-from lorag.tasks.suite import check_description
+from lorag.tasks.descriptions import check_description
 
 __all__ = ["PARTS", "read_unknown", "unknown_tasks"]
 

@@ -196,7 +196,7 @@ def _some_codes(generator: LoraGenerator, bank: AdapterBank) -> Tensor:
     conditioner = generator.conditioner
     step = -(-len(conditioner.names) // _REFERENCES)
     if len(bank):
-        return torch.stack([generator.space.encode(bank.adapter(name)) for name in conditioner.names[::step]])
+        return torch.stack([generator.space.encode(bank.adapter(name).factors) for name in conditioner.names[::step]])
     conditions = (conditioner(Embedding(vector, vector[None])) for vector in conditioner.centroids[::step])
     return torch.cat([generator.method.generate(condition, torch.Generator().manual_seed(0)).float() for condition in conditions])
 

@@ -78,7 +78,7 @@ def _members(
         if name in known and name not in adapters:
             latents.append(method.latents[known[name]])
         else:
-            code = generator.space.encode(adapters.get(name) or bank.adapter(name))
+            code = generator.space.encode((adapters.get(name) or bank.adapter(name)).factors)
             latents.append(method.encode(code[None], vector[None]).mean[0])
         vectors.append(vector)
     return _Members(tuple(names), torch.stack(latents), torch.stack(vectors))

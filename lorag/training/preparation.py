@@ -106,7 +106,7 @@ def prepare(
         space = fit_space(space_name, SpaceInputs(layout, bank, k, rank, runner, training, seed, quiet))
     codes, deviations = [], []
     for expert in progress_bar(bank.experts, desc="encoding experts", disable=quiet, leave=False):
-        checkpoints = torch.stack([space.encode(bank.adapter(expert.name, i)) for i in range(expert.checkpoints)])
+        checkpoints = torch.stack([space.encode(bank.adapter(expert.name, i).factors) for i in range(expert.checkpoints)])
         codes.append(checkpoints[-1])
         deviations.append(checkpoints.std(0) if len(checkpoints) > 1 else torch.zeros_like(checkpoints[0]))
     described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
-from lorag.adapters.model_card import CARD
+from lorag.adapters.publishing import CARD
 from lorag.files.artifacts import slug
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorag.errors import ConfigError
-from lorag.tasks.suite import check_description
+from lorag.tasks.descriptions import check_description
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter

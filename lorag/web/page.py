@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lorag.errors import LoragError, UnknownTaskError
-from lorag.tasks.suite import MAX_DESCRIPTION
+from lorag.tasks.descriptions import MAX_DESCRIPTION
 from lorag.web import drawings
 from lorag.web.orders import MOST_INPUT, MOST_INPUTS, MOST_SAMPLES, Made, Order
 

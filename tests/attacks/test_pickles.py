@@ -11,8 +11,7 @@ import torch
 from lorag.bank.bank import AdapterBank
 from lorag.base.base_model import BaseModel
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, LoragError
-from lorag.files.artifacts import read_json
-from lorag.files.plain import looks_like
+from lorag.files.artifacts import looks_like, read_json
 from lorag.files.training_state import load_training_state
 from lorag.tasks.suite import TaskSuite
 from lorag.text.embedding import SentenceEmbedder

@@ -8,8 +8,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
 from lorag.cli.info import describe_path
 from lorag.errors import LoragError
-from lorag.files.artifacts import read_json, resolve_inside
-from lorag.files.plain import require_plain
+from lorag.files.artifacts import read_json, require_plain, resolve_inside
 from lorag.files.tensors import read_header
 from lorag.tasks.suite import TaskSuite
 
