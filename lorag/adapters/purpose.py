@@ -14,6 +14,7 @@ from typing import Any
 
 from lorag.errors import UndescribedError
 from lorag.files.artifacts import decode_text, read_bounded
+from lorag.files.markdown import plain_text, split_front, visible_text
 from lorag.tasks.descriptions import check_description
 
 __all__ = ["CARD", "SIDECAR", "Purpose", "find_purpose", "stated_licence"]
@@ -24,7 +25,6 @@ _READ_CARD = 2**13  # characters; what a model is for stands at the start of its
 _MOST_WORDINGS = 64
 _LONGEST = 600
 _FEWEST_WORDS = 3
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)---[ \t]*(?:\n|\Z)", re.S)
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
 # Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
@@ -119,8 +119,8 @@ def _text(path: Path, most: int) -> str:
 
 
 def _stated_licence(card: str) -> str | None:
-    front = _FRONT.match(card)
-    found = _LICENCE.search(front[1]) if front else None
+    front, _ = split_front(card)
+    found = _LICENCE.search(front) if front else None
     return found[1] if found else None
 
 
@@ -130,7 +130,7 @@ def card_text(card: str) -> str | None:
     It must stand right under the title, or under a heading such as Model Description, Summary, Task or Intended Use;
     lists, tables, quotes, images, code and what every template says are passed over.
     """
-    body = _visible(_FRONT.sub("", card, count=1)[:_READ_CARD])
+    body = visible_text(split_front(card)[1][:_READ_CARD])
     telling, start = True, 0
     sections: list[str] = []
     for number, heading in enumerate([*_HEADING.finditer(body), None]):
@@ -143,7 +143,7 @@ def card_text(card: str) -> str | None:
         lines = [line for line in paragraph.splitlines() if line.strip()]
         if not lines or any(_NO_TEXT.match(line) for line in lines):
             continue
-        text = _plain(" ".join(lines))
+        text = plain_text(" ".join(lines))
         if _words(text) >= _FEWEST_WORDS and not _EMPTY.match(text):
             return _shortened(text)
     return None
@@ -153,29 +153,6 @@ def _words(text: str) -> int:
     """How many words a text has; two signs of a script that puts no blanks between them, such as Japanese or Thai, count as one."""
     joined = _JOINED.findall(text)
     return len(_JOINED.sub(" ", text).split()) + (sum(map(len, joined)) + 1) // 2
-
-
-def _visible(text: str) -> str:
-    """Text without comments, scripts, details and blocks of code; what is opened and never closed hides the rest, as in a browser."""
-    for start, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"), ("<details", "</details>")):
-        first, *others = text.split(start)
-        text = "\n".join([first, *(other.partition(end)[2] for other in others)])
-    shown, fence = [], ""
-    for line in text.splitlines():
-        mark = line.lstrip()[:3]
-        if mark in ("```", "~~~") and mark == (fence or mark):
-            fence = "" if fence else mark
-        elif not fence:
-            shown.append(line)
-    return "\n".join(shown)
-
-
-def _plain(text: str) -> str:
-    """Markdown without its marks: links keep their words, emphasis and code their content."""
-    text = re.sub(r"!\[[^\]]{0,200}\]\([^)]{0,500}\)|<[^<>]{1,200}>", " ", text)
-    text = re.sub(r"\[([^\[\]]{0,200})\](\([^()]{0,500}\)|\[[^\[\]]{0,200}\])", r"\1", text)
-    text = re.sub(r"(\*\*|__|\*|`)(\S(?:[^*_`]{0,200}\S)?)\1", r"\2", text)
-    return " ".join(text.split())
 
 
 def _shortened(text: str) -> str:

@@ -60,6 +60,9 @@ def generate(
     descriptions: Annotated[
         Path | None, typer.Option(help="File with one a line, or JSON lines with name and description; --out gets a folder for each.")
     ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Skill: a text file of any length, with a description in YAML front matter if it has one.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that sample.")] = 0,
     strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
     generator: Annotated[str | None, typer.Option(help="Shipped generator by name, folder or hub id; by default sandbox.")] = None,
@@ -81,8 +84,8 @@ def generate(
     """Turn a description into an adapter folder, or each description of a file into one of its own."""
     import warnings
 
-    if (description is None) == (descriptions is None):
-        raise typer.BadParameter("give one description, or a file of them with --descriptions")
+    if sum(given is not None for given in (description, descriptions, file)) != 1:
+        raise typer.BadParameter("give one description, a file of them with --descriptions, or a skill with --file")
     if descriptions is not None:
         from lorag.generator.batch import BatchSettings
         from lorag.parallel import Backend
@@ -96,12 +99,14 @@ def generate(
 
     from lorag.errors import UnknownTaskWarning
     from lorag.generator.generate import generate_lora
+    from lorag.tasks.skills import read_skill
     from lorag.tasks.suite import read_pairs
 
+    skill = None if file is None else read_skill(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
         adapter = generate_lora(
-            str(description),
+            str(description) if skill is None else skill.description,
             generator=generator,
             seed=seed,
             strength=strength,
@@ -110,8 +115,11 @@ def generate(
             refine_steps=refine_steps,
             on_unknown=on_unknown,
             bank=bank,
+            details=() if skill is None else skill.pieces,
         )
     folder = adapter.save_pretrained(out)
+    if skill is not None:
+        print(f"{file}: {skill.line(adapter.info.get('details', ()))}")
     nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
     gate = adapter.info["gate"]

@@ -84,6 +84,7 @@ class Evidence:
         tasks: Names of the tasks that it was compared with, in the bank's order.
         code: What the method made of it (1, c).
         features: Each of `FEATURES` that was measured, by name; empty where no gate asked for any.
+        details: Further texts on the task that the condition holds as well.
     """
 
     text: str
@@ -91,6 +92,7 @@ class Evidence:
     tasks: tuple[str, ...]
     code: Tensor
     features: Mapping[str, float] = field(default_factory=dict)
+    details: tuple[str, ...] = ()
 
     def row(self) -> Tensor:
         """The features (f,) in the order of `FEATURES`, in fp64; 0 for those that were not measured."""

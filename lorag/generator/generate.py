@@ -65,6 +65,7 @@ def generate_lora(
     refine_steps: int = 0,
     on_unknown: str = "warn",
     bank: AdapterBank | str | Path | None = None,
+    details: Sequence[str] = (),
 ) -> LoraAdapter:
     """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
 
@@ -79,6 +80,8 @@ def generate_lora(
         on_unknown: What becomes of a description that the gate refuses, because the bank has nothing near it: "warn",
             "raise", "fallback" (an adapter that changes nothing) or "ignore" (the gate is not asked).
         bank: The generator's bank, its folder or hub id, or "sandbox": a known task then gets its own expert, a close one a fusion.
+        details: More texts on the task, such as `read_skill("SKILL.md").pieces`: those that are about the same as the description are
+            read with it; `info["details"]` says which.
 
     Returns:
         The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it; `info["gate"]` says how far
@@ -99,6 +102,7 @@ def generate_lora(
         refine_steps=refine_steps,
         on_unknown=on_unknown,
         bank=None if bank is None else find_bank(bank),
+        details=details,
     )
 
 

@@ -24,12 +24,13 @@ from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitte
 from lorag.generator.refine import check_examples, refine
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
+from lorag.text.embedding import with_details
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank, BankBase
     from lorag.methods import Method
     from lorag.spaces import WeightSpace
-    from lorag.text.embedding import TextEmbedder
+    from lorag.text.embedding import Embedding, TextEmbedder
 
 __all__ = ["ON_UNKNOWN", "LoraGenerator"]
 
@@ -117,7 +118,7 @@ class LoraGenerator:
         Raises:
             DescriptionError: If the description cannot be used.
         """
-        return self._gather(check_description(description), seed, examples, ask=True)
+        return self._gather(check_description(description), seed, examples, (), ask=True)
 
     def generate(
         self,
@@ -130,6 +131,7 @@ class LoraGenerator:
         refine_steps: int = 0,
         on_unknown: str = "warn",
         bank: AdapterBank | None = None,
+        details: Sequence[str] = (),
     ) -> LoraAdapter:
         """Makes an adapter for a task that is only described.
 
@@ -145,6 +147,8 @@ class LoraGenerator:
             on_unknown: What becomes of a description that the gate refuses: "warn" generates and warns, "raise" raises,
                 "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
             bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
+            details: More texts on the task, such as the pieces of a skill's file: those that are nearer to the description than the
+                bank's tasks are to each other are read with it, and stand in `info["details"]`.
 
         Returns:
             The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, by which evidence, and what was
@@ -166,6 +170,7 @@ class LoraGenerator:
             refine_steps=refine_steps,
             on_unknown=on_unknown,
             bank=bank,
+            details=details,
         )
         return next(adapters)
 
@@ -180,6 +185,7 @@ class LoraGenerator:
         refine_steps: int = 0,
         on_unknown: str = "warn",
         bank: AdapterBank | None = None,
+        details: Sequence[str] = (),
     ) -> Iterator[LoraAdapter]:
         """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
         checked = [check_description(text) for text in descriptions]
@@ -192,6 +198,7 @@ class LoraGenerator:
             refine_steps=refine_steps,
             on_unknown=on_unknown,
             bank=bank,
+            details=details,
         ):
             if isinstance(one, LoragError):
                 raise one
@@ -208,9 +215,10 @@ class LoraGenerator:
         refine_steps: int = 0,
         on_unknown: str = "warn",
         bank: AdapterBank | None = None,
+        details: Sequence[str] = (),
     ) -> Iterator[LoraAdapter | LoragError]:
         """`generate_many` for descriptions that were checked; an error that concerns one of them stands in the place of its adapter."""
-        examples = check_examples(examples, refine_steps)
+        examples, details = check_examples(examples, refine_steps), [check_description(text) for text in details]
         if on_unknown not in ON_UNKNOWN:
             raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
         decoded_rank = self._rank(rank)
@@ -219,7 +227,7 @@ class LoraGenerator:
             plans: list[_Plan | LoragError] = []
             for text in descriptions[start : start + _TOGETHER]:
                 try:
-                    evidence = self._gather(text, seed, examples, ask=on_unknown != "ignore")
+                    evidence = self._gather(text, seed, examples, details, ask=on_unknown != "ignore")
                     plans.append(self._plan(evidence, on_unknown, bank, rank))
                 except LoragError as error:
                     plans.append(error)
@@ -236,17 +244,32 @@ class LoraGenerator:
 
     # --- the steps of it -----------------------------------------------------------------------------------------
 
-    def _condition(self, text: str, examples: Sequence[tuple[str, str]] = ()) -> Condition:
-        condition = self.conditioner(self.embedder.embed([text])[0])
+    def _condition(self, text: str, examples: Sequence[tuple[str, str]] = (), details: Mapping[str, Embedding] | None = None) -> Condition:
+        condition = self.conditioner(with_details(self.embedder.embed([text])[0], list((details or {}).values())))
         if not examples:
             return condition
         return replace(condition, task_vector=self.runner().hidden([given for given, _ in examples]).mean(0).cpu())
 
-    def _gather(self, text: str, seed: int, examples: Sequence[tuple[str, str]], *, ask: bool) -> Evidence:
-        condition = self._condition(text, examples)
+    def _gather(self, text: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
+        known = self._about(text, details)
+        condition = self._condition(text, examples, known)
         if self.gate is None or not ask:
-            return gather(self, text, condition, seed=seed)
-        return gather(self, text, condition, seed=seed, reference=self.gate.reference, needed=self.gate.needed)
+            return replace(gather(self, text, condition, seed=seed), details=tuple(known))
+
+        def condition_of(reworded: Embedding) -> Condition:
+            return self.conditioner(with_details(reworded, list(known.values())))
+
+        reference, needed = self.gate.reference, self.gate.needed
+        found = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
+        return replace(found, details=tuple(known))
+
+    def _about(self, text: str, details: Sequence[str]) -> dict[str, Embedding]:
+        """Those of further texts that are about what a description says; the others would drown it."""
+        if not details:
+            return {}
+        description, *others = self.embedder.embed([text, *details])
+        least = self.conditioner.usual_similarity
+        return {one: own for one, own in zip(details, others, strict=True) if float(description.pooled @ own.pooled) > least}
 
     def _judge(self, evidence: Evidence) -> Verdict:
         return unfitted(evidence.condition) if self.gate is None else self.gate.decide(evidence)
@@ -307,6 +330,8 @@ class LoraGenerator:
             "norms": {name: round(norm, 6) for name, norm in norms.items()},
             "versions": versions(),
         }
+        if plan.evidence.details:
+            info["details"] = list(plan.evidence.details)
         info["license"] = licence_of(info).name
         return replace(adapter, base_model=model.name, task_type=TASK_TYPES[model.kind], info=info)
 

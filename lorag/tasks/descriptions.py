@@ -23,7 +23,9 @@ def check_description(text: object) -> str:
     if not stripped:
         raise DescriptionError("the description is empty", remedy='Say what the adapter should do, such as "summarise legal text".')
     if len(stripped) > MAX_DESCRIPTION:
-        raise DescriptionError("the description is too long", got=f"{len(stripped)} characters", expected=f"at most {MAX_DESCRIPTION}")
+        remedy = "Say it in a sentence, and give the rest as a file: lorag generate --file, or details=."
+        got = f"{len(stripped)} characters"
+        raise DescriptionError("the description is too long", got=got, expected=f"at most {MAX_DESCRIPTION}", remedy=remedy)
     if any((c < " " and c not in "\t\n\r") or c in "\x7f\ufffd" or "\ud800" <= c <= "\udfff" for c in stripped):
         raise DescriptionError("the description is not text", got=repr(stripped[:40]), remedy="Pass UTF-8 text.")
     return stripped

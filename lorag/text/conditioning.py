@@ -20,6 +20,7 @@ __all__ = ["Condition", "Conditioner", "Mixture", "mixture", "mixture_weights"]
 _DIRECTIONS = 64  # in which the descriptions of a bank are taken to differ, at most; a third of the experts in small banks
 _FOUND = 64  # neighbours that are found among many experts: more than any method mixes
 _CHUNK = 16_384
+_COMPARED = 512  # experts whose descriptions are compared with each other
 _MOST_EXCLUDED = 4096  # experts that an index is asked to pass over
 
 
@@ -114,6 +115,15 @@ class Conditioner:
     @functools.cached_property
     def _search(self) -> NeighbourSearch:
         return NeighbourSearch(self.centroids)
+
+    @functools.cached_property
+    def usual_similarity(self) -> float:
+        """Median cosine between the descriptions of two experts, among at most 512 of them; 0 where there are fewer than two."""
+        some = self.centroids[:: -(-len(self.names) // _COMPARED) or 1]
+        if len(some) < 2:
+            return 0.0
+        pairs = torch.ones(len(some), len(some)).triu(1).bool()
+        return (some @ some.T)[pairs].median().item()
 
     def outside(self, embedding: Embedding) -> float:
         """Share of a description, less the bank's mean, that lies outside of the directions in which the bank's differ most."""

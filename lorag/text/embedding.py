@@ -18,7 +18,7 @@ from lorag.progress import progress_bar, quiet_loading
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["CachedEmbedder", "Embedding", "SentenceEmbedder", "TextEmbedder"]
+__all__ = ["CachedEmbedder", "Embedding", "SentenceEmbedder", "TextEmbedder", "with_details"]
 
 DEFAULT_EMBEDDER = MINILM
 _NOT_FETCHED = [
@@ -44,6 +44,15 @@ class Embedding:
 
     pooled: Tensor
     tokens: Tensor
+
+
+def with_details(description: Embedding, details: Sequence[Embedding]) -> Embedding:
+    """A description read together with further texts on the same task, which count half, all of them together."""
+    if not details:
+        return description
+    mean = torch.nn.functional.normalize(torch.stack([one.pooled for one in details]).mean(0), dim=0)
+    pooled = torch.nn.functional.normalize(description.pooled + mean, dim=0)
+    return Embedding(pooled, torch.cat([description.tokens, *(one.tokens for one in details)]))
 
 
 class TextEmbedder(Protocol):
