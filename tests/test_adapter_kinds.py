@@ -220,6 +220,6 @@ def test_the_revision_of_the_base_model_is_kept(llama_layout, random_adapter, tm
     read = LoraAdapter.from_pretrained(folder)
     assert read.base_revision == "v1"
     assert read.stated_base(kind="causal_lm").revision == "v1"
-    again = export_portable(folder, tmp_path / "again")
+    again = export_portable(folder, tmp_path / "again").adapter
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["revision"] == "v1" and again.base_revision == "v1"
     assert read.stated_base("other/base", "causal_lm").revision is None

@@ -202,5 +202,11 @@ def test_export_from_the_command_line(folder, tmp_path, capsys):
     assert code == 0 and "merged" in out, err
     assert run("export", folder, "--out", tmp_path / "p")[0] == 0
     assert run("info", tmp_path / "p")[0] == 0
-    assert run("export", folder, "--out", tmp_path / "q", "--strength", "2")[0] == 2
+    assert run("export", folder, "--out", tmp_path / "q", "--dtype", "float32")[0] == 2
+    assert run("export", folder, "--out", tmp_path / "q", "--gguf", "--mlx")[0] == 2
+    assert run("export", folder, "--out", tmp_path / "q", "--merge", "--rank", "2")[0] == 2
+    assert run("export", folder, "--out", tmp_path / "twice", "--strength", "2")[0] == 0
+    module = LoraAdapter.from_pretrained(folder).layout.names[0]
+    once, twice = (LoraAdapter.from_pretrained(path).delta(module) for path in (folder, tmp_path / "twice"))
+    assert torch.allclose(twice, 2 * once)
     assert run("export", tmp_path / "nothing", "--out", tmp_path / "q")[0] == 1

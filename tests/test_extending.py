@@ -8,9 +8,12 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
 
+from lorag.adapters import formats
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.export import export_as
 from lorag.base.objectives import OBJECTIVES, make_objective
 from lorag.base.runner import Runner
-from lorag.errors import TaskError
+from lorag.errors import AdapterError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import METHODS, method_type
 from lorag.methods.training_loop import TrainingLoop
@@ -88,3 +91,19 @@ def test_a_base_model_from_a_folder(base):
     model, layout = _example("A base model", "open_base")(base.model.name)
     assert model.identity() == base.identity
     assert {name.split(".")[-1] for name in layout.names} == {"q_proj", "v_proj"}
+
+
+def test_an_adapter_format_by_one_line(tmp_path, base, monkeypatch):
+    """Written by its name, read back, recognised by content; a spoiled line is refused."""
+    lines = _example("An adapter format", "Lines")()
+    monkeypatch.setenv("LORAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(formats, "FORMATS", {**formats.FORMATS, lines.name: lines})
+    monkeypatch.setattr("lorag.adapters.export.FORMATS", formats.FORMATS)
+    adapter = true_adapter(base.layout, "red", "cat")
+    export_as(adapter.save_pretrained(tmp_path / "a"), tmp_path / "out" / "a.lora.jsonl", "lines")
+    for place in (tmp_path / "out", tmp_path / "out" / "a.lora.jsonl"):
+        again = LoraAdapter.from_pretrained(place)
+        assert all(torch.allclose(again.delta(name), adapter.delta(name), atol=1e-6) for name in base.layout.names)
+    (tmp_path / "out" / "a.lora.jsonl").write_text('{"module": "x"}\n')
+    with pytest.raises(AdapterError, match="a line of"):
+        LoraAdapter.from_pretrained(tmp_path / "out")

@@ -19,6 +19,7 @@ from lorag import __version__
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
 from lorag.adapters.factors import Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
+from lorag.adapters.formats import Base, peft_folder
 from lorag.adapters.portability import Facts, check_portability
 from lorag.adapters.publishing import CARD, adapter_card, own_card, push_files, require_public, write_card
 from lorag.adapters.reading import AdapterParts, read_folder, weight_digest
@@ -28,7 +29,6 @@ from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import AdapterError, BaseModelError, LayoutError
 from lorag.files.artifacts import replace_together, write_json
-from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -183,23 +183,27 @@ class LoraAdapter:
         ignore_extra: bool = False,
         repair: bool = False,
         revision: str | None = None,
+        base: BaseModel | None = None,
     ) -> LoraAdapter:
-        """Reads a PEFT adapter, from a folder or the hub, and folds its scalings into one rank and one lora_alpha.
+        """Reads an adapter, from a folder, a file or the hub, and folds its scalings into one rank and one lora_alpha.
 
         Args:
-            path: Folder with adapter_config.json and adapter_model.safetensors, or a hub id such as user/name.
+            path: Folder with adapter_config.json and adapter_model.safetensors, a hub id such as user/name, or an adapter in
+                another format (`lorag.adapters.formats`).
             layout: The layout of the base model that it must fit. Without one, the modules are those of its own tensors;
                 whether a base model has just these is then checked by `apply_to`.
             allow_missing: Whether modules of the layout without tensors count as unchanged.
             ignore_extra: Whether factors of modules outside of the layout are left out.
             repair: Whether tensors that have the names of a wrapped model, as `.default.` and `_orig_mod.`, get the right ones.
             revision: Revision of the adapter on the hub.
+            base: Its base model, for formats that do not say enough of it.
 
         Raises:
             AdapterError: If anything about it differs from plain LoRA on this layout; see `lorag.adapters.reading`.
             ArtifactError: If there is no such folder or repository, or a file is not what it should be.
+            BaseModelError: If its format asks for the base model, and it is not given.
         """
-        folder = fetch(path, "adapter", revision)
+        folder = peft_folder(path, Base(base, () if layout is None else layout.modules), revision)
         if layout is None:
             facts = read_facts(folder, values=False)
             layout = own_layout(facts.config, facts.spec, folder, repair=repair)

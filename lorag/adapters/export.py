@@ -1,33 +1,37 @@
-"""Export: an adapter in the portable profile, or merged into its base model's weights, for programs that take no adapters."""
+"""Export: an adapter in the portable profile, in another format, or merged into its base model's weights."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
+from lorag.adapters.factors import MAX_RANK
+from lorag.adapters.formats import FORMATS, Base, peft_folder
 from lorag.adapters.provenance import base_fields, licence_of, versions
 from lorag.adapters.publishing import merged_card, write_card
 from lorag.adapters.purpose import find_purpose, stated_licence
-from lorag.base.base_model import DTYPES, BaseModel, stored_config
+from lorag.adapters.tensor_names import KEY, PREFIX
+from lorag.base.base_model import DTYPES, BaseModel, is_trusted, kind_of, stored_config
 from lorag.base.precision import cast_files, require_plain_weights, stored_types
-from lorag.errors import AdapterError, BaseModelError, MissingDependencyError, StorageError, UndescribedError
+from lorag.errors import AdapterError, BaseModelError, ConfigError, MissingDependencyError, StorageError, UndescribedError
 from lorag.files.artifacts import require_plain, write_json
-from lorag.files.atomic import writing
-from lorag.files.hub import fetch
+from lorag.files.atomic import write_atomically, writing
 from lorag.progress import quiet_loading
 
-__all__ = ["export_merged", "export_portable", "merge_into"]
+__all__ = ["Exported", "export_as", "export_merged", "export_portable", "merge_into"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +47,159 @@ _BESIDE = (*_TOKENIZER, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "descr
 _LARGEST_BESIDE = 2**28
 
 
-def export_portable(path: str | Path, out: str | Path) -> LoraAdapter:
-    """Writes an adapter anew with one rank and one lora_alpha; ΔW stays the same.
+def export_portable(
+    path: str | Path,
+    out: str | Path,
+    *,
+    base_model: str | None = None,
+    kind: str | None = None,
+    strength: float = 1.0,
+    rank: int | None = None,
+    keep: float | None = None,
+) -> Exported:
+    """Writes an adapter anew as a PEFT folder with one rank and one lora_alpha; ΔW stays the same, unless a rank is asked for.
 
     rsLoRA, rank_pattern and alpha_pattern are folded into the factors, which programs other than PEFT need, and names of a
     model that was still wrapped are put right. Its tokenizer, chat template, licence and description go along.
 
     Args:
-        path: Adapter folder or hub id.
+        path: Adapter folder or file in any format, or hub id.
         out: A new folder.
+        base_model: The base model, where the adapter does not say enough of it, or nothing.
+        kind: The base model's kind.
+        strength: Factor on ΔW.
+        rank: Rank of the nearest ΔW that is written.
+        keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
 
     Raises:
         AdapterError: If it is not a plain, whole and finite LoRA.
+        ConfigError: If rank or keep cannot be used.
         StorageError: If `out` is not empty, or writing fails.
     """
-    source = fetch(path, "adapter", more=_BESIDE)
-    adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
+    adapter, source, _ = _opened(path, base_model, kind, strength)
+    done = _truncated(adapter, rank, keep)
 
     def write(folder: Path) -> None:
-        adapter.save_pretrained(folder)
+        done.adapter.save_pretrained(folder)
         _copy_beside(source, folder)
 
     _into_new_folder(Path(out), write)
-    return adapter
+    return done
+
+
+def export_as(
+    path: str | Path,
+    out: str | Path,
+    name: str,
+    *,
+    base_model: str | None = None,
+    kind: str | None = None,
+    strength: float = 1.0,
+    rank: int | None = None,
+    keep: float | None = None,
+) -> Exported:
+    """Writes an adapter in another format than PEFT's, reads it back, and compares before it is moved into place.
+
+    Args:
+        path: Adapter folder or file in any format, or hub id.
+        out: A new file or folder, whichever the format is.
+        name: The format, one of FORMATS that are written.
+        base_model: The base model, where the adapter does not say enough of it, or nothing.
+        kind: The base model's kind.
+        strength: Factor on ΔW.
+        rank: Rank of the nearest ΔW that is written.
+        keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
+
+    Raises:
+        AdapterError: If it is not a plain, whole and finite LoRA, or the format cannot hold it.
+        BaseModelError: If the base model's architecture is not known to the format, or nothing says what it is.
+        ConfigError: If format, rank or keep cannot be used.
+        MissingDependencyError: If the format needs a package that is not installed.
+        StorageError: If `out` is there already, or writing fails.
+    """
+    known = FORMATS.get(name)
+    if known is None or known.writes is None:
+        written = ", ".join(one.name for one in FORMATS.values() if one.writes)
+        raise ConfigError("format of adapters cannot be written", got=repr(name)[:40], expected=written)
+    adapter, source, base = _opened(path, base_model, kind, strength)
+    adapter.factors.check_values()
+    done = _truncated(adapter, rank, keep)
+    place = Path(out)
+
+    def write(into: Path) -> None:
+        known.write(done.adapter, into, Base(base))
+        file = into if known.writes == "file" else known.weights(into)[0]
+        _compare(done.adapter, known.read(file, Base(base)), known.title)
+        if known.writes == "folder":
+            write_json(into / PROVENANCE, {"kind": "adapter", "lorag": __version__, **done.adapter.info})
+            _copy_beside(source, into)
+
+    if known.writes == "folder":
+        _into_new_folder(place, write)
+        return done
+    if place.exists() and not place.is_file() or place.is_file() and place.stat().st_size:
+        raise StorageError(f"{place} is there already", remedy="Choose a new file.")
+    write_atomically(place, write)
+    return done
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter as it was written.
+
+    Attributes:
+        adapter: With the ΔW that was written.
+        error: ‖ΔW − ΔW'‖ / ‖ΔW‖ of what a smaller rank lost; 0 where none was asked for.
+    """
+
+    adapter: LoraAdapter
+    error: float = 0.0
+
+
+def _opened(path: str | Path, base_model: str | None, kind: str | None, strength: float) -> tuple[LoraAdapter, Path, BaseModel | None]:
+    """The adapter with what its folder says, times the strength; its folder in PEFT's format; the base model that was named."""
+    base = None
+    if base_model is not None:
+        base = BaseModel(base_model, kind or kind_of(base_model), None, is_trusted(base_model))
+    source = peft_folder(path, Base(base), more=_BESIDE)
+    adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
+    if adapter.base_model is None and base is not None:
+        adapter = replace(adapter, base_model=base.name)
+    return adapter.scaled(strength), source, base
+
+
+def _truncated(adapter: LoraAdapter, rank: int | None, keep: float | None) -> Exported:
+    """The adapter in a rank, or in the smallest one that keeps a share of ‖ΔW‖²."""
+    if rank is None and keep is None:
+        return Exported(adapter)
+    if rank is not None and keep is not None:
+        raise ConfigError("rank and keep exclude each other", got=f"rank {rank}, keep {keep}", remedy="Give one of them.")
+    if keep is not None and not 0 < keep <= 1:
+        raise ConfigError("keep cannot be used", got=keep, expected="a share of ‖ΔW‖², above 0 and at most 1")
+    wanted = adapter.factors.rank_for(keep) if keep is not None else int(rank or 0)
+    if not 1 <= wanted <= MAX_RANK:
+        raise ConfigError("rank cannot be used", got=wanted, expected=f"1 to {MAX_RANK}")
+    factors, kept = adapter.factors.truncated(wanted)
+    return Exported(replace(adapter, factors=factors), math.sqrt(max(0.0, 1 - kept)))
+
+
+def _compare(adapter: LoraAdapter, form: PeftForm, title: str) -> None:
+    """Raises AdapterError unless what was read back is what was written, value by value."""
+    patterns = form.config["rank_pattern"] or form.config["alpha_pattern"]
+    alpha = form.config["lora_alpha"]
+    written = {
+        KEY.format(module=_plain(name), factor=factor): tensor
+        for name, pair in adapter.factors.tensors.items()
+        for factor, tensor in zip("AB", pair, strict=True)
+    }
+    read = {key.replace(PREFIX + "model.language_model.", PREFIX + "model."): value for key, value in form.tensors.items()}
+    same = not patterns and math.isclose(alpha, adapter.alpha, rel_tol=1e-6) and written.keys() == read.keys()
+    if not same or any(not torch.equal(value.float(), read[key].float()) for key, value in written.items()):
+        raise AdapterError(f"the adapter written as {title} is not read back as it was", got=f"{len(read)} tensors, alpha {alpha}")
+
+
+def _plain(module: str) -> str:
+    return module.replace("model.language_model.", "model.", 1) if module.startswith("model.language_model.") else module
 
 
 def _with_purpose(adapter: LoraAdapter, folder: Path) -> LoraAdapter:
@@ -97,7 +231,7 @@ def export_merged(
     """Adds an adapter's ΔW to its base model's weights and writes the model, its tokenizer and where they came from.
 
     Args:
-        path: Adapter folder or hub id.
+        path: Adapter folder or file in any format, or hub id.
         out: A new folder.
         base_model: The base model, if not the one that the adapter names.
         kind: Its kind, such as "causal_lm"; by default what the adapter and the base model's config say.
@@ -110,8 +244,7 @@ def export_merged(
         BaseModelError: If the base model cannot be had, is another one, is quantised, or holds a weight in several places.
         StorageError: If `out` is not empty, or writing fails.
     """
-    source = fetch(path, "adapter", more=_BESIDE)
-    adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source).scaled(strength)
+    adapter, source, _ = _opened(path, base_model, kind, strength)
     if dtype not in DTYPES:
         raise BaseModelError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
     _require_empty(Path(out))

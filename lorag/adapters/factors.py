@@ -226,6 +226,13 @@ class Factors(Mapping[str, Pair]):
             tensors[name] = balanced((left, values, right), rank)
         return Factors(tensors), kept / whole if whole else 1.0
 
+    def rank_for(self, share: float) -> int:
+        """The smallest rank whose nearest ΔW keeps a share of ‖ΔW‖², from above 0 to 1; one rank for all modules."""
+        values = torch.stack([torch.nn.functional.pad(v, (0, self.rank - len(v))) for v in (self.svd(name)[1] for name in self)])
+        kept = values.square().sum(0).cumsum(0)
+        enough = kept >= share * kept[-1] * (1 - 1e-12)
+        return int(enough.int().argmax().item()) + 1
+
     @staticmethod
     def concatenated(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
         """Σ w ΔW of several adapters, exactly: their factors side by side. Its rank is the sum of theirs, its precision fp64.

@@ -1,4 +1,4 @@
-"""Where adapters come from: a PEFT folder, a folder of such folders, the hub, or a list; each with the name that it will have in a bank."""
+"""Where adapters come from: folders, files, folders of such, the hub, or a list; each with the name that it will have in a bank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
+from lorag.adapters.formats import Base, adapter_files, peft_folder
 from lorag.errors import BankError, DescriptionError
 from lorag.files.artifacts import decode_text, read_bounded, safe_name
-from lorag.files.hub import fetch
 from lorag.tasks.descriptions import check_description
 
 __all__ = ["Source", "find_sources", "listed_sources"]
@@ -30,7 +30,7 @@ class Source:
 
     Attributes:
         label: How messages call it.
-        place: Its folder, or its hub id.
+        place: Its folder or file, or its hub id.
         name: Its name in a bank.
         descriptions: What its task is, where the list that names the adapter says so.
     """
@@ -40,20 +40,25 @@ class Source:
     name: str
     descriptions: tuple[str, ...] = ()
 
-    def folder(self, revision: str | None = None) -> Path:
-        """Its folder, fetched from the hub where it is a hub id.
+    def folder(self, revision: str | None = None, base: Base | None = None) -> Path:
+        """Its folder in PEFT's format: fetched from the hub where it is a hub id, made from another format where it is in one.
+
+        Args:
+            revision: Revision on the hub.
+            base: What is known of its base model.
 
         Raises:
+            AdapterError, BaseModelError: If it is in another format, and cannot be read.
             ArtifactError: If there is no such folder or repository.
         """
-        return fetch(self.place, "adapter", revision)
+        return peft_folder(self.place, base, revision)
 
 
 def find_sources(places: Sequence[str]) -> list[Source]:
     """Lists the adapters of some places; nothing is read or fetched yet.
 
     Args:
-        places: PEFT folders, folders that hold PEFT folders up to four levels down, and hub ids.
+        places: Adapter folders and files, folders that hold such up to four levels down, and hub ids.
 
     Returns:
         The adapters, those of one folder sorted by path. A folder without any is listed itself, and refused when it is read.
@@ -61,13 +66,17 @@ def find_sources(places: Sequence[str]) -> list[Source]:
     found: list[Source] = []
     for place in places:
         root = Path(place)
+        if root.is_file():
+            found.append(Source(place, root, safe_name(root.stem)))
+            continue
         if not root.is_dir():
             found.append(Source(place, place, safe_name(place.replace("/", "-"))))
             continue
         inside = list(_adapters(root))
-        for folder in inside or [root]:
-            parts = folder.relative_to(root).parts
-            found.append(Source(str(folder), folder, safe_name("-".join(parts) or root.resolve().name)))
+        for one in inside or [root]:
+            parts = one.relative_to(root).parts
+            parts = (*parts[:-1], one.stem) if one.is_file() else parts
+            found.append(Source(str(one), one, safe_name("-".join(parts) or root.resolve().name)))
     return found
 
 
@@ -103,7 +112,7 @@ def listed_sources(path: Path) -> list[Source]:
                 raise BankError(f"{where} cannot be used", got=line[:80], expected="a folder or hub id, a name and a description, by tabs")
             if place in found:
                 raise BankError(f"{where} names an adapter for the second time", got=place[:120])
-            if not Path(place).is_dir():
+            if not Path(place).exists():
                 validate_repo_id(place)
             texts = tuple(check_description(text) for text in more[1:])
         except (HFValidationError, DescriptionError, ValueError) as error:
@@ -117,7 +126,7 @@ def listed_sources(path: Path) -> list[Source]:
 
 
 def _adapters(root: Path) -> Iterator[Path]:
-    """Folders with an adapter, also below another one, as PEFT saves several; what is passed over is said.
+    """Folders with an adapter, also below another one, as PEFT saves several, and files with one; what is passed over is said.
 
     A trainer's checkpoints belong to the adapter above them. Links are not followed: they may lead anywhere.
     """
@@ -136,6 +145,7 @@ def _adapters(root: Path) -> Iterator[Path]:
                     logger.warning("passed over %s: it lies more than %d folders deep; name it to take it", here / name, _DEEPEST)
             folders[:] = []
         if CONFIG not in files and WEIGHTS not in files:
+            yield from adapter_files(here) if any(name.endswith((".gguf", ".safetensors")) for name in files) else ()
             continue
         above = any(parent in found for parent in here.parents)
         if above and _CHECKPOINT.fullmatch(here.name):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.adapter import LoraAdapter, fused_error
+from lorag.adapters.formats import Base
 from lorag.adapters.provenance import UNKNOWN
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
@@ -112,7 +113,7 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
     base, options = common
     where: Path | str = source.label
     try:
-        where = folder = source.folder(options.revision)
+        where = folder = source.folder(options.revision, Base(base.model, base.layout.modules))
         check = partial(check_base, base, folder, options.base_aliases)
         check_size = partial(check_norm, others=(), where=folder)
         parts = read_folder(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorag.adapters.adapter import fused_error
 from lorag.adapters.checks import CONFIG, check_config
 from lorag.adapters.folder import own_layout, read_facts
+from lorag.adapters.formats import Base
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES, BaseModel, is_trusted, kind_of
 from lorag.base.layout import LoraLayout
@@ -86,7 +87,10 @@ def start_bank(
     """
     if _is_filled(folder, new):
         return None
-    seen = _look(sources, revision, quiet)
+    given = (
+        None if new.base is None else BaseModel(new.base, new.kind or kind_of(new.base, new.revision), new.revision, is_trusted(new.base))
+    )
+    seen = _look(sources, revision, quiet, given)
     name = known_name(new.base or _agreed_name(seen, new.aliases))
     fitting = [one for one in seen if one.name is None or one.name in new.aliases or same_model(one.name, name)]
     if not fitting:
@@ -140,11 +144,11 @@ def _is_filled(folder: Path, new: NewBank) -> bool:
     return True
 
 
-def _look(sources: Sequence[Source], revision: str | None, quiet: bool) -> list[_Seen]:
+def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: BaseModel | None) -> list[_Seen]:
     found, first = [], None
     for source in progress_bar(sources, desc="looking at adapters", disable=quiet or len(sources) < 64, leave=False):
         try:
-            folder = source.folder(revision)
+            folder = source.folder(revision, Base(base))
             facts = read_facts(folder, values=False)
             check_config(facts.config, folder / CONFIG)
             named, at, task = (facts.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))

@@ -62,7 +62,8 @@ def build(
 def add(
     bank: Annotated[Path, typer.Option(help="The bank; a new one is started from what the adapters' configs say.")],
     places: Annotated[
-        list[str] | None, typer.Argument(help="PEFT LoRA folders, folders of such folders, or hub ids such as user/name.")
+        list[str] | None,
+        typer.Argument(help="Adapters (folders, or files in another format than PEFT's), folders of such, or hub ids such as user/name."),
     ] = None,
     listed: Annotated[
         Path | None, typer.Option("--from", help="File with a folder or hub id a line, and by tabs a name and a description.")

@@ -13,11 +13,13 @@ from typing import Any
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE
 from lorag.adapters.folder import read_facts
+from lorag.adapters.formats import Base, adapter_files, format_of, peft_folder
 from lorag.adapters.portability import check_portability
 from lorag.adapters.provenance import UNKNOWN, derive, licence_of, prompt_of
 from lorag.adapters.reading import read_provenance
 from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex
+from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.errors import ArtifactError, LoragError, printable
 from lorag.files.artifacts import read_json
 from lorag.files.tensors import load_tensors, read_header
@@ -30,12 +32,20 @@ _INDENT, _WIDTH = 16, 120
 _LOOKED_AT = 48  # experts of a bank that are read for its card, evenly spread
 
 
-def describe_path(path: Path) -> str:
-    """Describes a folder.
+def describe_path(path: Path, base_model: str | None = None) -> str:
+    """Describes a folder, or a file with an adapter in another format than PEFT's.
+
+    Args:
+        path: The folder or file.
+        base_model: An adapter's base model, where its format does not say enough of it.
 
     Raises:
         ArtifactError: If it holds nothing that lorag knows, or what it holds cannot be read.
+        BaseModelError: If an adapter's format asks for the base model.
     """
+    files = [path] if path.is_file() else adapter_files(path) if path.is_dir() else []
+    if files:
+        return _shown(_foreign(path, files[0], base_model))
     for marker, describe in (
         ("bank.json", _bank),
         ("generator.json", _generator),
@@ -50,10 +60,14 @@ def describe_path(path: Path) -> str:
                 raise
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ArtifactError(f"{path / marker} cannot be read", got=repr(error)[:120]) from error
-            return "\n".join(_line(key, printable(str(value))) for key, value in found.items())
+            return _shown(found)
     raise ArtifactError(
         f"{path} holds nothing that lorag knows", expected="a folder with bank.json, generator.json, adapter_config.json or tasks.jsonl"
     )
+
+
+def _shown(card: Mapping[str, Any]) -> str:
+    return "\n".join(_line(key, printable(str(value))) for key, value in card.items())
 
 
 def _line(key: str, text: str) -> str:
@@ -213,6 +227,15 @@ def _adapter(path: Path) -> dict[str, Any]:
     derived = licence_of(info)
     card["licence"] = f"{derived.name}: {derived.reason}" if info else "not stated: no lorag.json"
     return card | {f"in {verdict.target}": verdict.line() for verdict in check_portability(facts)}
+
+
+def _foreign(path: Path, file: Path, base_model: str | None) -> dict[str, Any]:
+    """An adapter in another format, by what it is in PEFT's."""
+    base = None if base_model is None else BaseModel(base_model, kind_of(base_model), None, is_trusted(base_model))
+    folder = peft_folder(path, Base(base))
+    known = format_of(file)
+    card = _adapter(folder)
+    return {"kind": f"{card.pop('kind')} in the format of {known.title if known else 'PEFT'}", **card}
 
 
 def _norms(path: Path) -> str:

@@ -243,7 +243,7 @@ def fuse(
     from lorag.training.fuse import read_weights
 
     given = read_weights(names)
-    if bank is None and not all("/" in name or Path(name).is_dir() for name in given):
+    if bank is None and not all("/" in name or Path(name).exists() for name in given):
         bank = "sandbox"
     adapter = run(given, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
     folder = adapter.save_pretrained(out)
@@ -267,11 +267,14 @@ def quickstart(
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="Adapter, bank, generator or suite.")]) -> None:
-    """Say what a folder holds."""
+def info(
+    path: Annotated[Path, typer.Argument(help="Adapter (a folder, or a file in another format than PEFT's), bank, generator or suite.")],
+    base_model: Annotated[str | None, typer.Option("--base-model", help="An adapter's base model, where its format asks for it.")] = None,
+) -> None:
+    """Say what a folder or file holds."""
     from lorag.cli.info import describe_path
 
-    print(describe_path(path))
+    print(describe_path(path, base_model))
 
 
 @sandbox_app.command("build")

@@ -10,9 +10,9 @@ import typer
 __all__ = ["register"]
 
 BaseKind = Annotated[
-    str | None, typer.Option("--kind", help="Base model's kind: causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq; with --merge.")
+    str | None, typer.Option("--kind", help="Base model's kind: causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq.")
 ]
-BaseModelName = Annotated[str | None, typer.Option("--base-model", help="Base model, if not the one that the adapter names.")]
+BaseModelName = Annotated[str | None, typer.Option("--base-model", help="Base model, if the adapter does not name the right one.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -23,27 +23,42 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or file (PEFT, GGUF, MLX, diffusers, kohya), or hub id.")],
+    out: Annotated[Path, typer.Option(help="A new folder; a new file with --gguf.")],
     merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter merged into its weights.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file for llama.cpp (extra `gguf`).")] = False,
+    mlx: Annotated[bool, typer.Option("--mlx", help="Write a folder for mlx-lm.")] = False,
     base_model: BaseModelName = None,
     kind: BaseKind = None,
-    strength: Annotated[float, typer.Option(help="Factor on ΔW; with --merge.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Factor on ΔW.")] = 1.0,
+    rank: Annotated[int | None, typer.Option(min=1, help="Write the nearest ΔW of this rank.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Write the smallest rank that keeps this share of ‖ΔW‖², such as .95.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Write an adapter with one rank and one alpha, as every program reads it, or merged into its base model."""
-    from lorag.adapters.export import export_merged, export_portable
+    """Write an adapter as a PEFT folder of one rank and one alpha, which every program reads, in another format, or merged."""
+    from lorag.adapters.export import export_as, export_merged, export_portable
 
-    if not merge and (base_model is not None or kind is not None or strength != 1.0 or dtype != "auto"):
-        raise typer.BadParameter("--base-model, --kind, --strength and --dtype need --merge")
+    if merge + gguf + mlx > 1:
+        raise typer.BadParameter("--merge, --gguf and --mlx exclude each other")
+    if merge and (rank is not None or keep is not None):
+        raise typer.BadParameter("--rank and --keep are for adapters, not for --merge")
+    if not merge and dtype != "auto":
+        raise typer.BadParameter("--dtype needs --merge")
     if merge:
         merged = export_merged(adapter, out, base_model=base_model, kind=kind, strength=strength, dtype=dtype)
         typer.echo(f"{out}: {base_model or merged.base_model} with the adapter merged into {len(merged.layout)} weights")
         typer.echo(f'next: AutoModel….from_pretrained("{out}")')
         return
-    written = export_portable(adapter, out)
-    typer.echo(f"{out}: rank {written.rank} adapter of {written.base_model}, one lora_alpha for all modules")
-    typer.echo(f"next: lorag info {out}")
+    if gguf or mlx:
+        name = "gguf" if gguf else "mlx"
+        done = export_as(adapter, out, name, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep)
+    else:
+        done = export_portable(adapter, out, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep)
+    typer.echo(f"{out}: rank {done.adapter.rank} adapter of {base_model or done.adapter.base_model}, one lora_alpha for all modules")
+    if rank is not None or keep is not None:
+        typer.echo(f"relative error of ΔW: {done.error:.3g}")
+    following = f"llama-cli -m BASE.gguf --lora {out}" if gguf else f"mlx_lm.generate --model BASE --adapter-path {out}"
+    typer.echo(f"next: {following if gguf or mlx else f'lorag info {out}'}")
 
 
 def push(

@@ -21,6 +21,7 @@ __all__ = ["fetch", "push"]
 # What is fetched of an adapter. Of banks and generators it is the manifest, then what the manifest lists. A repository may
 # hold anything else, such as pickles or a whole model; it stays there.
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "lorag.json", "README.md", "description.txt"]
+_ADAPTER_FILES += ["adapters.safetensors", "pytorch_lora_weights.safetensors"]  # as mlx-lm and diffusers call theirs
 _MANIFESTS = {"bank": "bank.json", "generator": "generator.json"}
 # Tokens of the hub, what follows "Bearer", and JSON web tokens.
 _SECRET = re.compile(r"hf_\w{8,}|(?<=Bearer )\S+|\bey[\w-]{10,}\.[\w-]+\.[\w-]*")

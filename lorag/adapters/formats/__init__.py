@@ -1,0 +1,136 @@
+"""Formats of adapters beside PEFT's: whatever they hold comes in as a PEFT folder, made once in lorag's cache, and goes out by name.
+
+A format is recognised by what a file holds, never by its name alone. Everything behind this door reads PEFT's format, so that
+another format is judged by the same checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lorag import __version__
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
+from lorag.adapters.formats.diffusion import Diffusion
+from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm
+from lorag.adapters.formats.gguf import Gguf
+from lorag.adapters.formats.mlx import Mlx
+from lorag.base.names import locate
+from lorag.errors import AdapterError, ArtifactError
+from lorag.files.artifacts import sha256, write_json
+from lorag.files.cache import cache_folder, cached_folder
+from lorag.files.hub import fetch
+from lorag.files.artifacts import is_foreign_link, read_bounded
+from lorag.files.tensors import save_tensors
+
+__all__ = ["FORMATS", "Base", "adapter_files", "format_of", "peft_folder"]
+
+FORMATS: Mapping[str, AdapterFormat] = {one.name: one for one in (Gguf(), Mlx(), Diffusion())}
+
+_SIDES = ("description.txt", "README.md", "LICENSE", PROVENANCE)  # that belong to the one adapter beside which they lie
+_LARGEST_SIDE = 64 * 2**20
+
+
+def format_of(file: Path) -> AdapterFormat | None:
+    """The format that recognises a file; None for PEFT's own and for anything else.
+
+    Raises:
+        ArtifactError: If it is a damaged file of a format that is looked into.
+    """
+    return next((one for one in FORMATS.values() if one.recognises(file)), None)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Files of a folder that hold an adapter each, in a format other than PEFT's; of a PEFT folder none."""
+    if (folder / CONFIG).is_file():
+        return [] if (folder / WEIGHTS).is_file() else FORMATS[Mlx.name].weights(folder)
+    if (folder / WEIGHTS).is_file():
+        return []
+    return sorted({path for one in FORMATS.values() for path in one.weights(folder)})
+
+
+def peft_folder(path: str | Path, base: Base | None = None, revision: str | None = None, *, more: Sequence[str] = ()) -> Path:
+    """A folder in PEFT's format with the adapter at a path: the one that is there, or one made from another format.
+
+    Args:
+        path: A folder, a file, or a hub id such as user/name.
+        base: What is known of the base model; formats that write less down than PEFT ask for it.
+        revision: Revision on the hub.
+        more: Further files that are taken along where they lie beside the adapter.
+
+    Raises:
+        AdapterError: If there are several adapters, or one that is no plain LoRA.
+        ArtifactError: If there is nothing, or a file is damaged.
+        BaseModelError: If the base model must be known for it.
+    """
+    named = Path(path)
+    if named.is_file() and named.name not in (WEIGHTS, CONFIG):
+        file = Path(os.path.realpath(named)) if is_foreign_link(named) else named  # a person named it, and may mean a link
+        known = format_of(file)
+        if known is None:
+            raise ArtifactError(
+                f"{path} is not an adapter", got=file.name, expected=_expected(), remedy="Give an adapter's folder or file."
+            )
+    else:
+        folder = fetch(path, "adapter", revision, more=more)
+        files = adapter_files(folder)
+        if not files:
+            return folder  # PEFT's, or nothing at all, which its reader says best
+        if len(files) > 1:
+            got = ", ".join(one.name for one in files[:6])
+            raise AdapterError(f"{folder} holds {len(files)} adapters", got=got, expected="one", remedy="Name the file.")
+        file = files[0]
+        known = format_of(file)
+        if known is None:
+            raise AssertionError(f"{file} was recognised a moment ago")
+    return _converted(file, known, base or Base(), more)
+
+
+def _expected() -> str:
+    return f"PEFT's folder, or a file of {', '.join(one.title for one in FORMATS.values())}"
+
+
+def _converted(file: Path, known: AdapterFormat, base: Base, more: Sequence[str]) -> Path:
+    sides = dict(_beside(file, more))
+    digest = hashlib.sha256(repr([known.name, known.version, sha256(file), sorted(sides.items()), *_stated(base)]).encode())
+    if (file.parent / CONFIG).is_file():
+        digest.update(sha256(file.parent / CONFIG).encode())
+    name = f"adapters/{known.name}-{digest.hexdigest()[:24]}"
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    form = known.read(file, base)  # before the cache is touched: a refused file leaves nothing there
+
+    def write(into: Path) -> None:
+        _write(form, known, file, into)
+        for side in sides:
+            if not (into / side).exists():
+                (into / side).write_bytes(read_bounded(file.parent / side, _LARGEST_SIDE))
+
+    return cached_folder(name, write)
+
+
+def _write(form: PeftForm, known: AdapterFormat, file: Path, into: Path) -> None:
+    save_tensors(into / WEIGHTS, form.tensors, {"format": "pt"})
+    write_json(into / CONFIG, form.config)
+    if form.info or not (file.parent / PROVENANCE).is_file():
+        write_json(into / PROVENANCE, {"kind": "adapter", "lorag": __version__, "converted_from": known.title, **form.info})
+
+
+def _beside(file: Path, more: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and digest of the texts beside an adapter that is the only one of its folder."""
+    if len(adapter_files(file.parent)) > 1:
+        return
+    for name in dict.fromkeys((*_SIDES, *more)):
+        path = file.parent / name
+        if path.is_file() and not is_foreign_link(path) and path.stat().st_size <= _LARGEST_SIDE:
+            yield name, sha256(path)
+
+
+def _stated(base: Base) -> list[object]:
+    """What tells one base model from another, as far as reading an adapter depends on it."""
+    config = None if base.model is None else Path(locate(base.model.name, base.model.revision)) / "config.json"
+    local = sha256(config) if config is not None and config.is_file() else None
+    return [base.model and (base.model.name, base.model.revision), local, [(m.name, m.in_features, m.out_features) for m in base.modules]]

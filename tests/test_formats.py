@@ -1,0 +1,661 @@
+"""Formats beside PEFT's: recognised by what they hold, read as what they mean, written and read back, refused by name."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import gguf
+import pytest
+import torch
+import transformers
+from conftest import SIZE, output_of
+from safetensors.torch import load_file, save_file
+from toy_world import save_base, true_adapter
+
+from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.export import export_as, export_portable
+from lorag.adapters.factors import Factors
+from lorag.adapters.formats import FORMATS, adapter_files, format_of, peft_folder
+from lorag.adapters.formats.format import Base
+from lorag.adapters.sources import find_sources
+from lorag.bank.bank import AdapterBank
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.cli import main as cli
+from lorag.cli.info import describe_path
+from lorag.errors import (
+    AdapterError,
+    AlphaRangeError,
+    ArtifactError,
+    BaseModelError,
+    ConfigError,
+    LoragError,
+    MissingDependencyError,
+    MissingTensorError,
+    StorageError,
+    UnsupportedLoraError,
+)
+from lorag.files.cache import cache_folder
+
+HEADS, KEYS = 4, 2
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("LORAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def _decoder(name, **more):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        head_dim=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(config).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A small Llama, Qwen and Gemma in folders, each with grouped heads."""
+    found = {}
+    for name in ("Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral"):
+        model = _decoder("Gemma3" if name == "Gemma3Text" else name) if name != "Gemma3Text" else _gemma3()
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        found[name] = (str(folder), model)
+    return found
+
+
+def _gemma3():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        head_dim=8,
+    )
+    return transformers.Gemma3ForCausalLM(config).requires_grad_(False).eval()
+
+
+def _adapter(model, name, random_adapter, targets=LINEAR, **more):
+    layout = LoraLayout.from_model(model, targets)
+    made = random_adapter(layout, **more)
+    return dataclasses.replace(made, base_model=name, task_type="CAUSAL_LM", info={"description": "paint the red cat", "license": "MIT"})
+
+
+def _saved(adapter, folder):
+    return adapter.save_pretrained(folder)
+
+
+def _same(one, other, atol=0.0):
+    assert set(one.layout.names) == set(other.layout.names)
+    for name in one.layout.names:
+        assert torch.allclose(one.delta(name), other.delta(name), atol=atol, rtol=1e-6), name
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"])
+def test_a_gguf_file_holds_what_the_adapter_is(bases, random_adapter, tmp_path, name):
+    """Out and in again: the same ΔW, description and licence, in every family."""
+    folder, model = bases[name]
+    adapter = _adapter(model, folder, random_adapter)
+    export_as(_saved(adapter, tmp_path / "a"), tmp_path / "a.gguf", "gguf")
+    again = LoraAdapter.from_pretrained(tmp_path / "a.gguf")
+    _same(adapter, again)
+    assert again.info["description"] == "paint the red cat" and again.info["license"] == "MIT"
+    assert again.alpha == adapter.alpha and again.rank == adapter.rank
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        applied = again.apply_to(transformers.AutoModelForCausalLM.from_pretrained(folder))(ids).logits
+        assert torch.allclose(applied, adapter.apply_to(transformers.AutoModelForCausalLM.from_pretrained(folder))(ids).logits, atol=1e-5)
+
+
+def test_rows_are_permuted_where_llama_cpp_has_them_so(bases, random_adapter, tmp_path):
+    """q and k of Llama, by their own number of heads; nothing of Qwen; the names are llama.cpp's."""
+    for name, permuted in (("Llama", {"attn_q": HEADS, "attn_k": KEYS}), ("Qwen2", {})):
+        folder, model = bases[name]
+        adapter = _adapter(model, folder, random_adapter)
+        export_as(_saved(adapter, tmp_path / name), tmp_path / f"{name}.gguf", "gguf")
+        reader = gguf.GGUFReader(tmp_path / f"{name}.gguf")
+        found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        for module, (a, b) in adapter.factors.tensors.items():
+            target = names.get_name(f"{module}.weight", (".weight",))
+            heads = permuted.get(target.split(".")[2])
+            if heads:
+                b = b.view(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+            assert torch.equal(found.pop(f"{target}.lora_a"), a) and torch.equal(found.pop(f"{target}.lora_b"), b)
+        assert not found
+        assert reader.fields["general.type"].contents() == "adapter" and reader.fields["adapter.type"].contents() == "lora"
+        assert reader.fields["adapter.lora.alpha"].contents() == adapter.alpha
+        assert reader.fields["general.architecture"].contents() == name.lower()
+
+
+def _write_foreign(path, adapter, *, heads=None, architecture="llama", kind="adapter", quantised=None, **fields):
+    """A GGUF as llama.cpp's converter writes it: without the number of heads."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", fields.pop("alpha", adapter.alpha))
+    for key, value in fields.items():
+        writer.add_string(key.replace("__", "."), value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for module, (a, b) in adapter.factors.tensors.items():
+        target = names.get_name(f"{module}.weight", (".weight",))
+        count = (heads or {}).get(target.split(".")[2])
+        if count:
+            b = b.view(count, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+        for side, value in (("a", a), ("b", b)):
+            raw = value.float().numpy() if quantised is None else gguf.quantize(value.float().numpy(), quantised)
+            writer.add_tensor(f"{target}.lora_{side}", raw, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_foreign_llama_file_asks_for_its_base(bases, random_adapter, tmp_path, capsys):
+    """Without heads and a base model it cannot be said which row is which; with it everything works, from the command line too."""
+    folder, model = bases["Llama"]
+    adapter = _adapter(model, folder, random_adapter, targets=("q_proj", "k_proj", "down_proj"))
+    path = tmp_path / "foreign.gguf"
+    _write_foreign(path, adapter, heads={"attn_q": HEADS, "attn_k": KEYS}, general__description="paint the blue cat")
+    with pytest.raises(BaseModelError, match=r"does not say how its rows are ordered.*--base-model"):
+        LoraAdapter.from_pretrained(path)
+    base = BaseModel(folder, "causal_lm")
+    _same(adapter, LoraAdapter.from_pretrained(path, base=base))
+    assert "format of GGUF" in describe_path(path, folder)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(path), "--base-model", folder, "--out", str(tmp_path / "peft")])
+    assert stopped.value.code == 0
+    again = LoraAdapter.from_pretrained(tmp_path / "peft")
+    _same(adapter, again)
+    assert again.base_model == folder and again.info["description"] == "paint the blue cat"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(path), "--merge", "--base-model", folder, "--out", str(tmp_path / "merged")])
+    assert stopped.value.code == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapter.apply_to(_fresh(folder))(ids).logits, atol=1e-5)
+
+
+def _fresh(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_quantised_and_unscaled_files_are_read(bases, random_adapter, tmp_path):
+    """Q8_0 and F16 factors are dequantised; an alpha of 0 means a scaling of 1, as in llama.cpp; the base's address is read."""
+    folder, model = bases["Qwen2"]
+    adapter = _adapter(model, folder, random_adapter, targets=("q_proj",), rank=32)
+    adapter = dataclasses.replace(adapter, factors=Factors(dict(adapter.factors.tensors)))
+    path = tmp_path / "half.gguf"
+    _write_foreign(
+        path,
+        adapter,
+        architecture="qwen2",
+        quantised=gguf.GGMLQuantizationType.Q8_0,
+        alpha=0.0,
+        general__base_model__0__repo_url="https://huggingface.co/toys/Tiny-Qwen",
+    )
+    again = LoraAdapter.from_pretrained(path)
+    assert again.base_model == "toys/Tiny-Qwen"
+    for name in adapter.layout.names:
+        assert (again.delta(name) - adapter.delta(name)).norm() < 0.02 * adapter.delta(name).norm()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.6, 0.95, 0.9999])
+def test_a_truncated_file_is_refused(bases, random_adapter, tmp_path, share):
+    """Cut anywhere: one error that names the file, and nothing in the cache."""
+    folder, model = bases["Qwen2"]
+    path = tmp_path / "a.gguf"
+    export_as(_saved(_adapter(model, folder, random_adapter), tmp_path / "a"), path, "gguf")
+    shutil.rmtree(cache_folder() / "adapters", ignore_errors=True)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ArtifactError, match=r"a\.gguf.*(cut short or damaged|is not an adapter)"):
+        LoraAdapter.from_pretrained(path)
+    assert not (cache_folder() / "adapters").exists()
+
+
+def test_a_flipped_header_never_escapes(bases, random_adapter, tmp_path):
+    """Each byte of the header changed: the adapter, or an error of lorag's."""
+    folder, model = bases["Qwen2"]
+    path = tmp_path / "a.gguf"
+    export_as(_saved(_adapter(model, folder, random_adapter, targets=("q_proj",)), tmp_path / "a"), path, "gguf")
+    data = path.read_bytes()
+    refused = 0
+    for place in [*range(0, 96), *range(96, 900, 13)]:
+        for value in (0x00, 0x7F, 0xFF):
+            path.write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
+            try:
+                FORMATS["gguf"].read(path, Base())
+            except LoragError:
+                refused += 1
+    assert refused > 60
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda raw: b"GGML" + raw[4:], ArtifactError, "is not an adapter"),
+        (lambda raw: raw[:4] + b"\x09" + raw[5:], ArtifactError, "version 9"),
+        (lambda raw: raw[:8] + b"\xff\xff\xff\xff\xff" + raw[13:], ArtifactError, "larger than an adapter"),
+        (lambda raw: raw[:16] + b"\xff\xff\xff\xff\xff" + raw[21:], ArtifactError, "larger than an adapter"),
+    ],
+)
+def test_what_a_header_claims_is_bounded(bases, random_adapter, tmp_path, spoil, error, message):
+    """Wrong magic, versions, and counts beyond an adapter's: refused before anything is read."""
+    folder, model = bases["Qwen2"]
+    path = tmp_path / "a.gguf"
+    export_as(_saved(_adapter(model, folder, random_adapter), tmp_path / "a"), path, "gguf")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(error, match=message):
+        LoraAdapter.from_pretrained(path)
+
+
+def test_other_gguf_files_are_named(bases, random_adapter, tmp_path):
+    """A model, a control vector's type, another architecture, a tensor that is no factor, half a pair."""
+    folder, model = bases["Qwen2"]
+    adapter = _adapter(model, folder, random_adapter, targets=("q_proj",))
+    path = tmp_path / "x.gguf"
+    _write_foreign(path, adapter, kind="model")
+    with pytest.raises(AdapterError, match=r"not a LoRA adapter.*got a model of llama.*where a base model"):
+        LoraAdapter.from_pretrained(path)
+    _write_foreign(path, adapter, architecture="mamba")
+    with pytest.raises(BaseModelError, match=r"architecture.*got mamba.*llama"):
+        LoraAdapter.from_pretrained(path)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", torch.ones(2, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterError, match=r"not whole.*attn_q"):
+        LoraAdapter.from_pretrained(path)
+
+
+def test_bases_that_llama_cpp_orders_otherwise_are_refused_by_name(tiny_models, random_adapter, tokenizer, bases, tmp_path):
+    """GPT-2 has no way; a tied head and a norm neither; nothing is left where the file would have been."""
+    tiny = tiny_models["gpt2"]
+    tiny.build().save_pretrained(tmp_path / "base")
+    adapter = dataclasses.replace(random_adapter(tiny.layout()), base_model=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    _saved(adapter, tmp_path / "a")
+    with pytest.raises(BaseModelError, match=r"cannot be written as GGUF.*gpt2.*llama.*--merge"):
+        export_as(tmp_path / "a", tmp_path / "a.gguf", "gguf")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".a*"))
+    folder, _ = bases["Gemma2"]
+    head = LoraLayout(("lm_head",), LoraLayout.from_model(_fresh(folder), ["lm_head"]).modules)
+    tied = LoraAdapter(head, Factors({"lm_head": (torch.ones(2, 32), torch.ones(SIZE, 2))}), folder, "CAUSAL_LM")
+    _saved(tied, tmp_path / "tied")
+    with pytest.raises(AdapterError, match=r"ties to its embeddings"):
+        export_as(tmp_path / "tied", tmp_path / "tied.gguf", "gguf")
+    (tmp_path / "there.gguf").write_text("mine")
+    with pytest.raises(StorageError, match="there already"):
+        export_as(_saved(_adapter(bases["Llama"][1], bases["Llama"][0], random_adapter), tmp_path / "l"), tmp_path / "there.gguf", "gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+def test_without_the_package_the_remedy_is_named(bases, random_adapter, tmp_path, monkeypatch):
+    """Extra `gguf`, on writing and on reading."""
+    folder, model = bases["Llama"]
+    saved = _saved(_adapter(model, folder, random_adapter), tmp_path / "a")
+    export_as(saved, tmp_path / "a.gguf", "gguf")
+    shutil.rmtree(cache_folder() / "adapters", ignore_errors=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for call in (lambda: export_as(saved, tmp_path / "b.gguf", "gguf"), lambda: LoraAdapter.from_pretrained(tmp_path / "a.gguf")):
+        with pytest.raises(MissingDependencyError, match=r"lorag\[gguf\]"):
+            call()
+
+
+# --- MLX --------------------------------------------------------------------------------------------------------------
+
+
+def test_mlx_means_the_same(bases, random_adapter, tmp_path):
+    """x·A·B·scale, as mlx-lm computes it, equals PEFT's; out and in again, with what is known of the task."""
+    folder, model = bases["Llama"]
+    adapter = _adapter(model, folder, random_adapter)
+    export_as(_saved(adapter, tmp_path / "a"), tmp_path / "m", "mlx")
+    tensors, config = load_file(tmp_path / "m" / "adapters.safetensors"), json.loads((tmp_path / "m" / "adapter_config.json").read_text())
+    x = torch.randn(3, 32)
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"):
+        theirs = config["lora_parameters"]["scale"] * (x @ tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"])
+        assert torch.allclose(theirs, x @ adapter.delta(name).T, atol=1e-4)
+    assert config["num_layers"] == -1 and set(config["lora_parameters"]["keys"]) == {
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    }
+    again = LoraAdapter.from_pretrained(tmp_path / "m")
+    _same(adapter, again)
+    assert again.info["description"] == "paint the red cat" and "format of MLX" in describe_path(tmp_path / "m")
+
+
+def _mlx(folder, config=None, tensors=None):
+    folder.mkdir(exist_ok=True)
+    values = {"rank": 2, "scale": 20.0, "dropout": 0.0}
+    base = {"fine_tune_type": "lora", "lora_parameters": values, "num_layers": 2, "model": "toys/base"}
+    if tensors is None:
+        tensors = {"model.layers.0.self_attn.q_proj.lora_a": torch.ones(32, 2), "model.layers.0.self_attn.q_proj.lora_b": torch.ones(2, 16)}
+    (folder / "adapter_config.json").write_text(json.dumps({**base, **(config or {})}))
+    save_file(tensors, folder / "adapters.safetensors")
+    return folder
+
+
+def test_an_mlx_folder_is_read_with_its_scale(tmp_path):
+    """scale is alpha / r; the model that it names is the base; earlier states beside it are no adapters of their own."""
+    folder = _mlx(tmp_path / "m")
+    shutil.copy(folder / "adapters.safetensors", folder / "0000100_adapters.safetensors")
+    adapter = LoraAdapter.from_pretrained(folder)
+    assert adapter.base_model == "toys/base" and adapter.rank == 2 and adapter.alpha == 40.0
+    assert torch.equal(adapter.delta("model.layers.0.self_attn.q_proj"), torch.full((16, 32), 40.0))
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "error", "message"),
+    [
+        ({"fine_tune_type": "dora"}, None, UnsupportedLoraError, "dora"),
+        ({"fine_tune_type": "full"}, None, UnsupportedLoraError, "full"),
+        ({"lora_parameters": {"rank": 2}}, None, AlphaRangeError, "scale"),
+        ({"lora_parameters": {"scale": 0}}, None, AlphaRangeError, "scale"),
+        ({"lora_parameters": {"scale": True}}, None, AlphaRangeError, "scale"),
+        ({"lora_parameters": None}, None, ArtifactError, "no lora_parameters"),
+        ({}, {"model.x.lora_a": torch.ones(4, 2)}, MissingTensorError, "alone"),
+        ({}, {"model.x.lora_a": torch.ones(4, 2), "model.x.lora_b": torch.ones(3, 4)}, AdapterError, "do not fit"),
+        ({}, {"model.x.lora_a": torch.ones(3, 4, 2), "model.x.lora_b": torch.ones(3, 2, 4)}, UnsupportedLoraError, "linear layers"),
+        ({}, {"model.x.weight": torch.ones(4, 2)}, UnsupportedLoraError, "model.x.weight"),
+    ],
+)
+def test_what_mlx_has_beside_lora_is_refused(tmp_path, config, tensors, error, message):
+    """DoRA, whole layers, no scale, half pairs, experts: each by its name."""
+    with pytest.raises(error, match=message):
+        LoraAdapter.from_pretrained(_mlx(tmp_path / "m", config, tensors))
+
+
+def test_a_missing_mlx_config_is_named(tmp_path):
+    """Without it nothing says the scale."""
+    folder = _mlx(tmp_path / "m")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json beside it"):
+        LoraAdapter.from_pretrained(folder)
+
+
+def test_a_module_that_mlx_lm_calls_otherwise_is_refused(tiny_models, random_adapter, tmp_path):
+    """GPT-2's paths are not mlx-lm's."""
+    adapter = dataclasses.replace(random_adapter(tiny_models["gpt2"].layout()), base_model="toys/gpt2")
+    with pytest.raises(AdapterError, match="mlx-lm has no such module"):
+        export_as(_saved(adapter, tmp_path / "a"), tmp_path / "m", "mlx")
+    assert not (tmp_path / "m").exists()
+
+
+# --- diffusers and kohya ----------------------------------------------------------------------------------------------
+
+
+def _clip(layers=2, width=16):
+    config = transformers.CLIPTextConfig(
+        vocab_size=SIZE,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        max_position_embeddings=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.CLIPTextModel(config).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A text encoder in a folder, and an adapter of it."""
+    folder = tmp_path_factory.mktemp("clip")
+    model = _clip()
+    model.save_pretrained(folder)
+    return str(folder), model
+
+
+def _kohya(adapter, prefix="lora_te_text_model_", alpha=3.0):
+    tensors = {}
+    for name, (a, b) in adapter.factors.tensors.items():
+        flat = prefix + name.removeprefix("text_model.").replace(".", "_")
+        tensors |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": torch.tensor(alpha)}
+    return tensors
+
+
+def _diffusers(adapter, prefix="text_encoder.text_model."):
+    names = {name: prefix + name.removeprefix("text_model.") for name in adapter.layout.names}
+    return {
+        f"{names[name]}.lora_{side}.weight": value
+        for name, pair in adapter.factors.tensors.items()
+        for side, value in zip("AB", pair, strict=True)
+    }
+
+
+def _of_clip(model, random_adapter, **more):
+    return random_adapter(LoraLayout.from_model(model, ["q_proj", "out_proj", "fc1"]), **more)
+
+
+def test_kohya_s_names_are_found_in_the_base_model(clip, random_adapter, tmp_path):
+    """Underscores become the base model's own paths, alpha / r the scaling; applied, it computes what PEFT does with the same factors."""
+    folder, model = clip
+    adapter = _of_clip(model, random_adapter, alpha=3.0)
+    path = tmp_path / "style.safetensors"
+    save_file(_kohya(adapter), path)
+    again = LoraAdapter.from_pretrained(path, base=BaseModel(folder, "encoder"))
+    _same(adapter, again, atol=1e-6)
+    ids = {"input_ids": torch.tensor([[1, 5, 6, 2]])}
+    with torch.no_grad():
+        assert torch.allclose(output_of(again.apply_to(_clip()), ids), output_of(adapter.apply_to(_clip()), ids), atol=1e-5)
+    assert format_of(path).name == "diffusers"
+    known = LoraAdapter.from_pretrained(path)  # names of CLIP's encoder can be told without it, and transformers renames them
+    with torch.no_grad():
+        assert torch.allclose(output_of(known.apply_to(_clip()), ids), output_of(adapter.apply_to(_clip()), ids), atol=1e-5)
+
+
+def test_diffusers_names_and_their_scaling(clip, random_adapter, tmp_path):
+    """Without metadata the scaling is 1; with them it is what they say, module by module."""
+    folder, model = clip
+    adapter = _of_clip(model, random_adapter, alpha=4.0)
+    base = BaseModel(folder, "encoder")
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(_diffusers(adapter), path)
+    _same(adapter, LoraAdapter.from_pretrained(path, base=base), atol=1e-6)
+    said = {"text_encoder.r": 4, "text_encoder.lora_alpha": 8, "text_encoder.alpha_pattern": {"fc1": 2}}
+    save_file(_diffusers(adapter), path, {"lora_adapter_metadata": json.dumps(said)})
+    again = LoraAdapter.from_pretrained(tmp_path, base=base)
+    for name in adapter.layout.names:
+        assert torch.allclose(again.delta(name), adapter.delta(name) * (0.5 if name.endswith("fc1") else 2), atol=1e-5)
+    save_file(_diffusers(adapter), path, {"lora_adapter_metadata": json.dumps({**said, "text_encoder.use_dora": True})})
+    with pytest.raises(UnsupportedLoraError, match="use_dora"):
+        LoraAdapter.from_pretrained(path, base=base)
+
+
+def test_the_part_of_the_base_model_is_taken(clip, random_adapter, tmp_path, caplog):
+    """Of a file for a U-Net and two encoders the one whose sizes fit; what is left out is said. Without a base the choice is asked for."""
+    folder, model = clip
+    one, two = _of_clip(model, random_adapter, alpha=3.0), _of_clip(_clip(3, 24), random_adapter, alpha=3.0, seed=1)
+    unet = {
+        "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": torch.ones(8, 2),
+    }
+    path = tmp_path / "sdxl.safetensors"
+    save_file(_kohya(one, "lora_te1_text_model_") | _kohya(two, "lora_te2_text_model_") | unet, path)
+    with caplog.at_level(logging.WARNING):
+        again = LoraAdapter.from_pretrained(path, base=BaseModel(folder, "encoder"))
+    _same(one, again, atol=1e-6)
+    assert "left out 1 modules of unet" in caplog.text and "of te2" in caplog.text
+    with pytest.raises(AdapterError, match=r"several models.*te1.*te2.*--base"):
+        LoraAdapter.from_pretrained(path)
+    save_file(unet, path)
+    with pytest.raises(BaseModelError, match=r"flattened form.*U-Nets"):
+        LoraAdapter.from_pretrained(path)
+    with pytest.raises(BaseModelError, match=r"nothing for the base model"):
+        LoraAdapter.from_pretrained(path, base=BaseModel(folder, "encoder"))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale", "plain LoRA.*DoRA"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "plain LoRA"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1", "plain LoRA"),
+        ("something.else", "not known"),
+    ],
+)
+def test_other_methods_of_such_files_are_refused(clip, random_adapter, tmp_path, key, message):
+    """LoHa, LoKr and DoRA by their names."""
+    folder, model = clip
+    path = tmp_path / "x.safetensors"
+    save_file(_kohya(_of_clip(model, random_adapter)) | {key: torch.ones(2, 2)}, path)
+    with pytest.raises(UnsupportedLoraError, match=message):
+        LoraAdapter.from_pretrained(path, base=BaseModel(folder, "encoder"))
+
+
+# --- every door -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_models, tokenizer):
+    """The toy world's base model."""
+    return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
+
+
+def test_one_bank_takes_all_formats(world, tmp_path, capsys):
+    """PEFT, GGUF and MLX, a folder each or loose files, in one command; the bank holds the same ΔW of each."""
+    root, expected = tmp_path / "in", {}
+    for colour, name in (("red", "peft"), ("green", "gguf"), ("blue", "mlx")):
+        adapter = true_adapter(world.layout, colour, "cat")
+        adapter = dataclasses.replace(
+            adapter, base_model=world.model.name, task_type="CAUSAL_LM", info={"description": f"paint the {colour} cat", "license": "MIT"}
+        )
+        folder = _saved(adapter, tmp_path / f"of-{name}")
+        expected[name] = adapter
+        if name == "peft":
+            shutil.copytree(folder, root / "peft")
+        else:
+            export_as(folder, root / ("gguf.gguf" if name == "gguf" else name), name)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bank", "add", str(root), "--bank", str(tmp_path / "bank"), "--base", world.model.name, "--embedder", "none", "--quiet"])
+    assert stopped.value.code == 0, capsys.readouterr()
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert sorted(bank.names) == ["gguf", "mlx", "peft"]
+    for name, adapter in expected.items():
+        _same(adapter, bank.adapter(name), atol=1e-6)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fuse", str(root / "gguf.gguf"), str(root / "mlx"), str(root / "peft"), "--out", str(tmp_path / "fused"), "--rank", "12"])
+    assert stopped.value.code == 0, capsys.readouterr()
+    fused = LoraAdapter.from_pretrained(tmp_path / "fused")
+    for module in world.layout.names:
+        mean = sum(one.delta(module) for one in expected.values()) / 3
+        assert torch.allclose(fused.delta(module), mean, atol=1e-5)
+
+
+def test_a_bank_of_a_text_encoder_from_kohya_files(clip, random_adapter, tmp_path, capsys):
+    """Files without a word on their base model start a bank, given the base, and train a generator of weights alone."""
+    folder, model = clip
+    (tmp_path / "in").mkdir()
+    for seed in range(3):
+        save_file(_kohya(_of_clip(model, random_adapter, seed=seed)), tmp_path / "in" / f"style{seed}.safetensors")
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{tmp_path / 'in' / f'style{n}.safetensors'}\tstyle{n}\tpaint in style number {n}\n" for n in range(3)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(
+            ["bank", "add", "--from", str(listed), "--bank", str(tmp_path / "bank"), "--base", folder, "--embedder", "none", "--quiet"]
+        )
+    assert stopped.value.code == 0, capsys.readouterr()
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert bank.names == ["style0", "style1", "style2"] or sorted(bank.names) == ["style0", "style1", "style2"]
+    _same(_of_clip(model, random_adapter, seed=1, alpha=3.0), bank.adapter("style1"), atol=1e-6)
+
+
+def test_a_file_is_converted_once(bases, random_adapter, tmp_path, monkeypatch):
+    """The second reader takes the folder that is there; another base model is another conversion."""
+    folder, model = bases["Qwen2"]
+    path = tmp_path / "a.gguf"
+    export_as(_saved(_adapter(model, folder, random_adapter), tmp_path / "a"), path, "gguf")
+    first = peft_folder(path)
+    monkeypatch.setattr(type(FORMATS["gguf"]), "read", None)
+    assert peft_folder(path) == first and first.parent == cache_folder() / "adapters"
+
+
+def test_what_is_no_adapter_is_said_to_be_none(tmp_path, bases, random_adapter):
+    """A text, a base model's weights, a folder of several adapters."""
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(ArtifactError, match=r"not an adapter.*GGUF, MLX, diffusers"):
+        LoraAdapter.from_pretrained(tmp_path / "x.txt")
+    folder, model = bases["Qwen2"]
+    assert adapter_files(tmp_path) == []
+    saved = _saved(_adapter(model, folder, random_adapter), tmp_path / "a")
+    for name in ("one", "two"):
+        export_as(saved, tmp_path / "both" / f"{name}.gguf", "gguf")
+    with pytest.raises(AdapterError, match=r"holds 2 adapters.*one\.gguf, two\.gguf"):
+        LoraAdapter.from_pretrained(tmp_path / "both")
+    assert [source.name for source in find_sources([str(tmp_path / "both")])] == ["one", "two"]
+    assert find_sources([str(tmp_path / "both" / "one.gguf")])[0].name == "one"
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_rank_is_the_nearest_one(bases, random_adapter, tmp_path, capsys):
+    """--rank: torch's own truncated SVD of ΔW, with the relative error said; --keep: the smallest rank that keeps the share."""
+    folder, model = bases["Llama"]
+    adapter = _adapter(model, folder, random_adapter, rank=8)
+    saved = _saved(adapter, tmp_path / "a")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(saved), "--rank", "3", "--out", str(tmp_path / "r3")])
+    assert stopped.value.code == 0
+    small, lost, whole = LoraAdapter.from_pretrained(tmp_path / "r3"), 0.0, 0.0
+    for name in adapter.layout.names:
+        delta = adapter.delta(name).double()
+        left, values, right = torch.linalg.svd(delta)
+        best = left[:, :3] * values[:3] @ right[:3]
+        assert torch.allclose(small.delta(name).double(), best, atol=1e-4)
+        lost, whole = lost + float((delta - best).square().sum()), whole + float(delta.square().sum())
+    assert f"relative error of ΔW: {(lost / whole) ** 0.5:.3g}" in capsys.readouterr().out
+    done = export_portable(saved, tmp_path / "k", keep=0.9)
+    ranks = [1 - adapter.factors.truncated(rank)[1] for rank in range(1, 9)]
+    assert done.adapter.rank == next(rank for rank, missing in enumerate(ranks, 1) if 1 - missing >= 0.9)
+    assert done.error**2 <= 0.1
+    assert export_portable(saved, tmp_path / "all", keep=1.0).adapter.rank == 8
+    export_as(saved, tmp_path / "r2.gguf", "gguf", rank=2, strength=0.5)
+    again = LoraAdapter.from_pretrained(tmp_path / "r2.gguf")
+    assert again.rank == 2
+    half = adapter.factors.truncated(2)[0]
+    for name in adapter.layout.names:
+        assert torch.allclose(again.delta(name), half.delta(name) * 0.5, atol=1e-5)
+
+
+def test_impossible_ranks_are_refused(bases, random_adapter, tmp_path):
+    """Both at once, shares outside of 0 to 1, a format that is only read."""
+    folder, model = bases["Llama"]
+    saved = _saved(_adapter(model, folder, random_adapter), tmp_path / "a")
+    for more, message in (({"rank": 2, "keep": 0.5}, "exclude"), ({"keep": 0.0}, "keep"), ({"keep": 1.5}, "keep"), ({"rank": 0}, "rank")):
+        with pytest.raises(ConfigError, match=message):
+            export_portable(saved, tmp_path / "x", **more)
+    with pytest.raises(ConfigError, match=r"cannot be written.*gguf, mlx"):
+        export_as(saved, tmp_path / "x", "diffusers")
+    assert not (tmp_path / "x").exists()
