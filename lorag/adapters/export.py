@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from lorag.errors import AdapterError, BaseModelError, ConfigError, MissingDepen
 from lorag.files.artifacts import require_plain, write_json
 from lorag.files.atomic import write_atomically, writing
 from lorag.progress import quiet_loading
+
+if TYPE_CHECKING:
+    from lorag.adapters.formats.format import PeftForm
 
 __all__ = ["Exported", "export_as", "export_merged", "export_portable", "merge_into"]
 

@@ -19,10 +19,9 @@ from lorag.adapters.formats.gguf import Gguf
 from lorag.adapters.formats.mlx import Mlx
 from lorag.base.names import locate
 from lorag.errors import AdapterError, ArtifactError
-from lorag.files.artifacts import sha256, write_json
+from lorag.files.artifacts import is_foreign_link, read_bounded, sha256, write_json
 from lorag.files.cache import cache_folder, cached_folder
 from lorag.files.hub import fetch
-from lorag.files.artifacts import is_foreign_link, read_bounded
 from lorag.files.tensors import save_tensors
 
 __all__ = ["FORMATS", "Base", "adapter_files", "format_of", "peft_folder"]

@@ -11,17 +11,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lorag.adapters.checks import Scalings, check_config
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
 from lorag.adapters.tensor_names import DORA
-from lorag.base.layout import ModuleShape
 from lorag.errors import AdapterError, BaseModelError, FactorShapeError, MissingTensorError, UnsupportedLoraError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header
+
+if TYPE_CHECKING:
+    from lorag.base.layout import ModuleShape
 
 __all__ = ["Diffusion"]
 

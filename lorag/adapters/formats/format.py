@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lorag.adapters.tensor_names import KEY
-from lorag.base.base_model import BaseModel
 from lorag.base.layout import ModuleShape
 from lorag.errors import AdapterError
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
+    from lorag.base.base_model import BaseModel
 
 __all__ = ["AdapterFormat", "Base", "PeftForm", "Update", "peft_form"]
 
