@@ -1,4 +1,4 @@
-"""What flows through the modules that adapters change: inputs averaged over a text, and gradients of a loss at their outputs."""
+"""What flows through the modules that adapters change: their inputs on texts and on tasks, and gradients of a loss at their outputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from lorag.base.row_adapters import Stacked
     from lorag.base.runner import Runner
     from lorag.tasks.suite import Task
 
-__all__ = ["InputStatistics", "input_statistics", "output_gradients"]
+__all__ = ["InputStatistics", "input_moments", "input_statistics", "output_gradients"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class InputStatistics:
 
 
 @contextmanager
-def _watched(runner: Runner, hook: Any) -> Iterator[None]:  # noqa: ANN401 - a function of (name) that gives a torch hook
+def _watched(
+    runner: Runner,
+    hook: Any,  # noqa: ANN401 - a function of (name) that gives a torch hook
+    names: Sequence[str] | None = None,
+) -> Iterator[None]:
     modules = dict(runner.model.named_modules())
-    handles = [modules[name].register_forward_hook(hook(name)) for name in runner.layout.names]
+    handles = [modules[name].register_forward_hook(hook(name)) for name in (runner.layout.names if names is None else names)]
     try:
         yield
     finally:
@@ -110,4 +115,44 @@ def output_gradients(runner: Runner, tasks: Sequence[Task], count: int, seed: st
         gradient = output.grad if output.grad is not None else torch.zeros_like(output)
         rows = gradient.float().flatten(0, -2)
         found[name] = (rows.T @ rows).cpu()
+    return found
+
+
+def input_moments(
+    runner: Runner, adapter: Stacked | None, task: Task, count: int, seed: str, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Mean of x xᵀ (i, i) at the input of adapted modules, over those positions where a task's loss depends on the module's output.
+
+    So neither padding counts, nor what a last layer makes of a prompt that no answer reads.
+
+    Args:
+        runner: The base model.
+        adapter: One adapter that is at work, or None.
+        task: Its training examples are drawn.
+        count: Examples that are drawn.
+        seed: Seed of the draw.
+        names: Modules; all of the layout without.
+    """
+    passed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hook(name: str):  # noqa: ANN202 - a torch hook
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.retain_grad()
+            passed.setdefault(name, []).append((inputs[0].detach(), output))
+            return output
+
+        return keep
+
+    with torch.enable_grad(), _watched(runner, hook, names):
+        runner.losses(adapter, [task], count, seed).sum().backward()
+    found = {}
+    for name, calls in passed.items():
+        counted = []
+        for x, output in calls:
+            rows = x.float().flatten(0, -2)
+            felt = None if output.grad is None else (output.grad != 0).flatten(0, -2).any(1)
+            counted.append(rows[:0] if felt is None else rows[felt])
+        rows = torch.cat(counted)
+        found[name] = rows.T @ rows / max(1, len(rows))
     return found

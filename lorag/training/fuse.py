@@ -1,4 +1,4 @@
-"""Fuse tasks into one adapter: by the rules of `merging`, or in the latents of a fitted `icm_fusion` generator.
+"""Fuse tasks into one adapter: by the rules of `merging`, by `regmean`, or in the latents of a fitted `icm_fusion` generator.
 
 One adapter serves several tasks only if their inputs tell them apart: of two tasks on the same texts it can solve one.
 """
@@ -27,6 +27,7 @@ from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, tasks_of, warn_of_shared_inputs
 from lorag.networks.vae import resolve_conflicts
 from lorag.tasks.finding import find_tasks
+from lorag.training.regmean import regmean
 
 if TYPE_CHECKING:
     from lorag.tasks.suite import Task, TaskSuite
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["RULES", "fuse", "fuse_experts", "read_weights"]
 
 RULES = ("uniform", "conflict", "learned")
+_METHODS = (*MERGES, "regmean", "icm_fusion")
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -221,11 +223,11 @@ def fuse(
         names: Experts of the bank, or, without a bank, adapter folders and hub ids, of any ranks and scalings; as a mapping, with
             the weight of each.
         bank: Bank folder, hub id, or "sandbox"; None for adapters that are in no bank.
-        method: A rule of `merging`, or "icm_fusion".
+        method: A rule of `merging`; "regmean", which needs the tasks; or "icm_fusion".
         generator: Folder of an `icm_fusion` generator, for that method only.
         rule: Its rule.
         tasks: Suite of the experts' tasks: tasks that share inputs are warned of, `cat` learns its weights, and
-            `icm_fusion` may learn.
+            `icm_fusion` may learn; `regmean` looks at what flows through the base model on their examples.
         rank: Rank of the result.
         seed: Seed of `dare_ties`, and of the choice of examples.
         device: Where the base model runs.
@@ -237,14 +239,16 @@ def fuse(
     """
     weights = list(names.values()) if isinstance(names, Mapping) else None
     names = _distinct(list(names))
-    if method not in (*MERGES, "icm_fusion"):
-        raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join((*MERGES, "icm_fusion")))
+    if method not in _METHODS:
+        raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join(_METHODS))
     if (generator is None) == (method == "icm_fusion"):
         raise ConfigError(
             "method icm_fusion and a generator belong together",
             got=f"method {method}, generator {generator}",
             remedy="Train one with lorag train method=icm_fusion out=DIR, then --method icm_fusion --generator DIR.",
         )
+    if method == "regmean" and tasks is None:
+        raise ConfigError("method regmean needs examples of the experts' tasks", remedy="Give their suite with --tasks SUITE.")
     rng = torch.Generator().manual_seed(seed)
     if bank is None:
         if tasks is not None or generator is not None:
@@ -267,6 +271,8 @@ def fuse(
         runner = Runner.open(base, device)
         own = tasks_of(suite, names)
         warn_of_shared_inputs(runner, own)
+        if method == "regmean":
+            return regmean(runner, list(experts.adapters(names)), own, weights=weights, rank=rank, seed=seed)
         if method == "cat" and weights is None:
             learned = learn_weights(runner, list(experts.adapters(names)), own, seed=seed)
     return experts.fuse(names, method, rank=rank, weights=learned, rng=rng)
