@@ -34,6 +34,7 @@ from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.fuse import fuse_experts
 from lorag.training.preparation import hold_out
+from lorag.training.regmean import regmean
 from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import Cell, splits
 
@@ -119,6 +120,8 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "ties": lambda: world.bank.fuse(names, "ties"),
         "dare_ties": lambda: world.bank.fuse(names, "dare_ties", rng=torch.Generator().manual_seed(seed)),
         "lego": lambda: world.bank.fuse(names, "lego", rank=world.generator.rank),
+        "tsv": lambda: world.bank.fuse(names, "tsv"),
+        "regmean": lambda: regmean(world.generator.runner(), experts, tasks, seed=seed),
         "learned_weights": lambda: learned(False),
         "cat": lambda: learned(True),
         "mean_refined": lambda: refined(world, world.bank.fuse(names, "mean"), tasks, seed),

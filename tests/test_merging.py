@@ -15,7 +15,7 @@ from lorag.cli.main import main
 from lorag.errors import AdapterError, ConfigError
 from lorag.training.fuse import fuse, read_weights
 
-EXACT_ALONE = {"mean": {}, "cat": {}, "ties": {"density": 1.0}, "lego": {}}
+EXACT_ALONE = {"mean": {}, "cat": {}, "ties": {"density": 1.0}, "lego": {}, "tsv": {"coefficient": 1.0}}
 CELLS = (("red", "dog"), ("blue", "fish"), ("pink", "cat"))
 
 
@@ -153,6 +153,21 @@ def test_lego_averages_the_units_of_a_cluster(llama_layout):
     for name in apart.layout.names:
         wanted = (units(0.0).delta(name) + units(angle).delta(name)) / math.sqrt(2)
         assert torch.allclose(apart.delta(name), wanted, atol=1e-4)
+
+
+def test_tsv_turns_shared_directions_apart(experts):
+    """Against dense decompositions."""
+    merged = merge(experts, "tsv", coefficient=0.7)
+    for name in merged.layout.names:
+        parts = [torch.linalg.svd(e.delta(name).double(), full_matrices=False) for e in experts]
+        kept = [(u[:, : e.rank], s[: e.rank], v[: e.rank]) for e, (u, s, v) in zip(experts, parts, strict=True)]
+        turned = []
+        for stack in (torch.cat([u for u, _, _ in kept], 1), torch.cat([v for _, _, v in kept]).T):
+            gram = torch.linalg.eigh(stack.T @ stack)  # columns times the inverse root of their products: orthonormal, and nearest
+            turned.append(stack @ (gram.eigenvectors / gram.eigenvalues.sqrt()) @ gram.eigenvectors.T)
+        wanted = 0.7 * turned[0] @ torch.cat([s for _, s, _ in kept]).diag() @ turned[1].T
+        assert (merged.delta(name) - wanted).norm() < 1e-4 * wanted.norm()
+    assert merged.rank == 9
 
 
 # --- what holds for every rule ----------------------------------------------------------------------------------------

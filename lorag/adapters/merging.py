@@ -98,6 +98,26 @@ def _trim(delta: Tensor, density: float) -> Tensor:
     return torch.where(delta.abs() >= threshold, delta, 0.0)
 
 
+def _tsv(module: _Module, coefficient: float) -> Svd:
+    """Makes the singular vectors of all experts orthonormal together, and keeps every expert's singular values.
+
+    Directions that several experts share are turned apart, and so disturb each other less than in a sum. The nearest orthonormal
+    columns to stacked vectors are the polar factor of the stack (Procrustes).
+    """
+    parts = [thin_svd(a, b * weight) for (a, b), weight in zip(module.pairs, module.weights, strict=True)]
+    left, values, right = (torch.cat([part[side] for part in parts], -1) for side in range(3))
+    real = values > _NEGLIGIBLE * values.max()
+    if not real.any():  # no expert changes this module
+        return module.weighted(0.0)
+    return thin_svd(_polar(right[:, real]).T, _polar(left[:, real]) * values[real] * coefficient)
+
+
+def _polar(columns: Tensor) -> Tensor:
+    """The nearest matrix of orthonormal columns (or rows, where it has more columns than rows)."""
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    return left @ right
+
+
 def _lego(module: _Module) -> Svd:
     """Clusters the experts' rank-1 units and adds up one unit a cluster.
 
@@ -153,6 +173,7 @@ MERGES: Mapping[str, _Rule] = {
     "dare_ties": _Rule(_ties, {"density": 1.0, "coefficient": 1.0, "drop": 0.5}, draws=True),
     "cat": _Rule(_sum, {}, average=True),
     "lego": _Rule(_lego, {}, narrow=True),
+    "tsv": _Rule(_tsv, {"coefficient": 0.8}),
 }
 _RANGES = {"density": (0.0, 1.0), "drop": (0.0, 0.999), "coefficient": (-100.0, 100.0)}
 
@@ -216,6 +237,8 @@ def merge(
       meant to be learned, and 1/n if there are none. Exact.
     - `lego`: k-means of rank-1 units to `rank` clusters; centres get the mean norm of their units, and their sum is
       multiplied by √(units of an expert / clusters) (LoRA-LEGO, arXiv 2409.16167).
+    - `tsv`: the experts' singular vectors, made orthonormal together, with each expert's singular values, times `coefficient`
+      (TSV-M, Gargiulo et al., arXiv 2412.00081; without its cut to a share of the vectors, for experts are thin already).
 
     Args:
         adapters: The experts; their ranks and scalings may differ. Their order does not matter.

@@ -230,7 +230,7 @@ def fuse(
     names: Annotated[list[str], typer.Argument(help="Experts of the bank, or adapter folders and hub ids; NAME=WEIGHT weighs them.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
     bank: Annotated[str | None, typer.Option(help="The bank; by default 'sandbox', or none for folders and hub ids.")] = None,
-    method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego, regmean or icm_fusion.")] = "mean",
+    method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego, tsv, regmean or icm_fusion.")] = "mean",
     generator: Annotated[str | None, typer.Option(help="Folder of a generator of method icm_fusion.")] = None,
     rule: Annotated[str, typer.Option(help="Of icm_fusion: uniform, conflict or learned.")] = "uniform",
     tasks: Annotated[str | None, typer.Option(help="Suite of the experts' tasks, to learn from and to warn of shared inputs.")] = None,
