@@ -21,6 +21,7 @@ from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex
 from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.errors import ArtifactError, LoragError, printable
+from lorag.evaluation.harness import lm_eval_command
 from lorag.files.artifacts import read_json
 from lorag.files.tensors import load_tensors, read_header
 from lorag.methods.vae import Diagnostics
@@ -30,6 +31,10 @@ __all__ = ["describe_path"]
 
 _INDENT, _WIDTH = 16, 120
 _LOOKED_AT = 48  # experts of a bank that are read for its card, evenly spread
+
+
+class Unwrapped(str):
+    """A command, which stands on one line of its own so that it can be copied."""
 
 
 def describe_path(path: Path, base_model: str | None = None) -> str:
@@ -67,7 +72,9 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
 
 
 def _shown(card: Mapping[str, Any]) -> str:
-    return "\n".join(_line(key, printable(str(value))) for key, value in card.items())
+    return "\n".join(
+        f"{key}:\n{printable(value)}" if isinstance(value, Unwrapped) else _line(key, printable(str(value))) for key, value in card.items()
+    )
 
 
 def _line(key: str, text: str) -> str:
@@ -226,7 +233,9 @@ def _adapter(path: Path) -> dict[str, Any]:
         card["parents"] = _parents(info["parents"])
     derived = licence_of(info)
     card["licence"] = f"{derived.name}: {derived.reason}" if info else "not stated: no lorag.json"
-    return card | {f"in {verdict.target}": verdict.line() for verdict in check_portability(facts)}
+    card |= {f"in {verdict.target}": verdict.line() for verdict in check_portability(facts)}
+    command = lm_eval_command(path, config, info)
+    return card | ({} if command is None else {"to score it": Unwrapped(command)})
 
 
 def _foreign(path: Path, file: Path, base_model: str | None) -> dict[str, Any]:
@@ -235,6 +244,7 @@ def _foreign(path: Path, file: Path, base_model: str | None) -> dict[str, Any]:
     folder = peft_folder(path, Base(base))
     known = format_of(file)
     card = _adapter(folder)
+    card.pop("to score it", None)  # the harness reads PEFT's format alone
     return {"kind": f"{card.pop('kind')} in the format of {known.title if known else 'PEFT'}", **card}
 
 
