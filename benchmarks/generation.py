@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import device, median_seconds, synchronise
-from lorag.bank.bank import BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.runner import BankBase
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods.house import House, HouseSettings, number_places
 from lorag.spaces.shared_subspace import SharedSubspace

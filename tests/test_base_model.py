@@ -8,9 +8,9 @@ from conftest import output_of
 from safetensors.torch import load_file, save_file
 
 from lorag.bank.bank import AdapterBank
-from lorag.base.bank_base import BankBase
 from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.runner import BankBase
 from lorag.base.weights import precisions, weights_identity
 from lorag.errors import ArtifactError, BaseModelError
 from lorag.files.artifacts import sha256

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import make_objective
+from lorag.base.objectives.prompts import Conversation
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, TaskError
-from lorag.tasks.prompted import Conversation
 from lorag.tasks.suite import Example, Task
 
 LLAMA3 = (

@@ -8,12 +8,12 @@ import pytest
 import torch
 from toy_world import make_suite, true_adapter
 
+from lorag.base.objectives.prompts import draw_shots, with_description, with_shots
 from lorag.base.objectives.text_metrics import balanced_accuracy
 from lorag.errors import TaskError
 from lorag.evaluation.rivals import random_like
 from lorag.evaluation.statistics import Scores, differences, summarise
 from lorag.evaluation.tables import format_table
-from lorag.tasks.prompted import draw_shots, with_description, with_shots
 from lorag.tasks.suite import Example, Task
 
 

@@ -1,5 +1,7 @@
 """Training without experts: packed rows, bases from the base model's activations, and the method that learns in them."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,12 +16,15 @@ from lorag.base.objectives import make_objective
 from lorag.base.objectives.packing import fitting, pack, shared_start
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
+from lorag.generator import files as generator_files
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
+from lorag.training import calibrate_gate
+from lorag.training import train as training
 from lorag.training.preparation import prepare
-from lorag.training.train import TrainConfig, fit_generator, train
+from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
 SMALL = {"width": 16, "heads": 2, "queries": 2, "features": 24, "probes": 1, "directions": 8, "noise": 0.0, "dropout": 0.0}
 
@@ -179,3 +184,37 @@ def test_it_says_what_it_needs(base, tmp_path):
         method_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)
     with pytest.raises(ConfigError, match="bank and base cannot both"):
         train(TrainConfig(bank=str(bank.folder), base="sandbox-lm", out=str(tmp_path / "out")), quiet=True)
+
+
+def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
+    """`train` without a bank ends with a gate; fitted again on the finished folder, from the suite that it names, it is the same."""
+    for module in (training, generator_files):
+        monkeypatch.setattr(module.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
+    unknown = {"robots": ["weld the left arm", "calibrate the gripper motor"], "gibberish": ["zzq wrt plm", "kkk lll mmm nnn"]}
+    monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: unknown)
+    keys = [task.key for task in make_suite(TRAINING)]
+    folder = make_suite(TRAINING).save(tmp_path / "suite")
+    (folder / "splits.json").write_text(json.dumps({"train": keys[:14], "validation": keys[14:]}))
+    functional = {"steps": 2, "tasks": 4, "examples": 2}
+    config = TrainConfig(
+        base=base.model.name,
+        objective_settings=dict(base.settings),
+        out=str(tmp_path / "g"),
+        tasks=str(tmp_path / "suite"),
+        method="aligned",
+        settings={**SMALL, "functional": functional},
+        space="activation_bases",
+        k=12,
+        rank=3,
+        strength=1.0,
+        device="cpu",
+    )
+    made = train(config, quiet=True)
+    assert made.gate is not None and made.gate.fitted["held_out_tasks"] == len(TRAINING) - 14
+    made.gate = None
+    made.save_pretrained(tmp_path / "g")
+    with pytest.raises(ConfigError, match="tasks: the generator learned from others"):
+        add_gate(tmp_path / "g", tasks="sandbox")
+    again = add_gate(tmp_path / "g", tasks=str(tmp_path / "suite"))
+    assert again.gate is not None and again.gate.fitted["held_out_tasks"] == len(TRAINING) - 14
+    assert LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder()).gate is not None

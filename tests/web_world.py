@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
-from lorag.bank.bank import BankBase
+from lorag.base.runner import BankBase
 from lorag.generator.gate import Verdict
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop

@@ -20,8 +20,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import merge
 from lorag.adapters.publishing import bank_card, push_files, require_public
 from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, stack_checkpoints
-from lorag.base.bank_base import BankBase
-from lorag.base.base_model import TASK_TYPES
+from lorag.base.runner import BankBase
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
 from lorag.files.hub import fetch
@@ -192,7 +191,7 @@ class AdapterBank:
         factors = self._shards.read(expert, checkpoint)
         info = {"expert": name, "descriptions": list(expert.descriptions), "license": expert.license}
         model = self.base.model
-        return LoraAdapter(self.base.layout, factors, model.name, TASK_TYPES[model.kind], info, model.revision)
+        return LoraAdapter(self.base.layout, factors, model.name, model.task_type, info, model.revision)
 
     def adapters(self, names: Sequence[str] | None = None) -> Iterator[LoraAdapter]:
         """Reads final checkpoints one at a time."""

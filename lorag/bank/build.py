@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.factors import Factors
-from lorag.bank.bank import AdapterBank, BankBase
+from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.base.layout import LoraLayout
-from lorag.base.objectives import Objective, make_objective
-from lorag.base.runner import Runner
+from lorag.base.runner import BankBase, Runner
 from lorag.errors import ConfigError
 from lorag.files.metrics import Metrics, check_trackers
 from lorag.parallel import Backend
@@ -23,6 +21,7 @@ from lorag.progress import progress_bar
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.base.base_model import BaseModel
+    from lorag.progress import Bar
     from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["BankConfig", "build_bank"]
@@ -101,17 +100,13 @@ def build_bank(
     targets = config.target_modules
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         raise ConfigError("experts.target_modules cannot be used", got=repr(targets)[:80], expected="a list of names, or one expression")
-    objective = make_objective(objective_name, base.tokenizer(), settings)
-    if objective.kind != base.kind:
-        raise ConfigError("objective and base model do not fit", got=f"{objective_name} on a {base.kind}", expected=objective.kind)
     backend = Backend() if backend is None else backend
     afar = backend.name != "local"
     if afar and base.remote_code:
         raise ConfigError("a base model with code of its own is run on this machine alone", got=base.name, remedy="Use --backend local.")
-    order = _Order(base, objective_name, objective.settings(), config, device, dtype)
-    trainer = None if afar else _Trainer(order, objective)
-    layout = LoraLayout.from_model(base.skeleton(), targets, config.layers) if trainer is None else trainer.runner.layout
-    bank = AdapterBank.create(folder, BankBase(base, base.identity(), layout, objective_name, objective.settings()))
+    order = _Order(BankBase.of(base, objective_name, settings, targets, config.layers), config, device, dtype)
+    runner = None if afar else order.open()
+    bank = AdapterBank.create(folder, order.base)
     tasks = list(suite)
     random.Random(config.seed).shuffle(tasks)
     groups = [tasks[i : i + config.group] for i in range(0, len(tasks), config.group)]
@@ -119,35 +114,36 @@ def build_bank(
     if finished:
         logger.info("%s: %d of %d experts are there; going on with the others", folder, finished, len(tasks))
     left = [
-        _Group(number, config.ranks[number % len(config.ranks)], [t for t in own if t.key not in bank]) for number, own in enumerate(groups)
+        _Group(number, config.ranks[number % len(config.ranks)], [t for t in group if t.key not in bank])
+        for number, group in enumerate(groups)
     ]
     left = [group for group in left if group.tasks]
     done, metrics = (len(groups) - len(left)) * config.steps, Metrics(Path(folder), trackers, {"experts": asdict(config)})
     with metrics, progress_bar(total=len(groups) * config.steps, initial=done, desc="experts", disable=quiet) as bar:
-        made: Iterable[tuple[_Group, _Made]]
-        if trainer is not None:
-            made = ((group, trainer.train(group, _recorder(metrics, group.number * config.steps), bar)) for group in left)
+        trained: Iterable[tuple[_Group, _Trained]]
+        if runner is not None:
+            trained = ((group, _train(runner, config, group, _recorder(metrics, group.number * config.steps), bar)) for group in left)
         else:
-            made = ((left[one.place], one.result()) for one in backend.run(_train, order, left, ordered=False))
-        for group, own in made:
-            for step, loss in own.losses:
+            trained = ((left[one.place], one.result()) for one in backend.run(_train_afar, order, left, ordered=False))
+        for group, result in trained:
+            for step, loss in result.losses:
                 metrics.record("experts", group.number * config.steps + step, loss=loss)
             if afar:
                 bar.update(config.steps)
             details = {
                 task.key: {"suite": task.suite, "license": task.license, "score": score, "examples": len(task.split("train"))}
-                for task, score in zip(group.tasks, own.scores, strict=True)
+                for task, score in zip(group.tasks, result.scores, strict=True)
             }
             bank = bank.add(
-                [(task.key, task.descriptions, late) for task, late in zip(group.tasks, own.late, strict=True)],
+                [(task.key, task.descriptions, checkpoints) for task, checkpoints in zip(group.tasks, result.checkpoints, strict=True)],
                 precision=config.precision,
                 details=details,
             )
-            known = [score for score in own.scores if score is not None]
-            score = sum(known) / len(known) if known else None
+            measured = [score for score in result.scores if score is not None]
+            score = sum(measured) / len(measured) if measured else None
             metrics.record("groups", group.number + 1, score=score, rank=group.rank, experts=len(group.tasks))
             if score is not None and not quiet:
-                bar.write(f"group {group.number + 1} of {len(groups)}: rank {group.rank}, mean {objective.metric} {score:.3f}")
+                bar.write(f"group {group.number + 1} of {len(groups)}: rank {group.rank}, mean score {score:.3f}")
     return _in_order(bank, [task.key for task in tasks]) if afar else bank
 
 
@@ -159,8 +155,8 @@ def _recorder(metrics: Metrics, before: int) -> Callable[[int, float], None]:
 def _in_order(bank: AdapterBank, names: Sequence[str]) -> AdapterBank:
     """The bank with some experts in this order, in the places that they have: the order in which groups were finished says nothing."""
     with bank.locked() as now:
-        own, wanted = (now[name] for name in names if name in now), set(names)
-        experts = [next(own) if expert.name in wanted else expert for expert in now.experts]
+        ordered, wanted = (now[name] for name in names if name in now), set(names)
+        experts = [next(ordered) if expert.name in wanted else expert for expert in now.experts]
         return now if experts == list(now.experts) else AdapterBank(now.folder, now.base, experts, now.files).write_manifest()
 
 
@@ -171,12 +167,14 @@ def _in_order(bank: AdapterBank, names: Sequence[str]) -> AdapterBank:
 class _Order:
     """What all groups have in common."""
 
-    base: BaseModel
-    objective: str
-    settings: Mapping[str, Any]
+    base: BankBase
     config: ExpertConfig
     device: str
     dtype: str
+
+    def open(self) -> Runner:
+        """Loads the base model."""
+        return Runner.open(self.base, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -189,43 +187,37 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """Late checkpoints and score of each task's expert, and losses that were not recorded yet, by step."""
+class _Trained:
+    """Checkpoints and score of each task's expert, and losses that were not recorded yet, by step."""
 
-    late: list[list[LoraAdapter]]
+    checkpoints: list[list[LoraAdapter]]
     scores: list[float | None]
     losses: list[tuple[int, float]]
 
 
-class _Trainer:
-    """The loaded base model, ready for groups."""
-
-    def __init__(self, order: _Order, objective: Objective) -> None:
-        self.order = order
-        model = order.base.load(order.device, order.dtype)
-        self.runner = Runner(model, LoraLayout.from_model(model, order.config.target_modules, order.config.layers), objective)
-
-    def train(self, group: _Group, record: Callable[[int, float], None] | None = None, bar: Any = None) -> _Made:  # noqa: ANN401 - a bar
-        losses: list[tuple[int, float]] = []
-        record = (lambda step, loss: losses.append((step, loss))) if record is None else record
-        late = train_group(self.runner, group.tasks, group.rank, self.order.config, progress=bar, record=record)
-        return _Made(late, _score(self.runner, group.tasks, late, self.order.config), losses)
+def _train(
+    runner: Runner, config: ExpertConfig, group: _Group, record: Callable[[int, float], None] | None = None, bar: Bar | None = None
+) -> _Trained:
+    losses: list[tuple[int, float]] = []
+    record = (lambda step, loss: losses.append((step, loss))) if record is None else record
+    checkpoints = train_group(runner, group.tasks, group.rank, config, progress=bar, record=record)
+    return _Trained(checkpoints, _score(runner, group.tasks, checkpoints, config), losses)
 
 
-_kept: dict[str, _Trainer] = {}  # in a worker: that of the order that it last worked on
+_opened: dict[str, Runner] = {}  # in a worker: the base model of the order that it last worked on
 
 
-def _train(order: _Order, group: _Group) -> _Made:
+def _train_afar(order: _Order, group: _Group) -> _Trained:
     """One group on a worker, which keeps the base model for the next."""
     key = repr(order)
-    if key not in _kept:
-        _kept.clear()
-        _kept[key] = _Trainer(order, make_objective(order.objective, order.base.tokenizer(), order.settings))
-    return _kept[key].train(group)
+    if key not in _opened:
+        _opened.clear()
+        _opened[key] = order.open()
+    return _train(_opened[key], order.config, group)
 
 
-def _score(runner: Runner, tasks: Sequence[Task], late: Sequence[Sequence[LoraAdapter]], config: ExpertConfig) -> list[float | None]:
+def _score(runner: Runner, tasks: Sequence[Task], checkpoints: Sequence[Sequence[LoraAdapter]], config: ExpertConfig) -> list[float | None]:
     if not config.test_limit or not all(task.split("test") for task in tasks):
         return [None] * len(tasks)
-    stacked = Factors.stack([own[-1].factors for own in late], runner.device)
+    stacked = Factors.stack([of_task[-1].factors for of_task in checkpoints], runner.device)
     return [score[runner.objective.metric] for score in runner.scores(stacked, tasks, limit=config.test_limit)]

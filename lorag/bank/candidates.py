@@ -22,8 +22,8 @@ from lorag.errors import BaseMismatchError, BaseModelError, LoragError, MissingD
 if TYPE_CHECKING:
     from lorag.adapters.checks import Match
     from lorag.adapters.sources import Source
-    from lorag.base.bank_base import BankBase
     from lorag.base.base_model import BaseModel
+    from lorag.base.runner import BankBase
 
 __all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "read_candidate"]
 

@@ -93,7 +93,7 @@ def train_group(
         record: Called every tenth step, and at the last, with the steps done and the mean loss.
 
     Returns:
-        For each task its late checkpoints, the final one last.
+        For each task its last checkpoints, the final one last.
     """
     layout, device = runner.layout, runner.device
     if start is None:
@@ -116,8 +116,8 @@ def train_group(
         _clip_each(parameters, 1.0)
         optimizer.step()
         if step in kept:
-            for late, adapter in zip(checkpoints, _snapshot(trained, layout), strict=True):
-                late.append(adapter)
+            for of_task, adapter in zip(checkpoints, _snapshot(trained, layout), strict=True):
+                of_task.append(adapter)
         if progress is not None:
             progress.update()
             if step % 10 == 0:

@@ -165,6 +165,11 @@ class BaseModel:
         if self.kind not in KINDS:
             raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
 
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name for what it does; None where PEFT's wrapper does not suit it."""
+        return TASK_TYPES[self.kind]
+
     def load(self, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         """Loads the frozen model in evaluation mode.
 

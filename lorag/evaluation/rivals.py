@@ -11,7 +11,7 @@ import torch
 
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
-from lorag.tasks.prompted import draw_shots
+from lorag.base.objectives.prompts import draw_shots
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter

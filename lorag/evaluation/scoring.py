@@ -12,7 +12,7 @@ from lorag.base.runner import Runner
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
-    from lorag.base.bank_base import BankBase
+    from lorag.base.runner import BankBase
     from lorag.progress import Bar
     from lorag.tasks.suite import Task
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorag import __version__
-from lorag.bank.bank import BankBase
+from lorag.base.runner import BankBase
 from lorag.errors import ArtifactError, GeneratorError, LoragError
 from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded, safe_name, sha256, write_manifest
 from lorag.files.hub import fetch

@@ -15,7 +15,6 @@ from torch import Tensor
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.provenance import base_fields, licence_of, parents, public_name, versions
 from lorag.adapters.publishing import push_generator_folder
-from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
 from lorag.generator.evidence import Evidence, gather
@@ -333,7 +332,7 @@ class LoraGenerator:
         if plan.evidence.details:
             info["details"] = list(plan.evidence.details)
         info["license"] = licence_of(info).name
-        return replace(adapter, base_model=model.name, task_type=TASK_TYPES[model.kind], info=info)
+        return replace(adapter, base_model=model.name, task_type=model.task_type, info=info)
 
     def _rank(self, rank: int | None) -> int:
         """The rank of adapters: the one asked for, if the weight space has it, or the generator's own."""

@@ -113,7 +113,7 @@ def _train(
     if learning_rate is None:
         learning_rate = _size(adapters) * min(_MOST, _WAY * most**0.5 / steps)
     config = ExpertConfig(steps=steps, batch=min(_BATCH, most), learning_rate=learning_rate, checkpoints=1, seed=seed)
-    refined = [late[-1] for late in train_group(runner, tasks, adapters[0].rank, config, start=adapters)]
+    refined = [checkpoints[-1] for checkpoints in train_group(runner, tasks, adapters[0].rank, config, start=adapters)]
     return [replace(start, factors=end.factors, info={}) for start, end in zip(adapters, refined, strict=True)]
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorag.base.objectives.prompts import with_description
 from lorag.methods.functional import code_losses, require_runner, validation_loss
 from lorag.methods.method import Method, Settings, State
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.tasks.prompted import with_description
 from lorag.text.conditioning import Condition, mixture, mixture_weights
 
 if TYPE_CHECKING:

@@ -10,29 +10,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import Reference, gather
 from lorag.generator.gate import Gate, digest
-from lorag.generator.lora_generator import LoraGenerator
 from lorag.progress import progress_bar
-from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
-from lorag.tasks.unknown import read_unknown, unknown_tasks
+from lorag.tasks.unknown import unknown_tasks
 from lorag.text.embedding import Embedding, TextEmbedder
 from lorag.training.calibrate import gap_closed_by
-from lorag.training.preparation import hold_out
 
 if TYPE_CHECKING:
+    from lorag.bank.bank import AdapterBank
+    from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["GateSettings", "add_gate", "fit_gate"]
+__all__ = ["GateSettings", "fit_gate"]
 
 _REFERENCES = 64  # experts whose codes stand for the bank's
 _REFUSED = 0.05  # share of held-out known descriptions that the gate may refuse, at most
@@ -141,51 +138,6 @@ def fit_gate(
         owners=owners_of,
         fitted=facts,
     )
-
-
-def add_gate(
-    folder: str | Path,
-    *,
-    bank: str | None = None,
-    tasks: str | None = None,
-    unknown: str | Path | None = None,
-    settings: GateSettings | None = None,
-    device: str = "auto",
-    quiet: bool = True,
-) -> LoraGenerator:
-    """Fits a gate for a trained generator and writes it into its folder; nothing else of the generator changes.
-
-    Args:
-        folder: The generator's.
-        bank: The bank that it learned from; by default the one that its settings name.
-        tasks: The suite; by default the one that its settings name.
-        unknown: YAML of descriptions that the bank cannot serve; by default the shipped ones.
-        settings: How much is looked at.
-        device: Where embedder and base model run.
-        quiet: No progress bar.
-
-    Raises:
-        ConfigError: If the generator's settings name no bank, or bank and generator do not belong together.
-    """
-    generator = LoraGenerator.from_pretrained(folder, device=device)
-    config = generator.origin.get("config", {})
-    bank, tasks = bank or config.get("bank"), tasks or config.get("tasks")
-    if bank is None:
-        raise ConfigError("no bank to fit a gate on", remedy="Give --bank, the one that the generator learned from.")
-    experts = find_bank(bank)
-    if experts.base != generator.base or experts.names != generator.conditioner.names:
-        raise ConfigError("bank: the generator learned from another one", got=bank, remedy="Give --bank, the one that it learned from.")
-    suite = None if tasks is None else find_tasks(tasks)
-    more = None if tasks is None else find_split(tasks, WITHOUT_EXPERT)
-    share, seed = float(config.get("validation", 0.1)), int(config.get("seed", 0))
-    split = hold_out(experts, suite, more, groups=str(config.get("groups", config.get("kin", "task"))), validation=share, seed=seed)
-    listed = None if unknown is None else read_unknown(unknown, "fit")
-    others = list(more or ()) if suite is not None else []
-    generator.gate = fit_gate(
-        generator, experts, suite, split.validation, split.groups, others=others, unknown=listed, settings=settings, quiet=quiet
-    )
-    generator.save_pretrained(folder)
-    return generator
 
 
 # --- what is looked at ------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import MERGES, aligned, merge
 from lorag.adapters.provenance import base_fields, parents, versions
 from lorag.bank.bank import AdapterBank, find_bank
-from lorag.base.base_model import TASK_TYPES
 from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
 from lorag.generator.lora_generator import LoraGenerator
@@ -176,7 +175,7 @@ def fuse_experts(
         (factors,) = generator.space.decode(code(), rank or generator.rank)
         learned = shares().tolist()
     base = generator.base.model
-    adapter = LoraAdapter(generator.base.layout, factors, base.name, TASK_TYPES[base.kind], revision=base.revision)
+    adapter = LoraAdapter(generator.base.layout, factors, base.name, base.task_type, revision=base.revision)
     if refine_steps:
         pairs = [(example.input, example.output) for task in support for example in task.examples]
         adapter = refine(generator.runner(), adapter, pairs, refine_steps, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
 from lorag.spaces import SpaceInputs, WeightSpace, fit_space
 from lorag.spaces.activation_bases import ActivationBases, alignment
+from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task, TaskSuite, connected
 from lorag.text.conditioning import Conditioner
 from lorag.text.misspelling import misspell_some
@@ -24,9 +25,31 @@ if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
     from lorag.text.embedding import Embedding, TextEmbedder
 
-__all__ = ["Prepared", "Split", "hold_out", "prepare"]
+__all__ = ["Prepared", "RunTasks", "Split", "hold_out", "prepare", "tasks_of_run"]
 
 _GROUPS = ("task", "texts", "source")
+
+
+class RunTasks(TypedDict):
+    """The tasks of a run, as `prepare` and `hold_out` take them.
+
+    Attributes:
+        suite: All tasks, the experts' among them; without it there are no examples, and nothing runs the base model.
+        without_expert: More training tasks, which have examples but no expert.
+        held_out: Tasks for validation, which have no expert; without them a share is held out.
+    """
+
+    suite: TaskSuite | None
+    without_expert: TaskSuite | None
+    held_out: TaskSuite | None
+
+
+def tasks_of_run(name: str | None, experts: int) -> RunTasks:
+    """The tasks of a suite by name, for a bank of so many experts; without any expert all training tasks are without one."""
+    if name is None:
+        return RunTasks(suite=None, without_expert=None, held_out=None)
+    suite, more = find_tasks(name), find_split(name, WITHOUT_EXPERT if experts else TRAIN)
+    return RunTasks(suite=suite, without_expert=more, held_out=None if experts else find_split(name, VALIDATION))
 
 
 @dataclass(frozen=True)

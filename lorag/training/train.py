@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from lorag.adapters.provenance import public_name
-from lorag.bank.bank import AdapterBank, BankBase, find_bank
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import BaseModel, device_of
-from lorag.base.layout import LoraLayout
-from lorag.base.objectives import make_objective
+from lorag.base.runner import BankBase
 from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
@@ -23,13 +22,13 @@ from lorag.files.metrics import Metrics, check_trackers
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Method, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
-from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_split, find_tasks
+from lorag.tasks.unknown import read_unknown
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.calibrate import tune_strength
-from lorag.training.calibrate_gate import fit_gate
-from lorag.training.preparation import Prepared, prepare
+from lorag.training.calibrate_gate import GateSettings, fit_gate
+from lorag.training.preparation import Prepared, hold_out, prepare, tasks_of_run
 
-__all__ = ["TrainConfig", "fit_generator", "train"]
+__all__ = ["TrainConfig", "add_gate", "fit_generator", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +138,7 @@ def _find_bank(config: TrainConfig) -> AdapterBank:
     if config.bank is not None:
         raise ConfigError("bank and base cannot both be given", got=f"{config.bank}, {config.base}", remedy="A bank states its base.")
     model = BaseModel(config.base, config.kind)
-    objective = make_objective(config.objective, model.tokenizer(), config.objective_settings)
-    layout = LoraLayout.from_model(model.skeleton(), config.target_modules)
-    base = BankBase(model, model.identity(), layout, config.objective, objective.settings())
+    base = BankBase.of(model, config.objective, config.objective_settings, config.target_modules)
     return AdapterBank(Path(config.out), base, ())
 
 
@@ -175,7 +172,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
     method = method_type(config.method).with_settings(config.settings)
     bank = _find_bank(config)
-    suite = find_tasks(config.tasks) if config.tasks else None
+    tasks = tasks_of_run(config.tasks, len(bank))
     embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
     if accelerator.is_main_process:
         write_json(out / "run.json", plain)
@@ -190,9 +187,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         validation=config.validation,
         groups=config.groups,
         seed=config.seed,
-        suite=suite,
-        without_expert=find_split(config.tasks, WITHOUT_EXPERT if len(bank) else TRAIN) if config.tasks else None,
-        held_out=find_split(config.tasks, VALIDATION) if config.tasks and not len(bank) else None,
+        **tasks,
         rank=config.rank,
         device=config.device,
         dtype=config.dtype,
@@ -211,7 +206,58 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     data = prepared.data
     if data.validation and not method.needs_task_vectors:
         others = data.tasks[len(bank) :]
-        generator.gate = fit_gate(generator, bank, suite, data.validation, data.groups, others=others, quiet=quiet)
+        generator.gate = fit_gate(generator, bank, tasks["suite"], data.validation, data.groups, others=others, quiet=quiet)
     generator.save_pretrained(out)
     loop.finish()
+    return generator
+
+
+def add_gate(
+    folder: str | Path,
+    *,
+    bank: str | None = None,
+    tasks: str | None = None,
+    unknown: str | Path | None = None,
+    settings: GateSettings | None = None,
+    device: str = "auto",
+    quiet: bool = True,
+) -> LoraGenerator:
+    """Fits a gate for a trained generator and writes it into its folder; nothing else of the generator changes.
+
+    Args:
+        folder: The generator's.
+        bank: The bank that it learned from; by default the one that its settings name. None is needed for a generator that learned
+            from the examples of its tasks alone.
+        tasks: The suite; by default the one that its settings name.
+        unknown: YAML of descriptions that the bank cannot serve; by default the shipped ones.
+        settings: How much is looked at.
+        device: Where embedder and base model run.
+        quiet: No progress bar.
+
+    Raises:
+        ConfigError: If the generator's settings name neither bank nor base, or bank, tasks and generator do not belong together.
+    """
+    generator = LoraGenerator.from_pretrained(folder, device=device)
+    config = generator.origin.get("config", {})
+    bank, name = bank or config.get("bank"), tasks or config.get("tasks")
+    if bank is None and (config.get("base") is None or name is None):
+        raise ConfigError("no bank to fit a gate on", remedy="Give --bank, the one that the generator learned from.")
+    experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
+    if bank is not None and (experts.base != generator.base or experts.names != generator.conditioner.names):
+        raise ConfigError("bank: the generator learned from another one", got=bank, remedy="Give --bank, the one that it learned from.")
+    run = tasks_of_run(name, len(experts))
+    share, seed, groups = (
+        float(config.get("validation", 0.1)),
+        int(config.get("seed", 0)),
+        str(config.get("groups", config.get("kin", "task"))),
+    )
+    split = hold_out(experts, **run, groups=groups, validation=share, seed=seed)
+    others = [*(run["without_expert"] or ()), *(run["held_out"] or ())]
+    if bank is None and [others[i].key for i in split.training] != list(generator.conditioner.names):
+        raise ConfigError("tasks: the generator learned from others", got=name, remedy="Give --tasks, the suite that it learned from.")
+    listed = None if unknown is None else read_unknown(unknown, "fit")
+    generator.gate = fit_gate(
+        generator, experts, run["suite"], split.validation, split.groups, others=others, unknown=listed, settings=settings, quiet=quiet
+    )
+    generator.save_pretrained(folder)
     return generator

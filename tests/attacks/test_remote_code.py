@@ -7,8 +7,8 @@ import pytest
 
 from lorag.bank.bank import AdapterBank
 from lorag.base import base_model
-from lorag.base.bank_base import BankBase
 from lorag.base.base_model import BaseModel, is_trusted, stored_config, trust_remote_code
+from lorag.base.runner import BankBase
 from lorag.cli import main as cli
 from lorag.errors import BaseModelError, ConfigError
 
