@@ -1,6 +1,6 @@
 """Optimizer steps of expert training: n experts at once with row adapters, and one after another with stock PEFT and torch's AdamW.
 
-All see the same texts, rows a step, rank and rate. "By hand" is the loop that PEFT's documentation leads to: for a language model
+All see the same texts, rows per step, rank and rate. "By hand" is the loop that PEFT's documentation leads to: for a language model
 `model(..., labels=...)`, which computes logits and their loss at every position. "Tuned" gives PEFT what lorag's objectives do
 anyway, logits at the answers' positions alone, and the fused AdamW. Times are milliseconds a step and expert, medians of
 interleaved repeats, so that ratios hold on a busy machine too; experts a minute are at 80 steps each, as in the shipped bank.

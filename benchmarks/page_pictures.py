@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorag.tasks.finding import find_tasks
 from lorag.web.serving import serving
-from lorag.web.workbench import Workbench
+from lorag.web.session import Session
 
 _COLOURS = 96  # keeps a picture below 150 kB
 ASKED = ("summarise legal text", "which day was this match played?", "who is the patient in this medical note? as JSON")
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     start = time.perf_counter()
     example = find_tasks("sandbox", "test")["legal-summarise-plain"].split("test")
     with (
-        serving(Workbench.from_folders([]), inputs="\n".join(one.input for one in example[:2])) as address,
+        serving(Session.from_folders([]), inputs="\n".join(one.input for one in example[:2])) as address,
         sync_playwright() as playwright,
     ):
         print(f"served after {time.perf_counter() - start:.1f} s")  # noqa: T201

@@ -452,8 +452,8 @@ def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypat
     assert all(gated.judge(describe(*cell)[0]).expected_gap_closed > 0.35 for cell in HELD_OUT)
 
 
-def test_fusion_is_a_rung_only_where_it_held_its_own(bare, bank, prepared, monkeypatch):
-    """Fused experts that gained more than generated codes open the rung at some cosine; those that gained less never do."""
+def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared, monkeypatch):
+    """Fused experts that gained more than generated codes are served from some cosine on; those that gained less never do."""
     data = prepared.data
     for fused, generated, opens in ((0.9, 0.6, True), (0.1, 0.6, False), (0.3, 0.2, False)):
 

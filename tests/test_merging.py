@@ -221,7 +221,7 @@ def test_experts_that_change_nothing_are_merged(llama_layout, experts):
     ("method", "more", "said"),
     [
         ("soup", {}, "mean, task_arithmetic, ties, dare_ties, cat, lego"),
-        ("mean", {"density": 0.5}, "density is no setting of mean"),
+        ("mean", {"density": 0.5}, "density is not a setting of mean"),
         ("ties", {"density": 1.5}, "density"),
         ("mean", {"weights": [1.0]}, r"\(3,\)"),
         ("mean", {"weights": [1.0, -1.0, 1.0]}, "not negative"),

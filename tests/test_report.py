@@ -19,7 +19,7 @@ from lorag.evaluation.folders import Ladder
 from lorag.evaluation.report import writing
 from lorag.evaluation.report.chapters import write_chapters
 from lorag.evaluation.report.figures import ROLES, draw_ladder, draw_pairs
-from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
+from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
 from lorag.evaluation.report.gathering import gather_findings
 from lorag.evaluation.report.page import render_page
 from lorag.evaluation.report.style import DARK, LIGHT, drawing, shorten, to_png
@@ -45,8 +45,8 @@ def _risk(values):
 def _findings(name="house", task="legal-person"):
     """Two tasks' worth of everything."""
     tasks = (task, "other")
-    rungs = tuple(
-        Rung(label, role, score, score - 0.1, score + 0.1, score)
+    methods = tuple(
+        MethodScore(label, role, score, score - 0.1, score + 0.1, score)
         for label, role, score in (
             *(("base", "bound", 0.1), ("mean", "baseline", 0.2), (name, "generator", 0.8)),
             *((f"{name}_shuffled", "control", 0.1), ("oracle", "bound", 0.9)),
@@ -60,7 +60,7 @@ def _findings(name="house", task="legal-person"):
         tasks=2,
         examples=4,
         seeds=1,
-        ladder=rungs,
+        ladder=methods,
         pairs=(Pairs(name, tasks, (0.9, 0.7), (0.1, 0.7), 0.4, 0.0, 0.8),),
         distances=Distances(tasks, (0.2, 0.5), (0.9, 0.7), ((0.2, 0.9, 0.9, 0.9), (0.5, 0.7, 0.7, 0.7))),
         map=Tasks(((0.0, 0.0), (1.0, 0.5), (0.2, 0.9)), tasks, ((0.1, 0.1), (0.6, 0.4)), (0.9, None), 0.4),
@@ -254,9 +254,9 @@ def test_names_are_shortened_in_the_middle():
 
 def test_all_of_the_ladder_is_drawn():
     """Forty methods: each has its row, and no two labels overlap."""
-    rungs = tuple(Rung(f"method_{i}", "baseline", i / 40, i / 40, i / 40, None) for i in range(40))
+    methods = tuple(MethodScore(f"method_{i}", "baseline", i / 40, i / 40, i / 40, None) for i in range(40))
     with drawing(LIGHT):
-        figure = draw_ladder(LIGHT, "How far?", rungs, "accuracy", "n = 1 task")
+        figure = draw_ladder(LIGHT, "How far?", methods, "accuracy", "n = 1 task")
         to_png(figure)
         boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert len(boxes) == 40
@@ -357,9 +357,9 @@ def test_distance_is_that_of_the_descriptions_shown(gathered, ladder):
     assert list(gathered.distances.distance) == sorted(gathered.distances.distance)
 
 
-def test_rungs_know_their_roles(gathered):
+def test_methods_know_their_roles(gathered):
     """Bounds, baselines, generators and controls."""
-    roles = {rung.name: rung.role for rung in gathered.ladder}
+    roles = {method.name: method.role for method in gathered.ladder}
     assert roles == {"base": "bound", "mean": "baseline", "looked_up": "generator", "looked_up_shuffled": "control", "oracle": "bound"}
 
 

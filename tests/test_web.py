@@ -1,4 +1,4 @@
-"""The page without a browser: orders, answers, drawings, zips, and who is let in."""
+"""The page without a browser: requests, answers, drawings, zips, and who is let in."""
 
 import asyncio
 import json
@@ -23,9 +23,9 @@ from lorag.generator.gate import Verdict
 from lorag.text.task_map import TaskMap
 from lorag.web import drawings
 from lorag.web.downloads import Downloads
-from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Order, Outlook
-from lorag.web.serving import Doorkeeper, serving
-from lorag.web.workbench import Workbench
+from lorag.web.requests import MOST_INPUT, MOST_INPUTS, Preview, Request
+from lorag.web.serving import RequestFilter, serving
+from lorag.web.session import Session
 
 TEXT = "paint the red dog"
 
@@ -37,7 +37,7 @@ def generators(tmp_path_factory, tiny_models, tokenizer):
 
 @pytest.fixture
 def bench(generators):
-    return Workbench(generators)
+    return Session(generators)
 
 
 def _equal(one, other):
@@ -48,7 +48,7 @@ def _equal(one, other):
     )
 
 
-# --- orders -----------------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,44 +65,44 @@ def _equal(one, other):
         ({"strength": True}, "strength cannot be used"),
     ],
 )
-def test_an_order_that_cannot_be_carried_out_names_its_field(change, words):
+def test_a_request_that_cannot_be_carried_out_names_its_field(change, words):
     """Out of range, of the wrong type or missing: ConfigError, whatever a browser sends."""
     with pytest.raises(ConfigError, match=words):
-        Order(**{"description": TEXT, "methods": ("ridge",)} | change)
+        Request(**{"description": TEXT, "methods": ("ridge",)} | change)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "x" * 4097, "a\x00b", None])
-def test_an_order_needs_a_description(text):
+def test_a_request_needs_a_description(text):
     """Empty, too long, not text: DescriptionError before anything is computed."""
     with pytest.raises(DescriptionError):
-        Order(text, ("ridge",))
+        Request(text, ("ridge",))
 
 
-# --- the workbench ----------------------------------------------------------------------------------------------------
+# --- the session ------------------------------------------------------------------------------------------------------
 
 
-def test_an_order_gives_what_generate_gives(bench, generators):
-    """Each adapter is the generator's own for that seed and strength, byte for byte, and a second order gives it again."""
-    order = Order(TEXT, ("ridge", "sg_lora"), seed=3, strength=1.5, samples=2)
-    made = bench.make(order)
+def test_a_request_gives_what_generate_gives(bench, generators):
+    """Each adapter is the generator's own for that seed and strength, byte for byte, and a second request gives it again."""
+    request = Request(TEXT, ("ridge", "sg_lora"), seed=3, strength=1.5, samples=2)
+    made = bench.make(request)
     assert [(one.method, one.seed) for one in made] == [("ridge", 3), ("ridge", 4), ("sg_lora", 3), ("sg_lora", 4)]
     assert len({one.label for one in made}) == 4
-    for one, again in zip(made, bench.make(order), strict=True):
+    for one, again in zip(made, bench.make(request), strict=True):
         right = generators[one.method].generate(TEXT, seed=one.seed, strength=1.5)
         assert _equal(one.adapter, right) and _equal(again.adapter, right) and one.adapter.info == right.info
 
 
 def test_a_method_that_does_not_sample_says_so(bench):
     """ridge's second sample is marked as the first; sg_lora's samples differ."""
-    ridge = bench.make(Order(TEXT, ("ridge",), samples=3))
+    ridge = bench.make(Request(TEXT, ("ridge",), samples=3))
     assert [one.repeats for one in ridge] == [None, ridge[0].label, ridge[0].label]
-    assert [one.repeats for one in bench.make(Order(TEXT, ("sg_lora",), samples=3))] == [None, None, None]
+    assert [one.repeats for one in bench.make(Request(TEXT, ("sg_lora",), samples=3))] == [None, None, None]
 
 
 def test_progress_names_each_adapter_and_never_falls(bench):
     """Shares from 0 rise below 1, one for each adapter."""
     heard = []
-    bench.make(Order(TEXT, ("ridge", "sg_lora"), samples=2), lambda share, text: heard.append((share, text)))
+    bench.make(Request(TEXT, ("ridge", "sg_lora"), samples=2), lambda share, text: heard.append((share, text)))
     assert [share for share, _ in heard] == [0, 0.25, 0.5, 0.75] and len({text for _, text in heard}) == 4
 
 
@@ -110,25 +110,25 @@ def test_a_refused_description_is_refused_unless_told_otherwise(bench):
     """UnknownTaskError; `anyway` generates it with the verdict in its provenance; what a refusal says is there without an adapter."""
     text = "drive the robot arm"
     with pytest.raises(UnknownTaskError, match="no task of the bank is like"):
-        bench.make(Order(text, ("ridge",)))
+        bench.make(Request(text, ("ridge",)))
     with pytest.warns(UserWarning, match="no task of the bank"):
-        (one,) = bench.make(Order(text, ("ridge",), anyway=True))
-    assert one.adapter.info["gate"]["decision"] == "refuse" == bench.judge(text, "ridge")["decision"]
-    assert len(bench.outlook(text, "ridge").neighbours) >= 3
+        (one,) = bench.make(Request(text, ("ridge",), anyway=True))
+    assert one.adapter.info["gate"]["decision"] == "refuse" == bench.preview(text, "ridge").verdict["decision"]
+    assert len(bench.preview(text, "ridge").neighbours) >= 3
 
 
 def test_a_training_task_lies_on_the_map_next_to_itself(bench):
     """The nearest expert of an expert's description is that expert, and the map's nearest dot too."""
-    outlook = bench.outlook("paint the red cat", "ridge")
-    place = torch.tensor(outlook.place)
-    nearest = (outlook.tasks.points - place).norm(dim=1).argmin()
-    assert outlook.neighbours[0][0] == "red-cat" == outlook.tasks.names[nearest]
+    preview = bench.preview("paint the red cat", "ridge")
+    place = torch.tensor(preview.place)
+    nearest = (preview.tasks.points - place).norm(dim=1).argmin()
+    assert preview.neighbours[0][0] == "red-cat" == preview.tasks.names[nearest]
 
 
 def test_answers_are_those_of_the_base_and_of_peft(bench, generators, tmp_path):
     """Column `base` is the bare base model's, the others what PEFT's loaded adapter writes; they are not all alike."""
     base = generators["ridge"].base
-    made = bench.make(Order(TEXT, ("ridge", "sg_lora"), strength=3.0))
+    made = bench.make(Request(TEXT, ("ridge", "sg_lora"), strength=3.0))
     found = bench.answers(made, [*TEXTS, "  "])
     assert found.inputs == tuple(TEXTS) and [label for label, _ in found.columns] == ["base", *(one.label for one in made)]
     objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
@@ -142,14 +142,14 @@ def test_answers_are_those_of_the_base_and_of_peft(bench, generators, tmp_path):
 
 def test_two_users_at_once_do_not_meet(bench):
     """Generating and answering in threads gives each what it gets alone: no adapter leaks into another's run."""
-    orders = [Order(f"paint the {colour} dog", ("ridge",), strength=3.0) for colour in ("red", "blue")]
-    alone = [bench.answers(bench.make(order), TEXTS[:1]).columns for order in orders]
-    found = [None] * len(orders)
+    requests = [Request(f"paint the {colour} dog", ("ridge",), strength=3.0) for colour in ("red", "blue")]
+    alone = [bench.answers(bench.make(request), TEXTS[:1]).columns for request in requests]
+    found = [None] * len(requests)
 
     def use(place):
-        found[place] = [bench.answers(bench.make(orders[place]), TEXTS[:1]).columns for _ in range(2)]
+        found[place] = [bench.answers(bench.make(requests[place]), TEXTS[:1]).columns for _ in range(2)]
 
-    threads = [threading.Thread(target=use, args=(place,)) for place in range(len(orders))]
+    threads = [threading.Thread(target=use, args=(place,)) for place in range(len(requests))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -161,28 +161,28 @@ def test_two_users_at_once_do_not_meet(bench):
 def test_inputs_are_limited(bench, texts):
     """None, too many, too long: TaskError before the base model runs."""
     with pytest.raises(TaskError, match="example inputs cannot be used"):
-        bench.answers(bench.make(Order(TEXT, ("ridge",))), texts)
+        bench.answers(bench.make(Request(TEXT, ("ridge",))), texts)
 
 
 def test_a_sentence_encoder_chooses_among_candidates(tmp_path, tiny_models, tokenizer):
     """Its answer is the candidate with the highest cosine; without two candidates it says what is missing."""
     made = encoder_generator(tmp_path, tiny_models["bert"], tokenizer)
-    bench = Workbench({"ridge": made})
-    order = bench.make(Order("paint the red cat", ("ridge",)))
-    found = bench.answers(order, TEXTS, ["red cat", "late home"])
+    bench = Session({"ridge": made})
+    request = bench.make(Request("paint the red cat", ("ridge",)))
+    found = bench.answers(request, TEXTS, ["red cat", "late home"])
     vectors = torch.nn.functional.normalize(made.runner().hidden([*TEXTS, "red cat", "late home"]), dim=-1)
     best = (vectors[:3] @ vectors[3:].T).argmax(1).tolist()
     assert [answer.rsplit(" (", 1)[0] for answer in found.columns[0][1]] == [("red cat", "late home")[i] for i in best]
     assert not bench.writes
     with pytest.raises(TaskError, match="candidates cannot be used"):
-        bench.answers(order, TEXTS, ["red cat"])
+        bench.answers(request, TEXTS, ["red cat"])
 
 
 def test_generators_of_different_bases_are_not_mixed(generators, tmp_path, tiny_models, tokenizer):
     """ConfigError names the generator: their adapters could not be compared on one base model."""
     other = encoder_generator(tmp_path, tiny_models["bert"], tokenizer)
     with pytest.raises(ConfigError, match="generator other is for another base model"):
-        Workbench({"ridge": generators["ridge"], "other": other})
+        Session({"ridge": generators["ridge"], "other": other})
 
 
 def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, tokenizer):
@@ -192,33 +192,33 @@ def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, t
     known = bank.names[0]
     verdict = Verdict("expert", "known", 0.0, 1.0, (1.0, 1.0), (), known)
     made.gate = SimpleNamespace(reference=None, needed=(), decide=lambda evidence: verdict)
-    bench = Workbench({"ridge": made}, bank=tmp_path / "bank")
-    order = Order("paint it", ("ridge",))
-    (one,) = bench.make(order)
+    bench = Session({"ridge": made}, bank=tmp_path / "bank")
+    request = Request("paint it", ("ridge",))
+    (one,) = bench.make(request)
     assert one.adapter.info["gate"]["served"] == "expert" and all(
         torch.allclose(one.adapter.delta(name), bank.adapter(known).delta(name)) for name in made.base.layout.names
     )
-    assert f"bank={str(tmp_path / 'bank')!r}" in bench.python(order, one)
+    assert f"bank={str(tmp_path / 'bank')!r}" in bench.python(request, one)
     bank.remove([known])
     with pytest.raises(BankError, match="not the one that the generator learned from"):
-        Workbench({"ridge": made}, bank=tmp_path / "bank")
+        Session({"ridge": made}, bank=tmp_path / "bank")
 
 
 def test_a_base_model_of_images_is_refused(generators):
     """ConfigError before anything is loaded: the page has no place for images."""
     seeing = SimpleNamespace(base=SimpleNamespace(model=SimpleNamespace(kind="two_towers", name="clip")))
     with pytest.raises(ConfigError, match="base models of text.*clip, two_towers"):
-        Workbench({"ridge": seeing})
+        Session({"ridge": seeing})
 
 
 def test_three_lines_of_python_make_the_same_adapter(generators, tmp_path, monkeypatch):
     """What is copied from the page runs, with any quotes in the description, and writes the same bytes."""
     folder = tmp_path / "it's"
     folder.mkdir()
-    bench = Workbench({"ridge": generators["ridge"]}, {"ridge": str(folder)})
-    order = Order('paint the "red" dog\nit\'s \\good', ("ridge",), seed=2, strength=1.25)
-    (one,) = bench.make(order)
-    lines = bench.python(order, one)
+    bench = Session({"ridge": generators["ridge"]}, {"ridge": str(folder)})
+    request = Request('paint the "red" dog\nit\'s \\good', ("ridge",), seed=2, strength=1.25)
+    (one,) = bench.make(request)
+    lines = bench.python(request, one)
     assert len(lines.splitlines()) == 3
     opened = []
     monkeypatch.setattr(generator_module.LoraGenerator, "from_pretrained", lambda path, **_: opened.append(path) or generators["ridge"])
@@ -232,7 +232,7 @@ def test_three_lines_of_python_make_the_same_adapter(generators, tmp_path, monke
 def test_labels_of_generators_differ(generators, monkeypatch):
     """Two of one method are told apart by their folders, even if the folders have one name."""
     monkeypatch.setattr(generator_module.LoraGenerator, "from_pretrained", lambda path, device: generators["ridge"])
-    bench = Workbench.from_folders(["a/x", "b/x", "c/x", "a/x"])
+    bench = Session.from_folders(["a/x", "b/x", "c/x", "a/x"])
     assert list(bench.generators) == ["ridge", "ridge (x)", "ridge (c/x)"] and set(bench.sources.values()) == {"a/x", "b/x", "c/x"}
 
 
@@ -241,7 +241,7 @@ def test_labels_of_generators_differ(generators, monkeypatch):
 
 def test_a_zip_is_a_peft_folder_and_nothing_more(bench, generators, tmp_path):
     """Safetensors, JSON and Markdown in one folder, loadable by PEFT, the same bytes each time, and no other file is left."""
-    (one,) = bench.make(Order(TEXT, ("ridge",)))
+    (one,) = bench.make(Request(TEXT, ("ridge",)))
     (tmp_path / "out").mkdir()
     downloads = Downloads(tmp_path / "out")
     packed, again = downloads.pack(one.adapter, "../../etc/passwd"), downloads.pack(one.adapter, "../../etc/passwd")
@@ -265,7 +265,7 @@ def test_a_zip_is_a_peft_folder_and_nothing_more(bench, generators, tmp_path):
 
 def test_old_zips_are_forgotten(bench, tmp_path):
     """Of five only the newest two are kept."""
-    (one,) = bench.make(Order(TEXT, ("ridge",)))
+    (one,) = bench.make(Request(TEXT, ("ridge",)))
     downloads = Downloads(tmp_path, most=2)
     packed = [downloads.pack(one.adapter, TEXT) for _ in range(5)]
     assert [path.exists() for path in packed] == [False, False, False, True, True] and len(list(tmp_path.iterdir())) == 2
@@ -293,15 +293,15 @@ class _Tags(HTMLParser):
 HOSTILE = "<script>x</script><img src=x onerror=y> \"' ${1+1} {{value}} `x`"
 
 
-def _outlook(names, neighbours=None):
+def _preview(names, neighbours=None):
     rng = torch.Generator().manual_seed(0)
     tasks = TaskMap.fit(names, torch.randn(len(names), 4, generator=rng))
-    return Outlook(neighbours or tuple((name, 0.5) for name in names[:3]), (9.0, -9.0), tasks)
+    return Preview(neighbours or tuple((name, 0.5) for name in names[:3]), (9.0, -9.0), tasks, {})
 
 
 def test_nothing_from_outside_becomes_markup(bench):
     """Names of experts, descriptions, inputs, answers, labels and reasons: shown as they are, neither tags nor templates."""
-    made = bench.make(Order(TEXT, ("ridge",)))
+    made = bench.make(Request(TEXT, ("ridge",)))
     gate = {
         "served": None,
         "decision": HOSTILE,
@@ -311,13 +311,13 @@ def test_nothing_from_outside_becomes_markup(bench):
         "expected_gap_closed_interval": [0.1, 0.9],
     }
     answers = SimpleNamespace(inputs=(HOSTILE,), columns=((HOSTILE, (HOSTILE,)),))
-    order = SimpleNamespace(description=HOSTILE)
+    request = SimpleNamespace(description=HOSTILE)
     for drawing in (
         drawings.draw_message(HOSTILE),
-        drawings.draw_neighbours(_outlook([HOSTILE, "b", "c"])),
-        drawings.draw_map(_outlook([HOSTILE[:40], "b", "c"])),
+        drawings.draw_neighbours(_preview([HOSTILE, "b", "c"])),
+        drawings.draw_map(_preview([HOSTILE[:40], "b", "c"])),
         drawings.draw_verdict(gate, 0.5),
-        drawings.draw_made(made, order),
+        drawings.draw_results(made, request),
         drawings.draw_answers(answers),
     ):
         found = _Tags(drawing)
@@ -331,7 +331,7 @@ def test_nothing_from_outside_becomes_markup(bench):
 def test_a_large_map_is_thinned_and_says_so():
     """Of 5,000 tasks at most 2,000 dots and the nearest experts are drawn, all inside the picture."""
     names = [f"task-{i}" for i in range(5000)]
-    drawing = drawings.draw_map(_outlook(names, (("task-1", 0.9), ("task-4999", 0.8))))
+    drawing = drawings.draw_map(_preview(names, (("task-1", 0.9), ("task-4999", 0.8))))
     assert drawing.count("<circle") <= 2002 and "of 5000 tasks" in drawing
     assert drawing.count("lorag-near") == 2 and ">task-1<" in drawing and ">task-4999<" in drawing
     places = [float(part.split('"')[1]) for part in drawing.split("<circle ")[1:] for part in (part.split(" r=")[0].split(" ")[0],)]
@@ -340,7 +340,7 @@ def test_a_large_map_is_thinned_and_says_so():
 
 def test_bars_are_as_long_as_the_cosines():
     """Widths in per cent, cut at 0 and 100, with the number beside them."""
-    drawing = drawings.draw_neighbours(_outlook(["a", "b", "c"], (("a", 0.834), ("b", -0.2), ("c", 1.0))))
+    drawing = drawings.draw_neighbours(_preview(["a", "b", "c"], (("a", 0.834), ("b", -0.2), ("c", 1.0))))
     assert (
         [f"width:{width}%" in drawing for width in ("83.4", "0.0", "100.0")] == [True] * 3 and ">0.83<" in drawing and ">-0.20<" in drawing
     )
@@ -374,7 +374,7 @@ def _ask(folder, method="GET", path="/", **headers):
 
     named = [(name.replace("_", "-").encode(), value.encode()) for name, value in ({"host": "127.0.0.1:7860"} | headers).items()]
     scope = {"type": "http", "method": method, "path": path, "headers": named}
-    asyncio.run(Doorkeeper(inside, folder)(scope, None, send))
+    asyncio.run(RequestFilter(inside, folder)(scope, None, send))
     return sent[0]["status"], dict(sent[0]["headers"])
 
 
@@ -423,7 +423,7 @@ def test_without_gradio_the_command_says_what_to_install(bench, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependencyError, match=r"lorag\[web\]"), serving(bench):
         pass
-    monkeypatch.setattr(Workbench, "from_folders", lambda names, **settings: bench)
+    monkeypatch.setattr(Session, "from_folders", lambda names, **settings: bench)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["web"])
     assert stopped.value.code == 1 and capsys.readouterr().err.startswith("lorag: the page needs gradio")

@@ -17,7 +17,7 @@ from lorag.base.objectives import make_objective
 from lorag.errors import ConfigError
 from lorag.web.page import build_page
 from lorag.web.serving import serving
-from lorag.web.workbench import Workbench
+from lorag.web.session import Session
 
 pytest.importorskip("gradio", reason='gradio is not installed: pip install "lorag[web]"')
 import httpx  # noqa: E402 - comes with gradio
@@ -35,7 +35,7 @@ def generators(tmp_path_factory, tiny_models, tokenizer):
 
 @pytest.fixture(scope="module")
 def address(generators):
-    with serving(Workbench(generators), inputs="\n".join(TEXTS[:2])) as url:
+    with serving(Session(generators), inputs="\n".join(TEXTS[:2])) as url:
         yield url
 
 
@@ -109,7 +109,7 @@ def visit(chromium, address):
 
 def test_the_page_takes_no_files_and_keeps_its_doors_shut(generators):
     """No component takes files, pictures, sound or recordings; no event is public; one user computes at a time; the queue is short."""
-    page = build_page(Workbench(generators), None)
+    page = build_page(Session(generators), None)
     config = page.get_config_file()
     kinds = {part["type"] for part in config["components"]}
     assert not kinds & {"file", "uploadbutton", "image", "audio", "video", "multimodaltextbox", "fileexplorer", "dataframe"}
@@ -145,12 +145,12 @@ def test_files_are_gone_when_the_page_is(generators, monkeypatch, tmp_path):
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with serving(Workbench(generators)) as url:
+    with serving(Session(generators)) as url:
         (folder,) = tmp_path.glob("lorag-web-*")
         assert folder.stat().st_mode & 0o077 == 0
         (folder / "left.zip").write_bytes(b"x")
         port = int(url.rstrip("/").rsplit(":", 1)[1])
-        with pytest.raises(ConfigError, match="the page cannot listen"), serving(Workbench(generators), port=port):
+        with pytest.raises(ConfigError, match="the page cannot listen"), serving(Session(generators), port=port):
             pass
     assert not list(tmp_path.glob("lorag-web-*"))
 

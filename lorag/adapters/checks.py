@@ -155,7 +155,7 @@ def _check_version(config: Mapping[str, Any], where: Path) -> None:
 
 def _check_pattern(pattern: object, where: str) -> Mapping[str, Any]:
     if not isinstance(pattern, dict):
-        raise UnsupportedLoraError(f"{where} is no mapping", got=type(pattern).__name__)
+        raise UnsupportedLoraError(f"{where} is not a mapping", got=type(pattern).__name__)
     return pattern
 
 
@@ -231,7 +231,7 @@ def _check_pair(spec: TensorSpec, name: str, keys: tuple[str, str], module: Modu
     (type_a, rows), (type_b, columns) = (spec[key] for key in keys)
     for key, kind, shape in zip(keys, (type_a, type_b), (rows, columns), strict=True):
         if kind not in _FLOATS or len(shape) != 2 or 0 in shape:
-            raise FactorShapeError(f"{where}: {key[:160]} is no matrix of floats", got=f"{kind} {shape}")
+            raise FactorShapeError(f"{where}: {key[:160]} is not a matrix of floats", got=f"{kind} {shape}")
     i, o = (rows[1], columns[0]) if module is None else (module.in_features, module.out_features)
     if rows == (rank, i) and columns == (o, rank):
         return

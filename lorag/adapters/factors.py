@@ -3,7 +3,7 @@
 Values are judged where they come in or go out (`check_values` on reading, writing and applying), not at every construction.
 
 An adapter type that has more than A and B would keep the rest here, in a mapping of its own beside `tensors`, because `padded`,
-`stack` and the files must carry it. DoRA's magnitude m (o,), for one, rescales the rows of W + ΔW: it is no part of ΔW, so the
+`stack` and the files must carry it. DoRA's magnitude m (o,), for one, rescales the rows of W + ΔW: it is not part of ΔW, so the
 algebra of ΔW (`dot`, `svd`, `concatenated`, weight spaces) would have to refuse factors that have it.
 """
 

@@ -38,7 +38,7 @@ def read_facts(folder: Path, *, values: bool = True) -> Facts:
     """
     finish_replacing(folder, CONFIG)
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
+        raise AdapterError(f"{folder} is not a PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
     config = read_json(folder / CONFIG, _MAX_CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")

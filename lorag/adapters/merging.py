@@ -293,7 +293,7 @@ def merge(
 def _settings(method: str, rule: _Rule, given: Mapping[str, float]) -> dict[str, float]:
     unknown = set(given) - set(rule.defaults)
     if unknown:
-        raise AdapterError(f"{min(unknown)} is no setting of {method}", expected=", ".join(rule.defaults) or "no setting")
+        raise AdapterError(f"{min(unknown)} is not a setting of {method}", expected=", ".join(rule.defaults) or "no setting")
     values = {**rule.defaults, **given}
     for name, value in values.items():
         low, high = _RANGES[name]

@@ -191,7 +191,7 @@ def _vllm_patterns(facts: Facts) -> Finding | None:
 
 def _vllm_tensors(facts: Facts) -> Finding | None:
     odd = _odd_tensors(facts)
-    return Finding(False, f"{odd[:100]} is no LoRA factor", _MERGE) if odd else None
+    return Finding(False, f"{odd[:100]} is not a LoRA factor", _MERGE) if odd else None
 
 
 def _vllm_outer(facts: Facts) -> Finding | None:
@@ -221,7 +221,7 @@ def _gguf_scaling(facts: Facts) -> Finding | None:
 
 def _gguf_tensors(facts: Facts) -> Finding | None:
     odd = _odd_tensors(facts, "_layernorm", ".norm", ".base_layer.weight")
-    return Finding(False, f"the converter stops at {odd[:100]}, which is no LoRA factor", _MERGE) if odd else None
+    return Finding(False, f"the converter stops at {odd[:100]}, which is not a LoRA factor", _MERGE) if odd else None
 
 
 def _gguf_transposed(facts: Facts) -> Finding | None:

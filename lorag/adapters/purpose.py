@@ -72,7 +72,7 @@ class Purpose:
 
 
 def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
-    """Looks for descriptions in description.txt (one wording a line), then lorag.json, then README.md.
+    """Looks for descriptions in description.txt (one wording per line), then lorag.json, then README.md.
 
     Args:
         folder: The adapter's.
@@ -80,7 +80,7 @@ def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
 
     Raises:
         UndescribedError: If none of them says what it is for.
-        DescriptionError: If what was found is no usable text.
+        DescriptionError: If what was found is not usable text.
         ArtifactError: If one of the files is a link, too large or no UTF-8.
     """
     card = _text(folder / CARD, _MAX_CARD)
@@ -99,7 +99,7 @@ def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
     raise UndescribedError(
         f"nothing says what {folder} is for",
         got=f"{CARD} without a paragraph on its task" if card else f"neither {SIDECAR} nor {CARD}",
-        remedy=f'Give --description "…", or write one wording a line into {folder / SIDECAR}.',
+        remedy=f'Give --description "…", or write one wording per line into {folder / SIDECAR}.',
     )
 
 

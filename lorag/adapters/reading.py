@@ -79,13 +79,13 @@ def read_folder(
             ranks above 512, whose Gram matrices would be as large as what they save.
 
     Raises:
-        AdapterError: If it is no whole, finite, plain LoRA of this layout; docs/importing.md lists the subclasses.
-        ArtifactError: If a file is no strict JSON or no safetensors, or too large for what it is.
+        AdapterError: If it is not a whole, finite, plain LoRA of this layout; docs/importing.md lists the subclasses.
+        ArtifactError: If a file is not strict JSON or not safetensors, or too large for what it is.
         BaseMismatchError: If it belongs to another base model.
     """
     finish_replacing(folder, CONFIG)
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
+        raise AdapterError(f"{folder} is not a PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
     require_plain(folder / CONFIG)
     config = read_json(folder / CONFIG, _MAX_CONFIG)
     scalings = check_config(config, folder / CONFIG)
@@ -130,7 +130,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Reads lorag.json beside an adapter; without one, nothing is known.
 
     Raises:
-        ArtifactError: If it is no strict JSON or belongs to something else.
+        ArtifactError: If it is not strict JSON or belongs to something else.
         FormatVersionError: If its format is not known.
     """
     path = folder / PROVENANCE

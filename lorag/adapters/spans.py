@@ -24,7 +24,7 @@ def weighted_columns(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         columns: B (n, o, r), scaling in it.
 
     Raises:
-        GeneratorError: If a value is no number.
+        GeneratorError: If a value is not a number.
     """
     rows, columns = rows.double(), columns.double()
     grams = torch.stack([rows @ rows.mT, columns.mT @ columns])

@@ -89,7 +89,7 @@ def _bank(path: Path) -> dict[str, Any]:
     ranks = Counter(expert.rank for expert in bank.experts)
     scores = [expert.score for expert in bank.experts if expert.score is not None]
     size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-    late = sum(expert.checkpoints for expert in bank.experts)
+    checkpoints = sum(expert.checkpoints for expert in bank.experts)
     card = {
         "kind": "bank",
         "experts": f"{len(bank)}" + (f", such as {bank.names[0]}: {bank.experts[0].descriptions[0][:80]!r}" if len(bank) else ""),
@@ -97,7 +97,7 @@ def _bank(path: Path) -> dict[str, Any]:
         "modules": _modules(bank.base.layout.names),
         "objective": bank.base.objective,
         "ranks": ", ".join(f"{rank} ({count} experts)" for rank, count in sorted(ranks.items())) or "none",
-        "checkpoints": f"{late}, {late / max(1, len(bank)):.3g} late ones of each expert",
+        "checkpoints": f"{checkpoints}, {checkpoints / max(1, len(bank)):.3g} of each expert",
     }
     if len(bank):
         card |= _looked_at(bank)

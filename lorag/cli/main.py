@@ -58,7 +58,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
     description: Annotated[str | None, typer.Argument(help='What the adapter should do, such as "summarise legal text".')] = None,
     descriptions: Annotated[
-        Path | None, typer.Option(help="File with one a line, or JSON lines with name and description; --out gets a folder for each.")
+        Path | None, typer.Option(help="File with one per line, or JSON lines with name and description; --out gets a folder for each.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Skill: a text file of any length, with a description in YAML front matter if it has one.")

@@ -39,7 +39,7 @@ def tasks_import(
     longest: Annotated[int, typer.Option(min=1, help="Most characters of an example, input and output together.")] = 4000,
     language: Annotated[str, typer.Option(help="Language of inputs and outputs; 'all' takes every task.")] = "English",
     held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the tasks held out, whole source data sets.")] = 0.1,
-    test_tasks: Annotated[Path | None, typer.Option(help="File with names of the tasks to hold out instead, one a line.")] = None,
+    test_tasks: Annotated[Path | None, typer.Option(help="File with names of the tasks to hold out instead, one per line.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of which examples are taken.")] = 0,
 ) -> None:
     """Make a suite of Super-NaturalInstructions tasks: definitions become descriptions, and are taken out of the inputs."""

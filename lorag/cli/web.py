@@ -27,14 +27,14 @@ def web(
     from lorag.base.names import SANDBOX_LM
     from lorag.tasks.finding import find_tasks
     from lorag.web.serving import serving
-    from lorag.web.workbench import Workbench
+    from lorag.web.session import Session
 
-    workbench = Workbench.from_folders(generator or [], bank=bank, device=device)
+    session = Session.from_folders(generator or [], bank=bank, device=device)
     inputs = ""
-    if workbench.first.base.model.name == SANDBOX_LM:  # its base model reads no other texts than its own world's
+    if session.first.base.model.name == SANDBOX_LM:  # its base model reads no other texts than its own world's
         inputs = "\n".join(example.input for example in find_tasks("sandbox", "test")["legal-summarise-plain"].split("test")[:2])
-    with serving(workbench, port=port, inputs=inputs) as address:
-        typer.echo(f"{address}: {', '.join(workbench.generators)} for {workbench.first.base.model.name}; for this machine alone")
+    with serving(session, port=port, inputs=inputs) as address:
+        typer.echo(f"{address}: {', '.join(session.generators)} for {session.first.base.model.name}; for this machine alone")
         typer.echo("next: open it in a browser; Ctrl-C closes it and removes what it wrote")
         try:
             threading.Event().wait()

@@ -55,7 +55,7 @@ class ImageFile(str):
         """Decodes it to RGB as it is stored; a rotation in its EXIF data is not applied, as data sets' boxes are not rotated.
 
         Raises:
-            ArtifactError: If it is no PNG or JPEG, whatever its name, is damaged, or has more than 50 million pixels, which
+            ArtifactError: If it is not a PNG or JPEG, whatever its name, is damaged, or has more than 50 million pixels, which
                 its header tells before anything is decoded.
             MissingDependencyError: If Pillow is not installed.
         """

@@ -159,7 +159,7 @@ def _torn(path: Path) -> bool:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Rows of a run's `metrics.jsonl` in the order of their steps within each stage; of a step done twice the last counts.
 
-    What is no JSON is what a kill left of a line, and is passed over.
+    What is not JSON is what a kill left of a line, and is passed over.
 
     Raises:
         ArtifactError: If the file cannot be read, or a row has no stage and step, or holds what is not a number.

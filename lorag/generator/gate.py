@@ -209,18 +209,18 @@ class Gate:
     def _deciding(self, row: Tensor, *, against: bool) -> tuple[str, ...]:
         """The features that moved the novelty most in one direction: few, but most of what moved it."""
         moved = self.novelty.contributions(row) * (1 if against else -1)
-        total, told = moved.clamp_min(0).sum().item(), 0.0
+        total, explained = moved.clamp_min(0).sum().item(), 0.0
         names: list[str] = []
         for place in moved.argsort(descending=True, stable=True).tolist():
-            if moved[place] <= 0 or told > _SHARE * total or len(names) == _NAMED:
+            if moved[place] <= 0 or explained > _SHARE * total or len(names) == _NAMED:
                 break
             names.append(FEATURES[place])
-            told += moved[place].item()
+            explained += moved[place].item()
         return tuple(names)
 
     def _phrases(self, evidence: Evidence, names: tuple[str, ...], *, against: bool) -> str:
-        told = [_PHRASES[name][0 if against else 1].format(evidence.features[name]) for name in names if name in evidence.features]
-        return ", because " + " and ".join(told) if told else ""
+        phrases = [_PHRASES[name][0 if against else 1].format(evidence.features[name]) for name in names if name in evidence.features]
+        return ", because " + " and ".join(phrases) if phrases else ""
 
     # --- files ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ class _Plan:
     adapter: LoraAdapter | None = None
     code: Tensor | None = None
     factor: float = 1.0
+
+
+class GenerateSettings(TypedDict, total=False):
+    """What `LoraGenerator.generate` takes beside the description."""
+
+    seed: int
+    strength: float
+    rank: int | None
+    examples: Sequence[tuple[str, str]]
+    refine_steps: int
+    on_unknown: str
+    bank: AdapterBank | None
+    details: Sequence[str]
 
 
 @dataclass
@@ -98,13 +111,14 @@ class LoraGenerator:
             self._runner = Runner.open(self.base)
         return self._runner
 
-    def judge(self, description: str) -> Verdict:
-        """What the gate says of a description, without decoding an adapter.
+    def judge(self, description: str | Evidence) -> Verdict:
+        """What the gate says of a description, or of the evidence on one, without decoding an adapter.
 
         Raises:
             DescriptionError: If the description cannot be used.
         """
-        return self._judge(self.gather(description))
+        evidence = description if isinstance(description, Evidence) else self.gather(description)
+        return unfitted(evidence.condition) if self.gate is None else self.gate.decide(evidence)
 
     def gather(self, description: str, *, seed: int = 0, examples: Sequence[tuple[str, str]] = ()) -> Evidence:
         """The evidence on a description, with the code that the method made of it.
@@ -121,7 +135,7 @@ class LoraGenerator:
 
     def generate(
         self,
-        description: str,
+        description: str | Evidence,
         *,
         seed: int = 0,
         strength: float = 1.0,
@@ -135,7 +149,7 @@ class LoraGenerator:
         """Makes an adapter for a task that is only described.
 
         Args:
-            description: What the adapter should do, at most 4,096 characters.
+            description: What the adapter should do, at most 4,096 characters, or what `gather` gave for it with the same seed.
             seed: Seed of methods that sample; the same seed gives the same bytes.
             strength: Factor on ΔW, on top of the generator's own.
             rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
@@ -175,37 +189,19 @@ class LoraGenerator:
 
     def generate_many(
         self,
-        descriptions: Sequence[str],
-        *,
-        seed: int = 0,
-        strength: float = 1.0,
-        rank: int | None = None,
-        examples: Sequence[tuple[str, str]] = (),
-        refine_steps: int = 0,
-        on_unknown: str = "warn",
-        bank: AdapterBank | None = None,
-        details: Sequence[str] = (),
+        descriptions: Sequence[str | Evidence],
+        **settings: Unpack[GenerateSettings],
     ) -> Iterator[LoraAdapter]:
         """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
-        checked = [check_description(text) for text in descriptions]
-        for one in self.generate_each(
-            checked,
-            seed=seed,
-            strength=strength,
-            rank=rank,
-            examples=examples,
-            refine_steps=refine_steps,
-            on_unknown=on_unknown,
-            bank=bank,
-            details=details,
-        ):
+        checked = [text if isinstance(text, Evidence) else check_description(text) for text in descriptions]
+        for one in self.generate_each(checked, **settings):
             if isinstance(one, LoragError):
                 raise one
             yield one
 
     def generate_each(
         self,
-        descriptions: Sequence[str],
+        descriptions: Sequence[str | Evidence],
         *,
         seed: int = 0,
         strength: float = 1.0,
@@ -224,9 +220,10 @@ class LoraGenerator:
         self.check_bank(bank)
         for start in range(0, len(descriptions), _TOGETHER):
             plans: list[_Plan | LoragError] = []
-            for text in descriptions[start : start + _TOGETHER]:
+            for given in descriptions[start : start + _TOGETHER]:
                 try:
-                    evidence = self._gather(text, seed, examples, details, ask=on_unknown != "ignore")
+                    gathered = isinstance(given, Evidence)
+                    evidence = given if gathered else self._gather(given, seed, examples, details, ask=on_unknown != "ignore")
                     plans.append(self._plan(evidence, on_unknown, bank, rank))
                 except LoragError as error:
                     plans.append(error)
@@ -270,13 +267,10 @@ class LoraGenerator:
         least = self.conditioner.usual_similarity
         return {one: own for one, own in zip(details, others, strict=True) if float(description.pooled @ own.pooled) > least}
 
-    def _judge(self, evidence: Evidence) -> Verdict:
-        return unfitted(evidence.condition) if self.gate is None else self.gate.decide(evidence)
-
     def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None, rank: int | None) -> _Plan:
         """What is served for a description, and how much each expert counts in it."""
         condition = evidence.condition
-        verdict = unasked(condition) if on_unknown == "ignore" else self._judge(evidence)
+        verdict = unasked(condition) if on_unknown == "ignore" else self.judge(evidence)
         if verdict.decision == "refuse":
             report_unknown(evidence.text, verdict, on_unknown)
         names = self.conditioner.names

@@ -101,7 +101,7 @@ class Attention(NetworkMethod):
         network.eval()
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
-        """One code, repeated. Experts that the condition masks do not count, as where a task of the bank plays an unseen one."""
+        """One code, repeated. Experts that the condition masks do not count, as where a task of the bank is treated as unseen."""
         with torch.inference_mode():
             code = self.predict([condition.embedding], condition.masked[None] if condition.masked.any() else None)
         return code.cpu().expand(count, -1).clone()

@@ -2,7 +2,7 @@
 
 The kernel is learned by leaving groups out: in each step some experts are taken out, their codes are predicted from the others',
 and the error teaches the reader which words ask for the same weights. The regression itself is solved anew each time and learns
-nothing by heart. (Learning through a solved regression: Bertinetto et al., arXiv 1805.08136.)
+no expert itself. (Learning through a solved regression: Bertinetto et al., arXiv 1805.08136.)
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Kernel(Method):
         self.regression, self.mean = regress_codes(self.name, self.settings, data, loop, held=True)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
-        """One code, repeated. Experts that the condition masks do not count, as where a task of the bank plays an unseen one."""
+        """One code, repeated. Experts that the condition masks do not count, as where a task of the bank is treated as unseen."""
         if self.regression is None:
             raise self.unfitted()
         code = self.regression([condition.embedding], condition.masked).cpu() + self.mean

@@ -31,8 +31,8 @@ class TrainingSet:
         codes: Codes of the n experts (n, c), on the CPU; n may be 0.
         deviations: Standard deviations over their checkpoints (n, c).
         embeddings: Embedded descriptions of each task.
-        groups: Group of each task, as in scikit-learn's GroupKFold: a group is held out as a whole, and a task that plays an unseen one
-            sees no expert of its group.
+        groups: Group of each task, as in scikit-learn's GroupKFold: a group is held out as a whole, and a task
+            that is treated as unseen sees no expert of its group.
         training: Tasks that may be learned from, ascending.
         validation: Tasks held out for early stopping and calibration, ascending; never tasks of the test split.
         conditioner: Compares descriptions with those of the experts.
@@ -67,7 +67,7 @@ class TrainingSet:
         return [i for i in self.validation if i < len(self.codes)]
 
     def masked(self, tasks: Sequence[int], *, validation: bool = False) -> Tensor:
-        """Which experts (b, n) each of some tasks must not see while it plays an unseen one: those of its group.
+        """Which experts (b, n) each of some tasks must not see where it is treated as unseen: those of its group.
 
         Args:
             tasks: b tasks.

@@ -37,7 +37,7 @@ class PooledNetwork(nn.Module):
 class TokenReader(nn.Module):
     """Learned queries read a description's tokens: one vector (b, q * w) that keeps the parts of a composition apart.
 
-    One pooled vector blurs a description; its tokens do not. Queries see the words but not each other.
+    One pooled vector mixes the words of a description; its tokens do not. Queries see the words but not each other.
     """
 
     def __init__(self, embedding: int, *, width: int, queries: int, layers: int, heads: int, dropout: float) -> None:

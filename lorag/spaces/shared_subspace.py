@@ -39,7 +39,7 @@ class SharedSubspace(WeightSpace):
         bases_in: U_in (i, k) of each module.
         bases_out: U_out (o, k) of each module.
         mean: Mean core of the experts (m, k, k).
-        scale: Standard deviation of the experts' cores, one value a module (m,).
+        scale: Standard deviation of the experts' cores, one value per module (m,).
     """
 
     kind = "shared_subspace"

@@ -55,7 +55,7 @@ def import_coco(
 
     Raises:
         TaskError: Naming what is missing from the file, or if nothing is left.
-        ArtifactError: If a file is no JSON, or an image is missing or its path leaves the folder.
+        ArtifactError: If a file is not JSON, or an image is missing or its path leaves the folder.
     """
     found = _read(instances, ("images", "annotations", "categories"))
     files = {one["id"]: one for one in _rows(found["images"], instances, ("id", "file_name", "width", "height"))}

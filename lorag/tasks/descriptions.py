@@ -15,7 +15,7 @@ def check_description(text: object) -> str:
 
     Raises:
         DescriptionError: If it is not text, is empty, longer than 4,096 characters, or holds control characters or
-            halves of surrogate pairs, which is how Python passes on bytes that were no UTF-8.
+            halves of surrogate pairs, which is how Python passes on bytes that were not UTF-8.
     """
     if not isinstance(text, str):
         raise DescriptionError("a description must be text", got=type(text).__name__, expected="str")

@@ -53,7 +53,7 @@ def import_instructions(
         out: Folder of the new suite.
         limits: What is taken of each task.
         held_out: Share of the tasks held out, about.
-        test_tasks: File with names of the tasks to hold out instead, one a line; names that are not there do not matter.
+        test_tasks: File with names of the tasks to hold out instead, one per line; names that are not there do not matter.
         seed: Seed of both choices.
 
     Returns:
@@ -67,7 +67,7 @@ def import_instructions(
     limits = limits or Limits()
     files = sorted(source.glob("*.json"))
     if not files or len(files) > _MOST_FILES:
-        raise TaskError(f"{source} cannot be imported", got=f"{len(files)} JSON files", expected=f"1 to {_MOST_FILES}, one a task")
+        raise TaskError(f"{source} cannot be imported", got=f"{len(files)} JSON files", expected=f"1 to {_MOST_FILES}, one per task")
     found: list[tuple[Task, set[str]]] = []
     for file in files:
         made = _task(file, limits, seed)
@@ -91,7 +91,7 @@ def _task(file: Path, limits: Limits, seed: int) -> tuple[Task, set[str]] | None
     row = read_json(file)
     instances = row.get("Instances")
     if not isinstance(instances, list) or "Definition" not in row:
-        raise TaskError(f"{file} is no Super-NaturalInstructions task", expected='"Definition" and a list "Instances"')
+        raise TaskError(f"{file} is not a Super-NaturalInstructions task", expected='"Definition" and a list "Instances"')
     languages = {*_texts(row, "Input_language", file), *_texts(row, "Output_language", file)}
     if limits.language != "all" and languages - {limits.language}:
         return None

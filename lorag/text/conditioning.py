@@ -84,10 +84,10 @@ class Conditioner:
             masked: Experts (n,) that must not be seen, such as those of a training task's own group; None masks none.
             keep: Number of neighbours listed.
         """
-        left_out = [] if masked is None else masked.nonzero().flatten().tolist()
-        count = min(len(self.names), max(1, min(keep, len(self.names) - len(left_out))))
-        found = self._search_many(embedding.pooled, left_out, count)
-        similarities, cosines, places = self._compare(embedding.pooled, left_out, count) if found is None else found
+        masked_places = [] if masked is None else masked.nonzero().flatten().tolist()
+        count = min(len(self.names), max(1, min(keep, len(self.names) - len(masked_places))))
+        found = self._search_many(embedding.pooled, masked_places, count)
+        similarities, cosines, places = self._compare(embedding.pooled, masked_places, count) if found is None else found
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(cosines.tolist(), places.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()) if count else 1.0)
 

@@ -56,7 +56,7 @@ class TrainConfig:
         wordings: Descriptions used of each expert; 0 uses all.
         typos: Share of the descriptions, other than each expert's first, that are read with a typing error.
         validation: Share of the tasks held out for early stopping.
-        groups: Which tasks make a group, of which one that plays an unseen task sees no expert, and which is held out as a whole:
+        groups: Which tasks make a group, whose experts a task does not see where it is treated as unseen, and which is held out as a whole:
             "task" each alone, "texts" tasks that share training texts, "source" tasks of one source. As unseen tasks will be.
         strength: Factor on generated ΔW; null chooses it on the held-out tasks.
         seed: Seed of everything.

@@ -1,1 +1,1 @@
-"""The page (extra `web`): workbench computes, drawings draw, page lays out, serving lets in."""
+"""The page (extra `web`): session computes, drawings draw, page lays out, serving lets in."""

@@ -1,4 +1,4 @@
-"""The page's layout and what its buttons do; all that is computed is the workbench's."""
+"""The page's layout and what its buttons do; all that is computed is the session's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lorag.errors import LoragError, UnknownTaskError
 from lorag.tasks.descriptions import MAX_DESCRIPTION
 from lorag.web import drawings
-from lorag.web.orders import MOST_INPUT, MOST_INPUTS, MOST_SAMPLES, Made, Order
+from lorag.web.requests import MOST_INPUT, MOST_INPUTS, MOST_SAMPLES, Request, Result
 
 if TYPE_CHECKING:
     from lorag.web.downloads import Downloads
-    from lorag.web.workbench import Workbench
+    from lorag.web.session import Session
 
 __all__ = ["build_page"]
 
@@ -23,11 +23,11 @@ _FORCE = "Generate even where the generator would refuse"
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "base model", "concurrency_limit": 1, "api_visibility": "private"}
 
 
-def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> Any:  # noqa: ANN401 - gradio is an extra
+def build_page(session: Session, downloads: Downloads, inputs: str = "") -> Any:  # noqa: ANN401 - gradio is an extra
     """Lays the page out and connects it.
 
     Args:
-        workbench: Computes.
+        session: Computes.
         downloads: Packs what is downloaded.
         inputs: Example inputs to start with, one on each line.
 
@@ -37,10 +37,10 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
     import gradio as gr
 
     plain: dict[str, Any] = {"apply_default_css": False}  # page.css is enough
-    labels = list(workbench.generators)
-    base = workbench.first.base.model.name
+    labels = list(session.generators)
+    base = session.first.base.model.name
     with gr.Blocks(title="lorag", analytics_enabled=False) as page:
-        order_kept = gr.State(None)
+        kept = gr.State(None)
         gr.Markdown(f"# lorag\nFrom the description of a task to a LoRA adapter for `{base}`, in one pass: no data, no fine-tuning.")
         with gr.Row():
             with gr.Column(min_width=300):
@@ -60,7 +60,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                     seed = gr.Number(0, precision=0, label="Seed", min_width=90, elem_id="seed")
                     samples = gr.Number(1, precision=0, label=f"Samples, 1 to {MOST_SAMPLES}", min_width=90, elem_id="samples")
                 strength = gr.Slider(0, 3, value=1, step=0.05, label="Strength: factor on the generated weights", elem_id="strength")
-                anyway = gr.Checkbox(False, label=_FORCE, visible=workbench.can_refuse, elem_id="anyway")
+                anyway = gr.Checkbox(False, label=_FORCE, visible=session.can_refuse, elem_id="anyway")
                 generate = gr.Button("Generate", variant="primary", elem_id="generate")
                 status = gr.HTML(drawings.draw_message("Nothing is generated yet."), **plain, elem_id="status", min_height=70)
                 verdict = gr.HTML("", **plain, elem_id="verdict")
@@ -68,7 +68,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                 neighbours = gr.HTML("", **plain, elem_id="neighbours")
                 task_map = gr.HTML("", **plain, elem_id="map")
         with gr.Column(visible=False) as results:
-            made = gr.HTML("", **plain, elem_id="made")
+            adapters = gr.HTML("", **plain, elem_id="made")
             gr.Markdown("## Try it")
             texts = gr.Textbox(
                 inputs,
@@ -83,7 +83,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                 label="Candidates to choose from, one on each line: labels, or texts",
                 lines=3,
                 max_length=MOST_INPUTS * (MOST_INPUT + 1),
-                visible=not workbench.writes,
+                visible=not session.writes,
                 elem_id="candidates",
             )
             run = gr.Button("Run base and adapted model", elem_id="run")
@@ -93,9 +93,9 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
             download = gr.DownloadButton("Download the adapter as a zip, with its card", interactive=False, elem_id="download")
             code = gr.Code("", language="python", label="The same in Python", interactive=False, elem_id="code", lines=3)
 
-        def hand_out(order: Order, one: Made) -> dict[Any, Any]:
-            packed = downloads.pack(one.adapter, f"{order.description} {one.label}")
-            return {download: gr.DownloadButton(value=str(packed), interactive=True), code: workbench.python(order, one)}
+        def hand_out(request: Request, one: Result) -> dict[Any, Any]:
+            packed = downloads.pack(one.adapter, f"{request.description} {one.label}")
+            return {download: gr.DownloadButton(value=str(packed), interactive=True), code: session.python(request, one)}
 
         def on_generate(
             text: str,
@@ -107,7 +107,7 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
             progress: Any = gr.Progress(),  # noqa: ANN401, B008
         ) -> dict[Any, Any]:
             shown: dict[Any, Any] = {
-                order_kept: None,
+                kept: None,
                 verdict: "",
                 neighbours: "",
                 task_map: "",
@@ -116,27 +116,27 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
             }
 
             def work() -> None:
-                order = Order(text, tuple(chosen), first, factor, count, force)
+                request = Request(text, tuple(chosen), first, factor, count, force)
                 progress(0.0, desc="reading the description")
-                outlook = workbench.outlook(text, chosen[0])
-                shown[neighbours] = drawings.draw_neighbours(outlook)
-                shown[task_map] = drawings.draw_map(outlook)
-                cosine = outlook.neighbours[0][1]
+                preview = session.preview(text, chosen[0], int(first))
+                shown[neighbours] = drawings.draw_neighbours(preview)
+                shown[task_map] = drawings.draw_map(preview)
+                cosine = preview.neighbours[0][1]
                 try:
-                    found = workbench.make(order, lambda share, what: progress(share, desc=what))
+                    found = session.make(request, lambda share, what: progress(share, desc=what))
                 except UnknownTaskError as refusal:
-                    shown[verdict] = drawings.draw_verdict(workbench.judge(text, chosen[0]), cosine)
+                    shown[verdict] = drawings.draw_verdict(preview.verdict, cosine)
                     remedy = f"Describe it otherwise, or tick “{_FORCE}”."
                     shown[status] = drawings.draw_message(f"{refusal.what}; {refusal.got}. {remedy}", "error")
                     return
                 progress(0.95, desc="packing")
                 names = [one.label for one in found if one.repeats is None]
-                shown.update(hand_out(order, found[0]))
+                shown.update(hand_out(request, found[0]))
                 shown[verdict] = drawings.draw_verdict(found[0].adapter.info["gate"], cosine)
-                shown[made] = drawings.draw_made(found, order)
+                shown[adapters] = drawings.draw_results(found, request)
                 shown[choice] = gr.Dropdown(names, value=names[0], visible=len(names) > 1)
                 shown[results] = gr.Column(visible=True)
-                shown[order_kept] = order
+                shown[kept] = request
                 repeats = len(found) - len(names)
                 note = f" {repeats} more came out the same: the method does not sample." if repeats else ""
                 several = "1 adapter" if len(names) == 1 else f"{len(names)} adapters"
@@ -147,35 +147,35 @@ def build_page(workbench: Workbench, downloads: Downloads, inputs: str = "") -> 
                 shown[status] = drawings.draw_message(failed, "error")
             return shown
 
-        def on_run(order: Order | None, lines: str, choices: str, progress: Any = gr.Progress()) -> str:  # noqa: ANN401, B008
+        def on_run(request: Request | None, lines: str, choices: str, progress: Any = gr.Progress()) -> str:  # noqa: ANN401, B008
             shown = [drawings.draw_message("Generate an adapter first.", "error")]
 
             def work() -> None:
-                if order is not None:
-                    found = workbench.make(order)
+                if request is not None:
+                    found = session.make(request)
                     tell = lambda share, what: progress(share, desc=what)  # noqa: E731
-                    shown[0] = drawings.draw_answers(workbench.answers(found, lines.splitlines(), choices.splitlines(), tell))
+                    shown[0] = drawings.draw_answers(session.answers(found, lines.splitlines(), choices.splitlines(), tell))
 
             failed = _sentence(work)
             return shown[0] if failed is None else drawings.draw_message(failed, "error")
 
-        def on_choose(order: Order | None, label: str) -> dict[Any, Any]:
+        def on_choose(request: Request | None, label: str) -> dict[Any, Any]:
             shown: dict[Any, Any] = {}
 
             def work() -> None:
-                if order is not None:
-                    shown.update(hand_out(order, next(one for one in workbench.make(order) if one.label == label)))
+                if request is not None:
+                    shown.update(hand_out(request, next(one for one in session.make(request) if one.label == label)))
 
             failed = _sentence(work)
             if failed is not None:
                 shown[status] = drawings.draw_message(failed, "error")
             return shown
 
-        asked = [description, methods, seed, strength, samples, anyway]
-        told = [order_kept, status, verdict, neighbours, task_map, results, made, answers, choice, download, code]
-        gr.on([generate.click, description.submit], on_generate, asked, told, show_progress_on=status, **_ONE_AT_A_TIME)
-        run.click(on_run, [order_kept, texts, candidates], answers, **_ONE_AT_A_TIME)
-        choice.input(on_choose, [order_kept, choice], [download, code, status], show_progress="minimal", **_ONE_AT_A_TIME)
+        inputs_of = [description, methods, seed, strength, samples, anyway]
+        outputs = [kept, status, verdict, neighbours, task_map, results, adapters, answers, choice, download, code]
+        gr.on([generate.click, description.submit], on_generate, inputs_of, outputs, show_progress_on=status, **_ONE_AT_A_TIME)
+        run.click(on_run, [kept, texts, candidates], answers, **_ONE_AT_A_TIME)
+        choice.input(on_choose, [kept, choice], [download, code, status], show_progress="minimal", **_ONE_AT_A_TIME)
     return page.queue(max_size=_MOST_WAITING, api_open=False)
 
 

@@ -15,9 +15,9 @@ from lorag.web.downloads import Downloads
 from lorag.web.page import build_page
 
 if TYPE_CHECKING:
-    from lorag.web.workbench import Workbench
+    from lorag.web.session import Session
 
-__all__ = ["Doorkeeper", "serving"]
+__all__ = ["RequestFilter", "serving"]
 
 _HOST = "127.0.0.1"
 _MOST_BYTES = 512 * 1024  # of what a browser sends; the longest texts that the page takes fit
@@ -40,7 +40,7 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Doorkeeper:
+class RequestFilter:
     """ASGI middleware that lets in only what the page needs, from pages of this machine, and adds security headers.
 
     Args:
@@ -100,11 +100,11 @@ def _is_local(host: str) -> bool:
 
 
 @contextmanager
-def serving(workbench: Workbench, *, port: int | None = None, inputs: str = "") -> Iterator[str]:
+def serving(session: Session, *, port: int | None = None, inputs: str = "") -> Iterator[str]:
     """Serves the page on 127.0.0.1 until the block ends; then files that it made are gone.
 
     Args:
-        workbench: What the page works with.
+        session: What the page computes with.
         port: Port to listen on; by default the first free one from 7860.
         inputs: Example inputs to start with, one on each line.
 
@@ -121,7 +121,7 @@ def serving(workbench: Workbench, *, port: int | None = None, inputs: str = "") 
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
-            page = _launch(workbench, Path(folder), port, inputs)
+            page = _launch(session, Path(folder), port, inputs)
             try:
                 yield page.local_url
             finally:
@@ -133,14 +133,14 @@ def serving(workbench: Workbench, *, port: int | None = None, inputs: str = "") 
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _launch(workbench: Workbench, folder: Path, port: int | None, inputs: str) -> Any:  # noqa: ANN401 - gradio is an extra
+def _launch(session: Session, folder: Path, port: int | None, inputs: str) -> Any:  # noqa: ANN401 - gradio is an extra
     try:
         import gradio as gr
         from starlette.middleware import Middleware
     except ImportError as error:
         raise MissingDependencyError("the page needs gradio", got=str(error)[:80], remedy='pip install "lorag[web]"') from error
-    workbench.warm_up()
-    page = build_page(workbench, Downloads(folder), inputs)
+    session.warm_up()
+    page = build_page(session, Downloads(folder), inputs)
     style = resources.files("lorag.web").joinpath("page.css").read_text(encoding="utf-8")
     # Fonts of the system: a theme's own may be fetched from elsewhere.
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -169,7 +169,7 @@ def _launch(workbench: Workbench, folder: Path, port: int | None, inputs: str) -
             state_session_capacity=200,
             theme=styled,
             css=style,
-            app_kwargs={"middleware": [Middleware(Doorkeeper, folder=folder)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+            app_kwargs={"middleware": [Middleware(RequestFilter, folder=folder)], "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
     except OSError as error:
         raise ConfigError(

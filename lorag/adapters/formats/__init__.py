@@ -60,7 +60,7 @@ def peft_folder(path: str | Path, base: Base | None = None, revision: str | None
         more: Further files that are taken along where they lie beside the adapter.
 
     Raises:
-        AdapterError: If there are several adapters, or one that is no plain LoRA.
+        AdapterError: If there are several adapters, or one that is not a plain LoRA.
         ArtifactError: If there is nothing, or a file is damaged.
         BaseModelError: If the base model must be known for it.
     """

@@ -110,7 +110,7 @@ class AdapterFormat(ABC):
             base: What is known of the base model.
 
         Raises:
-            AdapterError: If it is no plain, whole LoRA.
+            AdapterError: If it is not a plain, whole LoRA.
             ArtifactError: If it is damaged.
             BaseModelError: If the base model must be known for it, and is not.
         """

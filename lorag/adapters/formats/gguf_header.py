@@ -47,7 +47,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Reads the header of a GGUF file of an adapter's size.
 
     Raises:
-        ArtifactError: If it is no GGUF, of an unknown version, cut short, or larger than an adapter's header is.
+        ArtifactError: If it is not a GGUF file, of an unknown version, cut short, or larger than an adapter's header is.
     """
     require_plain(path)
     try:

@@ -82,7 +82,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> Any:  # noqa: ANN401 - its own batch
-        """Draws a training batch of `count` examples a task from the tasks' training split.
+        """Draws a training batch of `count` examples per task from the tasks' training split.
 
         What is drawn for a task depends on the seed and the task alone, not on the tasks beside it.
         """
@@ -122,7 +122,7 @@ class Objective(abc.ABC):
         raise ConfigError(f"objective {self.name} does not read inputs token by token", expected="a causal language model")
 
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to inputs, one a row, of at most `max_new_tokens` tokens.
+        """Greedy answers to inputs, one per row, of at most `max_new_tokens` tokens.
 
         Raises:
             ConfigError: If this objective writes no answers.

@@ -161,7 +161,7 @@ class CausalLM(LanguageModel):
         return found.hidden_states[-1][:, -1].float()
 
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to inputs, one a row."""
+        """Greedy answers to inputs, one per row."""
         writer: Any = model
         prompts = self.prompts.prompts(inputs)
         ids = pad_rows(prompts, self.tokenizer.pad_token_id, left=True).to(writer.device)

@@ -81,7 +81,7 @@ class ImageText(Objective):
         return _Pairs(self._pixels(images), self._tokens(texts), torch.tensor(fits))
 
     def losses(self, model: PreTrainedModel, batch: _Pairs) -> Tensor:
-        """Mean of both directions' cross-entropies over cosines times the model's temperature, one value a task."""
+        """Mean of both directions' cross-entropies over cosines times the model's temperature, one value per task."""
         n = len(batch.fits)
         images = rearrange(_image_vectors(model, batch.pixels), "(n q) e -> n q e", n=n)
         texts = rearrange(_text_vectors(model, batch.texts), "(n q) e -> n q e", n=n)

@@ -123,7 +123,7 @@ class LanguageModel(Objective):
         return [self._rows(task, [(e.input, e.output) for e in group]) for task, group in zip(tasks, drawn, strict=True)]
 
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> TokenRows:
-        """Draws `count` training examples a task."""
+        """Draws `count` training examples per task."""
         return self._collate([row for group in self._drawn(tasks, count, seed) for row in group], len(tasks))
 
     def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], TokenRows]]:
@@ -140,7 +140,7 @@ class LanguageModel(Objective):
         return [(sorted(part), self._collate([row for task in sorted(part) for row in drawn[task]], len(part))) for part in parts]
 
     def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
-        """Mean cross-entropy of the answers' tokens, one value a task."""
+        """Mean cross-entropy of the answers' tokens, one value per task."""
         logits = self._answer_logits(model, batch)
         known = batch.targets != -100
         each = F.cross_entropy(logits.float(), batch.targets[known].to(logits.device), reduction="none")

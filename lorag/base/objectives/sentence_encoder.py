@@ -121,7 +121,7 @@ class LabelMatching(_Encoder):
     _most_labels = 16  # labels seen at once in training: the right ones and random others
 
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> _Texts:
-        """Draws `count` examples a task, with up to 16 of its labels."""
+        """Draws `count` examples per task, with up to 16 of its labels."""
         drawn = []
         for task in tasks:
             rng = task_rng(task, seed)

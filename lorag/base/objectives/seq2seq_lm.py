@@ -62,7 +62,7 @@ class Seq2SeqLM(LanguageModel):
         return model(**arguments, labels=batch.targets.to(model.device), use_cache=False).logits
 
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to inputs, one a row."""
+        """Greedy answers to inputs, one per row."""
         writer: Any = model
         read = self.tokenizer(
             [self.template.format(input=text) for text in inputs],

@@ -56,10 +56,10 @@ def _number(value: float | None) -> str:
 
 
 def _ladder(found: Findings) -> Chapter:
-    question, rungs = "How far does each method get from a description alone?", found.ladder
-    rows = tuple((r.name, r.role, _number(r.score), f"{r.low:.3f} to {r.high:.3f}", _number(r.gap)) for r in rungs)
-    own = next((r for r in rungs if r.name == found.subject), rungs[-1])
-    rivals = sorted((r for r in rungs if r.role == "baseline"), key=lambda r: -r.score)
+    question, methods = "How far does each method get from a description alone?", found.ladder
+    rows = tuple((r.name, r.role, _number(r.score), f"{r.low:.3f} to {r.high:.3f}", _number(r.gap)) for r in methods)
+    own = next((r for r in methods if r.name == found.subject), methods[-1])
+    rivals = sorted((r for r in methods if r.role == "baseline"), key=lambda r: -r.score)
     answer = f"{own.name} reaches {own.score:.3f} ({own.low:.3f} to {own.high:.3f})"
     answer += "" if own.gap is None else f" and closes {own.gap:.1%} of the gap between the base model and the oracle"
     answer += f"; the best baseline, {rivals[0].name}, reaches {rivals[0].score:.3f}." if rivals else "."
@@ -70,10 +70,10 @@ def _ladder(found: Findings) -> Chapter:
         answer,
         "Every method is scored on the same examples. A generator that does not beat the baselines and its own controls has "
         "learned nothing from the description. Intervals: 95 % bootstrap over tasks.",
-        f"Dots with intervals for {len(rungs)} methods, from {rungs[0].name} to {rungs[-1].name}. {answer}",
+        f"Dots with intervals for {len(methods)} methods, from {methods[0].name} to {methods[-1].name}. {answer}",
         ("method", "role", found.metric, "95 % interval", "gap closed"),
         rows,
-        lambda theme: figures.draw_ladder(theme, question, rungs, found.metric, f"n = {found.tasks} tasks"),
+        lambda theme: figures.draw_ladder(theme, question, methods, found.metric, f"n = {found.tasks} tasks"),
     )
 
 

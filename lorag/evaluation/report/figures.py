@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lorag.evaluation.report.findings import Curves, Distances, Norms, Pairs, Rung, Selective, Tasks
+    from lorag.evaluation.report.findings import Curves, Distances, MethodScore, Norms, Pairs, Selective, Tasks
     from lorag.generator.calibration import RiskCoverage
 
 __all__ = ["BAD", "GOOD", "draw_curves", "draw_distances", "draw_ladder", "draw_map", "draw_norms", "draw_pairs", "draw_selective"]
@@ -55,29 +55,29 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low - edge, high + edge
 
 
-def draw_ladder(theme: Theme, title: str, rungs: Sequence[Rung], metric: str, note: str) -> Figure:
+def draw_ladder(theme: Theme, title: str, methods: Sequence[MethodScore], metric: str, note: str) -> Figure:
     """A row for each method: its score with the 95 % interval over tasks, in numbers at the right."""
-    figure, (axes,) = _figure(theme, title, 0.31 * len(rungs) + 1.1)
-    for row, rung in enumerate(rungs):
-        mark = ROLES[rung.role]
+    figure, (axes,) = _figure(theme, title, 0.31 * len(methods) + 1.1)
+    for row, method in enumerate(methods):
+        mark = ROLES[method.role]
         colour = theme.colour(mark.colour)
-        axes.plot([rung.low, rung.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-        axes.plot(rung.score, row, mark.marker, color=colour, markersize=7)
-        gap = "" if rung.gap is None else f"{rung.gap:10.3f}"
+        axes.plot([method.low, method.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.plot(method.score, row, mark.marker, color=colour, markersize=7)
+        gap = "" if method.gap is None else f"{method.gap:10.3f}"
         axes.annotate(
-            f"{rung.score:.3f}{gap}", (1.0, row), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
+            f"{method.score:.3f}{gap}", (1.0, row), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
             va="center", family="DejaVu Sans Mono", fontsize=9,
         )  # fmt: skip
-    heading = "score" if all(rung.gap is None for rung in rungs) else "score gap closed"
+    heading = "score" if all(method.gap is None for method in methods) else "score gap closed"
     axes.annotate(
         heading, (1.0, 1.0), xycoords="axes fraction", xytext=(8, 4), textcoords="offset points", family="DejaVu Sans Mono", fontsize=9
     )
-    axes.set_yticks(range(len(rungs)), [shorten(rung.name) for rung in rungs])
-    axes.set_ylim(len(rungs) - 0.4, -0.6)
-    axes.set_xlim(_limits([end for rung in rungs for end in (rung.low, rung.high)]))
+    axes.set_yticks(range(len(methods)), [shorten(method.name) for method in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    axes.set_xlim(_limits([end for method in methods for end in (method.low, method.high)]))
     axes.set_xlabel(f"{metric}, mean over tasks with 95 % interval ({note})")
     axes.grid(axis="y", visible=False)
-    for role in dict.fromkeys(rung.role for rung in rungs):
+    for role in dict.fromkeys(method.role for method in methods):
         axes.plot([], [], ROLES[role].marker, color=theme.colour(ROLES[role].colour), markersize=7, label=_ROLE_NAMES[role])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, handletextpad=0.2, columnspacing=1.4)
     return figure

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lorag.generator.calibration import RiskCoverage
 
-__all__ = ["Absent", "Curves", "Distances", "Findings", "Norms", "Pairs", "Rung", "Selective", "Stage", "Tasks"]
+__all__ = ["Absent", "Curves", "Distances", "Findings", "Norms", "Pairs", "MethodScore", "Selective", "Stage", "Tasks"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Absent:
 
 
 @dataclass(frozen=True)
-class Rung:
+class MethodScore:
     """One method of the ladder.
 
     Attributes:
@@ -178,7 +178,7 @@ class Findings:
         tasks: Number of tasks.
         examples: Most examples of each.
         seeds: Number of seeds.
-        ladder: The rungs.
+        ladder: The methods.
         pairs: Each generator with its shuffled control.
         distances: Gap closed by distance to the bank.
         map: The map of tasks.
@@ -193,7 +193,7 @@ class Findings:
     tasks: int
     examples: int
     seeds: int
-    ladder: tuple[Rung, ...]
+    ladder: tuple[MethodScore, ...]
     pairs: tuple[Pairs, ...] | Absent
     distances: Distances | Absent
     map: Tasks | Absent

@@ -13,7 +13,7 @@ import lorag
 from lorag.adapters.provenance import public_name
 from lorag.errors import LoragError
 from lorag.evaluation.ladder import CONTROLS, bootstrap, is_learned, shown_descriptions
-from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, Norms, Pairs, Rung, Selective, Stage, Tasks
+from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
 from lorag.progress import progress_bar
@@ -66,7 +66,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         tasks=len(tasks),
         examples=int(report["examples"]),
         seeds=seeds,
-        ladder=_rungs(report),
+        ladder=_method_scores(report),
         pairs=_pairs(report),
         distances=_distances(names, distances, gains),
         map=_map(made, names, torch.stack(places), gains),
@@ -86,7 +86,7 @@ def _facts(ladder: Ladder, report: Mapping[str, Any], subject: str) -> dict[str,
         "Base model": f"{public_name(model.name)}; {len(layout)} modules: {', '.join(layout.target_modules[:8])}",
         "Bank": f"{len(ladder.bank)} experts",
         "Tasks": f"{len(report['tasks'])} of {report['suite']}, {known} in the bank",
-        "Score": f"{str(report['metric']).replace('_', ' ')} on up to {report['examples']} test examples a task, {_seeds(report)}",
+        "Score": f"{str(report['metric']).replace('_', ' ')} on up to {report['examples']} test examples per task, {_seeds(report)}",
         "Upper end": "no oracles" if ladder.oracles is None else "experts trained on the tasks' own examples (oracle)",
         "Made with": f"lorag {lorag.__version__}",
     }
@@ -96,11 +96,11 @@ def _seeds(report: Mapping[str, Any]) -> str:
     return "1 seed" if report["seeds"] == 1 else f"{report['seeds']} seeds"
 
 
-def _rungs(report: Mapping[str, Any]) -> tuple[Rung, ...]:
+def _method_scores(report: Mapping[str, Any]) -> tuple[MethodScore, ...]:
     found = []
     for name, row in report["methods"].items():
         low, high = row["ci95"]
-        found.append(Rung(name, _role(name), row["score"], low, high, row["gap_closed"]))
+        found.append(MethodScore(name, _role(name), row["score"], low, high, row["gap_closed"]))
     return tuple(found)
 
 

@@ -98,9 +98,9 @@ def build_suite(chosen: tuple[Cell, ...], *, train: int, test: int, descriptions
 
     Args:
         chosen: The cells.
-        train: Training examples a task.
-        test: Test examples a task; their texts differ from the training ones.
-        descriptions: Descriptions a task.
+        train: Training examples per task.
+        test: Test examples per task; their texts differ from the training ones.
+        descriptions: Descriptions per task.
         wording: "train" or "eval": which wordings describe the tasks.
         seed: Seed of the descriptions.
     """

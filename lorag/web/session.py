@@ -1,6 +1,6 @@
 """What the page computes: adapters for a description, what is known of them, and answers with and without them.
 
-Nothing here knows the page. An adapter follows from its `Order` alone, so that an order is all that is kept of a user.
+Nothing here knows the page. An adapter follows from its `Request` alone, so that a request is all that is kept of a user.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +20,13 @@ from lorag.errors import ConfigError, TaskError
 from lorag.generator.generate import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.task_map import TaskMap
-from lorag.web.orders import MOST_INPUT, MOST_INPUTS, Answers, Made, Order, Outlook
+from lorag.web.requests import MOST_INPUT, MOST_INPUTS, Answers, Preview, Request, Result
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
+    from lorag.generator.evidence import Evidence
 
-__all__ = ["Workbench"]
+__all__ = ["Session"]
 
 _TEXT_KINDS = ("causal_lm", "seq2seq_lm", "encoder")
 _REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
@@ -33,7 +34,7 @@ _REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
 Progress = Callable[[float, str], object]
 
 
-class Workbench:
+class Session:
     """Generators of one base model, and that model, for several users at once.
 
     Args:
@@ -64,39 +65,40 @@ class Workbench:
                 expected=", ".join(_TEXT_KINDS),
                 remedy="Use lorag generate.",
             )
-        for label, made in generators.items():
-            if made.base != self.first.base:
+        for label, generator in generators.items():
+            if generator.base != self.first.base:
                 raise ConfigError(
                     f"generator {label} is for another base model or layout",
-                    got=made.base.model.name,
+                    got=generator.base.model.name,
                     expected=self.first.base.model.name,
                     remedy="Start one page for each base model.",
                 )
-            if made.embedder.name == self.first.embedder.name:
-                made.embedder = self.first.embedder  # one in memory, and each description is embedded once
+            if generator.embedder.name == self.first.embedder.name:
+                generator.embedder = self.first.embedder  # one in memory, and each description is embedded once
         self.bank_place = None if bank is None else str(bank)
         self.bank = None if bank is None else find_bank(bank)
-        for made in generators.values():
-            made.check_bank(self.bank)
+        for generator in generators.values():
+            generator.check_bank(self.bank)
         self._maps: dict[str, TaskMap] = {}
-        self._made: OrderedDict[tuple[object, ...], tuple[LoraAdapter, float]] = OrderedDict()
+        self._adapters: OrderedDict[tuple[object, ...], tuple[LoraAdapter, float]] = OrderedDict()
+        self._gathered: OrderedDict[tuple[str, str, int], Evidence] = OrderedDict()
         self._lock = threading.Lock()  # hooks on the one base model must not meet
 
     @classmethod
-    def from_folders(cls, names: Sequence[str], *, bank: str | Path | None = None, device: str = "auto") -> Workbench:
+    def from_folders(cls, names: Sequence[str], *, bank: str | Path | None = None, device: str = "auto") -> Session:
         """Opens generators by name, folder or hub id; the default one if there are none."""
         if not names:
             return cls({DEFAULT: LoraGenerator.from_pretrained(DEFAULT, device=device)}, bank=bank)
         generators: dict[str, LoraGenerator] = {}
         sources: dict[str, str | None] = {}
         for name in dict.fromkeys(names):
-            made = LoraGenerator.from_pretrained(name, device=device)
-            label = made.method.name
+            generator = LoraGenerator.from_pretrained(name, device=device)
+            label = generator.method.name
             if label in generators:
                 label = f"{label} ({Path(name).name})"
             if label in generators:
-                label = f"{made.method.name} ({name})"
-            generators[label], sources[label] = made, name
+                label = f"{generator.method.name} ({name})"
+            generators[label], sources[label] = generator, name
         return cls(generators, sources, bank)
 
     @property
@@ -112,34 +114,28 @@ class Workbench:
     def warm_up(self) -> None:
         """Loads all that the first user would wait for: embedder, maps, base model and its tokenizer."""
         for label in self.generators:
-            self.outlook("warm up", label)
-            self.judge("warm up", label)
+            self.preview("warm up", label)
         runner = self.first.runner()
         with self._lock, torch.inference_mode():
             runner.hidden(["warm up"])
 
-    def outlook(self, description: str, label: str) -> Outlook:
-        """Compares a description with the bank of a generator.
+    def preview(self, description: str, label: str, seed: int = 0) -> Preview:
+        """Compares a description with the bank of a generator, whose gate judges it by the same evidence.
 
         Raises:
             DescriptionError: If it cannot be used.
         """
-        generator = self._generator(label)
         with self._lock:
-            condition = generator.condition(description)
-        tasks = self._map(label)
-        return Outlook(condition.neighbours, tasks.place(condition.embedding.pooled), tasks)
+            evidence = self._evidence(description, label, seed)
+            verdict = self._generator(label).judge(evidence)
+        condition, tasks = evidence.condition, self._map(label)
+        return Preview(condition.neighbours, tasks.place(condition.embedding.pooled), tasks, verdict.to_dict())
 
-    def judge(self, description: str, label: str) -> dict[str, Any]:
-        """What a generator's gate says of a description, in the form of `adapter.info["gate"]`."""
-        with self._lock:
-            return self._generator(label).judge(description).to_dict()
-
-    def make(self, order: Order, progress: Progress = lambda share, text: None) -> list[Made]:
-        """Carries out an order.
+    def make(self, request: Request, progress: Progress = lambda share, text: None) -> list[Result]:
+        """Carries out a request.
 
         Args:
-            order: What is asked for.
+            request: What is asked for.
             progress: Told the share done, from 0 to 1, and what comes next.
 
         Returns:
@@ -148,23 +144,23 @@ class Workbench:
         Raises:
             LoragError: If a generator refuses the description, or cannot work from a description alone.
         """
-        found: list[Made] = []
-        total = len(order.methods) * int(order.samples)
-        for method in order.methods:
-            several = len(self.generators) > 1 or order.samples > 1
-            own: list[Made] = []
-            for seed in range(int(order.seed), int(order.seed) + int(order.samples)):
+        found: list[Result] = []
+        total = len(request.methods) * int(request.samples)
+        for method in request.methods:
+            several = len(self.generators) > 1 or request.samples > 1
+            of_method: list[Result] = []
+            for seed in range(int(request.seed), int(request.seed) + int(request.samples)):
                 label = f"{method}, seed {seed}" if several else method
-                progress((len(found) + len(own)) / total, f"generating: {label}")
-                adapter, seconds = self._adapter(order, method, seed)
-                twin = next((one.label for one in own if one.repeats is None and _same(one.adapter, adapter)), None)
-                own.append(Made(label, method, seed, adapter, seconds, twin))
-            found += own
+                progress((len(found) + len(of_method)) / total, f"generating: {label}")
+                adapter, seconds = self._adapter(request, method, seed)
+                twin = next((one.label for one in of_method if one.repeats is None and _same(one.adapter, adapter)), None)
+                of_method.append(Result(label, method, seed, adapter, seconds, twin))
+            found += of_method
         return found
 
     def answers(
         self,
-        made: Sequence[Made],
+        results: Sequence[Result],
         inputs: Sequence[str],
         candidates: Sequence[str] = (),
         progress: Progress = lambda share, text: None,
@@ -172,7 +168,7 @@ class Workbench:
         """Runs the base model on a user's own inputs, bare and with each adapter.
 
         Args:
-            made: The adapters.
+            results: The adapters.
             inputs: At most `MOST_INPUTS` texts.
             candidates: For sentence encoders, which choose the nearest of them: at least two texts.
             progress: Told the share done, from 0 to 1, and what comes next.
@@ -184,7 +180,7 @@ class Workbench:
         choices = () if self.writes else _checked("candidates", candidates, least=2)
         runner = self.first.runner()
         columns = []
-        distinct = [one for one in made if one.repeats is None]
+        distinct = [one for one in results if one.repeats is None]
         for number, one in enumerate((None, *distinct)):
             label = "base" if one is None else one.label
             progress(number / (len(distinct) + 1), f"answering: {label}")
@@ -195,17 +191,17 @@ class Workbench:
                 columns.append((label, tuple(chosen if choices else runner.generate(texts, adapters))))
         return Answers(tuple(texts), tuple(columns))
 
-    def python(self, order: Order, made: Made) -> str:
+    def python(self, request: Request, result: Result) -> str:
         """Three lines of Python that make the same adapter."""
-        arguments = [repr(order.description.strip())]
-        if (source := self.sources[made.method]) is not None:
+        arguments = [repr(request.description.strip())]
+        if (source := self.sources[result.method]) is not None:
             arguments.append(f"generator={source!r}")
         if self.bank_place is not None:
             arguments.append(f"bank={self.bank_place!r}")
-        if made.seed:
-            arguments.append(f"seed={made.seed}")
-        if order.strength != 1:
-            arguments.append(f"strength={order.strength!r}")
+        if result.seed:
+            arguments.append(f"seed={result.seed}")
+        if request.strength != 1:
+            arguments.append(f"strength={request.strength!r}")
         call = f"adapter = generate_lora({', '.join(arguments)})"
         return f'from lorag import generate_lora\n{call}\nadapter.save_pretrained("adapter")\n'
 
@@ -220,20 +216,30 @@ class Workbench:
             self._maps[label] = TaskMap.fit(conditioner.names, conditioner.centroids)
         return self._maps[label]
 
-    def _adapter(self, order: Order, method: str, seed: int) -> tuple[LoraAdapter, float]:
+    def _evidence(self, description: str, label: str, seed: int) -> Evidence:
+        """Gathered once for the preview, the gate and the adapter."""
+        key = (description, label, seed)
+        if key not in self._gathered:
+            self._gathered[key] = self._generator(label).gather(description, seed=seed)
+            while len(self._gathered) > _REMEMBERED:
+                self._gathered.popitem(last=False)
+        return self._gathered[key]
+
+    def _adapter(self, request: Request, method: str, seed: int) -> tuple[LoraAdapter, float]:
         """The adapter, and the seconds that it took when it was made."""
         generator = self._generator(method)
-        key = (order.description, method, seed, order.strength, order.anyway)
+        key = (request.description, method, seed, request.strength, request.anyway)
         with self._lock:
-            if key not in self._made:
+            if key not in self._adapters:
                 start = time.perf_counter()
-                asked = "warn" if order.anyway else "raise"
-                adapter = generator.generate(order.description, seed=seed, strength=float(order.strength), on_unknown=asked, bank=self.bank)
-                self._made[key] = adapter, time.perf_counter() - start
-                while len(self._made) > _REMEMBERED:
-                    self._made.popitem(last=False)
-            self._made.move_to_end(key)
-            return self._made[key]
+                asked = "warn" if request.anyway else "raise"
+                evidence = self._evidence(request.description, method, seed)
+                adapter = generator.generate(evidence, seed=seed, strength=float(request.strength), on_unknown=asked, bank=self.bank)
+                self._adapters[key] = adapter, time.perf_counter() - start
+                while len(self._adapters) > _REMEMBERED:
+                    self._adapters.popitem(last=False)
+            self._adapters.move_to_end(key)
+            return self._adapters[key]
 
 
 def _same(one: LoraAdapter, other: LoraAdapter) -> bool:

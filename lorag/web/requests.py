@@ -1,10 +1,11 @@
-"""What passes between the page and its workbench: what is asked for, and what comes of it."""
+"""What passes between the page and its session: what is asked for, and what comes of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ConfigError
 from lorag.tasks.descriptions import check_description
@@ -13,15 +14,15 @@ if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.text.task_map import TaskMap
 
-__all__ = ["MOST_INPUT", "MOST_INPUTS", "MOST_SAMPLES", "Answers", "Made", "Order", "Outlook"]
+__all__ = ["MOST_INPUT", "MOST_INPUTS", "MOST_SAMPLES", "Answers", "Preview", "Request", "Result"]
 
 MOST_SAMPLES, MOST_INPUTS, MOST_INPUT = 4, 8, 2000
 _MOST_SEED, _MOST_STRENGTH = 2**31 - 1, 10.0
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a user asked for; the same order gives the same adapters.
+class Request:
+    """What a user asked for; the same request gives the same adapters.
 
     Attributes:
         description: Of the task.
@@ -56,23 +57,25 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What a description looks like from a bank, before anything is generated.
+class Preview:
+    """What a description looks like from a bank, before an adapter is decoded.
 
     Attributes:
         neighbours: The nearest experts and their cosines, best first.
         place: Where it lies on the map of tasks.
         tasks: The map.
+        verdict: What the gate says of it, in the form of `adapter.info["gate"]`.
     """
 
     neighbours: tuple[tuple[str, float], ...]
     place: tuple[float, float]
     tasks: TaskMap
+    verdict: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Made:
-    """One adapter of an order: its label on the page, the generator's label, its seed, and how long it took in seconds."""
+class Result:
+    """One adapter of a request: its label on the page, the generator's label, its seed, and how long it took in seconds."""
 
     label: str
     method: str
