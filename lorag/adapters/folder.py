@@ -80,7 +80,7 @@ def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path, *, rep
     when the adapter is applied.
 
     Raises:
-        AdapterError: If there is no pair of factors, or a factor is no matrix.
+        AdapterError: If there is no pair of factors, or a factor is not a matrix.
     """
     names = read_names(spec, folder / WEIGHTS, repair=repair)
     modules = []

@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from lorag import __version__
@@ -16,6 +15,7 @@ from lorag.errors import BaseModelError, GeneratorError
 from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest
 from lorag.files.atomic import write_bytes
 from lorag.files.hub import push
+from lorag.files.templates import Markup, render
 
 __all__ = [
     "CARD",
@@ -36,35 +36,6 @@ PLACE = "user/name"  # stands in a card for the repository that it will lie in
 _MARK = "<!-- Written by lorag; delete this line to keep your own changes. -->"
 _UNFILLED = "[More Information Needed]"
 _MOST_LISTED = 12
-
-_FRAME = Template("""---
-$front
----
-$mark
-
-# $title
-
-$lead
-
-$body
-
-## Licence
-
-$licence
-""")
-
-_UNKNOWN_LICENCE = Template("""> **The licence of this $what is unknown: $reason.**
-> Do not publish or use it before you have found out on which terms its parents may be used.""")
-
-_USE = Template("""## Use
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "$name")
-```
-
-or, with lorag, `LoraAdapter.from_pretrained("$name").apply_to(base_model)`.""")
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -95,40 +66,48 @@ def adapter_card(
         modules: Its target modules.
         fits: Lines on where it can be loaded.
     """
-    description = " ".join(str(info.get("description") or "").split())
-    generator, versions = _part(info, "generator"), _part(info, "versions")
-    rows = {
-        "Base model": base_model and _code(public_name(base_model)) + " " + _cell(_part(info, "base_model").get("identity", "")),
-        "Prompt": prompt_of(info) and _code(str(prompt_of(info))),
+    description, base = _one_line(info.get("description") or ""), None
+    if base_model:
+        base = _code(public_name(base_model)) + Markup(" ") + _safe(str(_part(info, "base_model").get("identity", "")))
+    facts = {
+        "Base model": base,
+        "Prompt": _code(str(prompt_of(info))) if prompt_of(info) else None,
         "Method": info.get("method"),
-        "Generator": generator.get("revision"),
+        "Generator": _part(info, "generator").get("revision"),
         "Text embedder": info.get("embedder"),
         "Seed": info.get("seed"),
         "Strength": info.get("strength"),
         "Novelty": info.get("novelty"),
         "Norm of ΔW": info.get("norm"),
         "Rank, lora_alpha": f"{rank}, {alpha:g}",
-        "Modules": ", ".join(modules) if len(modules) <= _MOST_LISTED else f"{len(modules)} modules",
-        "Made with": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Modules": _listed(modules),
+        "Made with": ", ".join(f"{name} {version}" for name, version in _part(info, "versions").items()),
     }
-    quoted = f"Made for the task\n\n    {description}\n" if description else "Nothing states the task that it was made for.\n"
-    lead = f"A LoRA adapter. {quoted}"
-    if info.get("method") and "generator" in info:
-        lead += "\nIt was generated from this description, without training data of the task, and has not been evaluated on it."
-    parts = [_table(rows), _parents(info), _USE.substitute(name=PLACE)]
-    if fits:
-        parts.append("## Where it fits\n\n" + "\n".join(f"- {line}" for line in fits))
-    tags = ["lora", "lorag", *(["generated-adapter"] if "generator" in info else [])]
-    return _frame("adapter", "LoRA adapter", base_model, "peft", tags, licence_of(info), lead, parts)
+    return _card(
+        "adapter",
+        "LoRA adapter",
+        base_model,
+        "peft",
+        ["lora", "lorag", *(["generated-adapter"] if "generator" in info else [])],
+        licence_of(info),
+        f"A LoRA adapter. {'Made for the task' if description else 'Nothing states the task that it was made for.'}",
+        facts,
+        description=Markup(description),
+        generated=bool(info.get("method")) and "generator" in info,
+        fits=[Markup(line) for line in fits],
+        **_parents(info),
+    )
 
 
 def merged_card(info: Mapping[str, Any], *, base_model: str | None) -> str:
     """The card of a base model with an adapter merged into its weights."""
-    description = " ".join(str(info.get("description") or "").split())
-    lead = f"{_code(public_name(base_model or UNKNOWN))} with a LoRA adapter merged into its weights"
-    lead += f". The adapter was made for the task\n\n    {description}\n" if description else ".\n"
-    parts = [_table({"Method": info.get("method"), "Seed": info.get("seed"), "Strength": info.get("strength")}), _parents(info)]
-    return _frame("model", "Merged model", base_model, "transformers", ["lorag", "merged-adapter"], licence_of(info), lead, parts)
+    description = _one_line(info.get("description") or "")
+    lead = _code(public_name(base_model or UNKNOWN)) + Markup(" with a LoRA adapter merged into its weights")
+    lead += Markup(". The adapter was made for the task" if description else ".")
+    facts = {"Method": info.get("method"), "Seed": info.get("seed"), "Strength": info.get("strength")}
+    tags = ["lorag", "merged-adapter"]
+    more = {"description": Markup(description), **_parents(info)}
+    return _card("model", "Merged model", base_model, "transformers", tags, licence_of(info), lead, facts, **more)
 
 
 def bank_card(*, base_model: str, modules: Sequence[str], experts: Sequence[tuple[str, str, str]]) -> str:
@@ -139,20 +118,18 @@ def bank_card(*, base_model: str, modules: Sequence[str], experts: Sequence[tupl
         modules: Target modules.
         experts: Name, first description and licence of each.
     """
-    counts = Counter(licence for _, _, licence in experts)
-    rows = {
+    licences = [licence for _, _, licence in experts]
+    facts = {
         "Base model": _code(public_name(base_model)),
-        "Modules": ", ".join(modules) if len(modules) <= _MOST_LISTED else f"{len(modules)} modules",
+        "Modules": _listed(modules),
         "Experts": len(experts),
-        "Their licences": ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())),
+        "Their licences": _counted(licences),
     }
-    listed = [f"- {_code(name)}: {_cell(text)} ({_cell(licence)})" for name, text, licence in experts[: 4 * _MOST_LISTED]]
-    if len(experts) > len(listed):
-        listed.append(f"- and {len(experts) - len(listed)} more, see bank.json")
-    parts = [_table(rows), "## Experts\n\n" + "\n".join(listed or ["None yet."])]
     lead = "A bank of LoRA adapters (experts) of one base model, each with descriptions of its task, for lorag."
-    derived = derive(licence for _, _, licence in experts)
-    return _frame("bank", "Bank of LoRA experts", base_model, "lorag", ["lora", "lorag", "adapter-bank"], derived, lead, parts)
+    tags = ["lora", "lorag", "adapter-bank"]
+    listed = [(_code(name), text, licence) for name, text, licence in experts]
+    more = {"experts": listed, "most": 4 * _MOST_LISTED}
+    return _card("bank", "Bank of LoRA experts", base_model, "lorag", tags, derive(licences), lead, facts, **more)
 
 
 def generator_card(*, base_model: str, method: str, embedder: str, rank: int, strength: float, licences: Sequence[str]) -> str:
@@ -166,35 +143,48 @@ def generator_card(*, base_model: str, method: str, embedder: str, rank: int, st
         strength: Factor on their ΔW.
         licences: Licence of each of its experts.
     """
-    counts = Counter(licences)
-    rows = {
+    facts = {
         "Base model": _code(public_name(base_model)),
         "Method": method,
         "Text embedder": _code(public_name(embedder)),
         "Experts": len(licences),
-        "Their licences": ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())),
+        "Their licences": _counted(licences),
         "Rank of its adapters": rank,
         "Strength": strength,
     }
-    use = f'from lorag import generate_lora\n\nadapter = generate_lora("what the adapter should do", generator="{PLACE}")'
-    parts = [_table(rows), f"## Use\n\n```python\n{use}\n```"]
     lead = "Turns the description of a task into a LoRA adapter for its base model. Learned by lorag from a bank of experts."
-    return _frame("generator", "LoRA generator", base_model, "lorag", ["lora", "lorag", "adapter-generator"], derive(licences), lead, parts)
+    return _card("generator", "LoRA generator", base_model, "lorag", ["lora", "lorag", "adapter-generator"], derive(licences), lead, facts)
 
 
-def _frame(
-    what: str, title: str, base_model: str | None, library: str, tags: Sequence[str], licence: Derived, lead: str, parts: Sequence[str]
+def _card(
+    what: str,
+    title: str,
+    base_model: str | None,
+    library: str,
+    tags: Sequence[str],
+    licence: Derived,
+    lead: str,
+    facts: Mapping[str, Any],
+    **more: Any,  # noqa: ANN401 - parts that only some cards have
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    named = " ".join(public_name(base_model or UNKNOWN).split())[:120]  # a line of its own could end the front matter
+    named = _one_line(public_name(base_model or UNKNOWN))[:120]  # a line of its own could end the front matter
     front = ModelCardData(base_model=named, library_name=library, license=licence.name, tags=list(tags))
-    stated = f"{licence.name}: {licence.reason}. The base model has a licence of its own."
-    if licence.name == UNKNOWN:
-        stated = _UNKNOWN_LICENCE.substitute(what=what, reason=licence.reason)
-        lead = f"{stated}\n\n{lead}"
-    return _FRAME.substitute(
-        front=front.to_yaml().strip(), mark=_MARK, title=title, lead=lead.strip(), body="\n\n".join(p for p in parts if p), licence=stated
+    values: dict[str, Any] = {"description": "", "generated": False, "parents": [], "fits": [], "most": _MOST_LISTED, **more}
+    return render(
+        "lorag.adapters",
+        "card.md",
+        _safe,
+        front=Markup(front.to_yaml().strip()),  # noqa: S704 - YAML
+        mark=Markup(_MARK),
+        place=PLACE,
+        what=what,
+        title=title,
+        lead=Markup(lead),  # noqa: S704 - names in it are code spans
+        licence=licence,
+        facts={name: value for name, value in facts.items() if value not in (None, "")},
+        **values,
     )
 
 
@@ -203,34 +193,35 @@ def _part(info: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _cell(value: object) -> str:
-    """A value on one line that cannot end a table's cell or start markup."""
-    return re.sub(r"([|<>\[\]`*])", r"\\\1", " ".join(str(value).split()))[:300]
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
-def _code(text: str) -> str:
-    return "`" + re.sub(r"[`|\s]+", " ", text)[:120] + "`"
+def _safe(text: str) -> Markup:
+    """Text on one line that cannot end a table's cell or start markup."""
+    return Markup(re.sub(r"([|<>\[\]`*])", r"\\\1", _one_line(text))[:300])  # noqa: S704 - escaped
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    """Rows with a value; code spans that this module itself put in stay code."""
-    shown = {key: str(value) for key, value in rows.items() if value not in (None, "")}
-    lines = [f"| {key} | {value if value.startswith('`') else _cell(value)} |" for key, value in shown.items()]
-    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
+def _code(text: str) -> Markup:
+    return Markup("`" + re.sub(r"[`|\s]+", " ", text)[:120] + "`")  # noqa: S704 - nothing ends the span
 
 
-def _parents(info: Mapping[str, Any]) -> str:
-    listed = [parent for parent in info.get("parents") or [] if isinstance(parent, Mapping)]
-    if not listed:
-        return ""
-    if any(parent.get("weight") is not None for parent in listed):
-        lines = [f"| {_cell(p.get('name'))} | {_cell(p.get('weight'))} | {_cell(p.get('license'))} |" for p in listed[:_MOST_LISTED]]
-        more = f"\n\nand {len(listed) - _MOST_LISTED} more, see lorag.json" if len(listed) > _MOST_LISTED else ""
-        return "\n".join(["## Parents", "", "| expert | weight | licence |", "|---|---|---|", *lines]) + more
-    counts = Counter(str(parent.get("license")) for parent in listed)
-    licences = ", ".join(f"{_cell(name)} ({count})" for name, count in sorted(counts.items()))
-    together = f"All {len(listed)} experts and tasks that the generator learned from together; no single one has a weight."
-    return f"## Parents\n\n{together} Licences: {licences}."
+def _listed(modules: Sequence[str]) -> str:
+    return ", ".join(modules) if len(modules) <= _MOST_LISTED else f"{len(modules)} modules"
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(Counter(names).items()))
+
+
+def _parents(info: Mapping[str, Any]) -> dict[str, Any]:
+    listed = [
+        {key: parent.get(key) for key in ("name", "weight", "license")}
+        for parent in info.get("parents") or []
+        if isinstance(parent, Mapping)
+    ]
+    weighted = any(parent["weight"] is not None for parent in listed)
+    return {"parents": listed, "weighted": weighted, "licences": _counted(str(parent["license"]) for parent in listed)}
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
