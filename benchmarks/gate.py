@@ -113,7 +113,7 @@ def main(folder: Path, report_to: Path | None) -> None:
     print(f"fitted in {fitted - opened:.0f} s: {json.dumps(dict(generator.gate.fitted))}", flush=True)
     gate = generator.gate
     print(f"refuses above {gate.refuse_above}, same above {gate.same_above}, fuses above {gate.fuse_above}, offsets {gate.offsets}")
-    for name, model in (("novelty", gate.novelty), ("gain", gate.gain)):
+    for name, model in (("novelty", gate.novelty), ("gap closed", gate.gap_closed)):
         if model is not None:
             print(f"{name}: " + ", ".join(f"{f} {w:+.2f}" for f, w in zip(FEATURES, model.weights, strict=True)))
     oracles = AdapterBank.from_pretrained(embedded("data/sandbox/oracles"))

@@ -30,7 +30,7 @@ They take long or need arguments, and print their own tables; what they found is
 | `python -m benchmarks.examples` | what a few examples add to a description |
 | `python -m benchmarks.fusion` | fusing experts, against every closed-form merge |
 | `python -m benchmarks.sg_controls` | what SG-LoRA's merge gives without its VAE |
-| `python -m benchmarks.gate` | how well refusals and expected gains hold |
+| `python -m benchmarks.gate` | how well refusals and the expected gap closed hold |
 | `python -m benchmarks.fuzz` | spoiled files of every kind |
 | `python -m benchmarks.kills` | `kill -9` at random moments |
 | `python -m benchmarks.page_pictures` | waiting times of the web page, and its pictures |

@@ -439,7 +439,7 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, mon
         assert verdict.interval[0] <= verdict.expected_gap_closed <= verdict.interval[1]
         assert verdict.interval[0] - 0.1 <= truth <= verdict.interval[1] + 0.1
     assert sum(promised[0.8]) / 2 > sum(promised[0.2]) / 2 + 0.1
-    assert set(seen) <= set(bank.names) and made.fitted["gain"] == pytest.approx(0.5, abs=0.3)
+    assert set(seen) <= set(bank.names) and made.fitted["gap_closed"] == pytest.approx(0.5, abs=0.3)
 
 
 def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypatch):
@@ -498,12 +498,12 @@ def test_tasks_without_experts_calibrate_too(bare, bank, prepared, monkeypatch):
     others, groups = make_suite(HELD_OUT).tasks, [*range(len(bank) + len(HELD_OUT))]
     held = [*prepared.data.validation, *range(len(bank), len(groups))]
     both = fit_gate(bare, bank, make_suite(TRAINING), held, groups, others=others, unknown=UNKNOWN, settings=FEW)
-    assert both.fitted["held_out_tasks"] == len(held) and both.gain is not None
+    assert both.fitted["held_out_tasks"] == len(held) and both.gap_closed is not None
     empty = AdapterBank(bank.folder, bank.base, ())
     alone = fit_gate(
         bare, empty, make_suite(HELD_OUT), range(len(others)), range(len(others)), others=others, unknown=UNKNOWN, settings=FEW
     )
-    assert alone.gain is None and not len(alone.wordings) and alone.fitted["held_out_tasks"] == len(HELD_OUT)
+    assert alone.gap_closed is None and not len(alone.wordings) and alone.fitted["held_out_tasks"] == len(HELD_OUT)
     gated = dataclasses.replace(bare, gate=alone)
     assert all(gated.judge(text).decision == "refuse" for text in FAR)
     assert all(gated.judge(describe(*cell)[0]).decision == "generate" for cell in HELD_OUT)
@@ -611,7 +611,7 @@ def test_the_same_tasks_are_held_out_again(bank, prepared):
 
 def test_intervals_follow_novelty(gated):
     """The surely known may gain up to the whole upper end; what may be unknown may gain nothing, and what surely is gains none."""
-    gate = dataclasses.replace(gated.gate, offsets=(-0.2, 0.3), gain_range=(0.0, 1.0))
+    gate = dataclasses.replace(gated.gate, offsets=(-0.2, 0.3), gap_range=(0.0, 1.0))
     assert gate._interval(0.01, 0.8, 0.79) == (0.6, 1.0)
     assert gate._interval(0.3, 0.8, 0.56) == (0.0, 1.0)
     assert gate._interval(0.99, 0.8, 0.008) == (0.0, 0.008)
@@ -622,14 +622,14 @@ def test_measuring_tells_what_was_refused_and_what_was_gained(gated, bank, monke
     unknown = {"robots": [FAR[0]], "gibberish": [FAR[1]], "known after all": [describe(*HELD_OUT[2])[0]]}
     report = measure_gate(gated, make_suite(HELD_OUT), None, unknown=unknown)
     assert report["novelty"]["refused_by_kind"] == {"robots": 1.0, "gibberish": 1.0, "known after all": 0.0}
-    assert report["novelty"]["not_refused"] == [describe(*HELD_OUT[2])[0]] and "gain" not in report
+    assert report["novelty"]["not_refused"] == [describe(*HELD_OUT[2])[0]] and "gap_closed" not in report
     assert 2 / 3 < report["novelty"]["auroc"] < 1
     gain = Logistic((0.0,) * len(FEATURES), (1.0,) * len(FEATURES), (0.0,) * len(FEATURES), 0.0)
-    measured = dataclasses.replace(gated, gate=dataclasses.replace(gated.gate, gain=gain, offsets=(-0.5, 0.5)))
+    measured = dataclasses.replace(gated, gate=dataclasses.replace(gated.gate, gap_closed=gain, offsets=(-0.5, 0.5)))
     monkeypatch.setattr("lorag.evaluation.gate.gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     report = measure_gate(measured, make_suite(HELD_OUT), bank, unknown={"robots": list(FAR)})
-    assert report["gain"]["realised"] == pytest.approx(0.5) and report["gain"]["expected"] == pytest.approx(0.5, abs=0.1)
-    assert report["gain"]["interval_held"] == 1 and report["selective"]["held_out"]["risk"] == pytest.approx(0.5)
+    assert report["gap_closed"]["realised"] == pytest.approx(0.5) and report["gap_closed"]["expected"] == pytest.approx(0.5, abs=0.1)
+    assert report["gap_closed"]["interval_held"] == 1 and report["selective"]["held_out"]["risk"] == pytest.approx(0.5)
     mixed = report["selective"]["with_unknown"]
     assert mixed["risk"] == pytest.approx((8 * 0.5 + 4) / 12, abs=1e-3) and mixed["risk_at_half"] == pytest.approx(0.5)
     assert "AUROC" in format_gate(report) and "AURC" in format_gate(report)

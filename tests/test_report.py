@@ -298,8 +298,8 @@ def _gate(generator, codes):
     weights = [1.0 if name == "nearest" else 0.0 for name in FEATURES]
     flat = Logistic((0.0,) * len(FEATURES), (1.0,) * len(FEATURES), (0.0,) * len(FEATURES), -4.0)
     return Gate(
-        reference=Reference.of(generator.space, codes), novelty=flat, refuse_above=0.5, gain=replace(flat, weights=tuple(weights)),
-        gain_range=(0.0, 1.0), offsets=(-0.1, 0.1), same_above=None, fuse_above=None,
+        reference=Reference.of(generator.space, codes), novelty=flat, refuse_above=0.5, gap_closed=replace(flat, weights=tuple(weights)),
+        gap_range=(0.0, 1.0), offsets=(-0.1, 0.1), same_above=None, fuse_above=None,
         wordings=torch.zeros(0, dtype=torch.int64), owners=torch.zeros(0, dtype=torch.int32),
     )  # fmt: skip
 
@@ -339,10 +339,10 @@ def test_gains_are_shares_of_the_gap(gathered, ladder):
     """(score - base) / (oracle - base), at most 1; a task whose oracle hardly beats the base has none."""
     names = [task.name for task in ladder.suite]
     assert gathered.subject == "looked_up"
-    assert dict(zip(gathered.map.names, gathered.map.gain, strict=True)) == pytest.approx(
+    assert dict(zip(gathered.map.names, gathered.map.gap_closed, strict=True)) == pytest.approx(
         dict(zip(names, (0.0, 0.5, 1.0, None), strict=True))
     )
-    assert dict(zip(gathered.distances.names, gathered.distances.gain, strict=True)) == pytest.approx(
+    assert dict(zip(gathered.distances.names, gathered.distances.gap_closed, strict=True)) == pytest.approx(
         dict(zip(names[:3], (0.0, 0.5, 1.0), strict=True))
     )
 
@@ -418,7 +418,7 @@ def test_without_oracles_gate_and_metrics_the_rest_is_shown(ladder, tmp_path):
     assert isinstance(found.distances, Absent) and "--oracles" in found.distances.reason
     assert isinstance(found.selective, Absent) and "lorag gate fit" in found.selective.reason
     assert isinstance(found.curves, Absent) and str(tmp_path) not in found.curves.reason
-    assert isinstance(found.norms, Norms) and set(found.map.gain) == {None}
+    assert isinstance(found.norms, Norms) and set(found.map.gap_closed) == {None}
     drawn = {one.name: one.draw for one in write_chapters(found) if one.draw is not None}
     assert set(drawn) == {"ladder", "description", "map", "norms"}
     with drawing(DARK):

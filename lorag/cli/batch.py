@@ -41,6 +41,6 @@ def _line(one: AdapterResult) -> str:
         return f"refused {one.request.name}: {type(one.error).__name__}: {one.error}"
     if one.existed:
         return f"kept {one.folder}: it was made before"
-    gate, gain = one.info["gate"], one.info["gate"]["expected_gap_closed"]
+    gate, closed = one.info["gate"], one.info["gate"]["expected_gap_closed"]
     judged = "do not expect it to work" if gate["decision"] == "refuse" else gate["served"]
-    return f"{one.folder}: {judged}" + ("" if gain is None else f", expected to close {gain:.0%} of the gap")
+    return f"{one.folder}: {judged}" + ("" if closed is None else f", expected to close {closed:.0%} of the gap")

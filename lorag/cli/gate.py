@@ -45,7 +45,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Task suite.")] = "sandbox",
     split: Annotated[str, typer.Option(help="Split of the suite; 'all' takes every task.")] = "test",
     oracles: Annotated[
-        str | None, typer.Option(help="Bank of experts of the evaluated tasks; without them gains are not measured.")
+        str | None, typer.Option(help="Bank of experts of the evaluated tasks; without them the gap closed is not measured.")
     ] = None,
     unknown: Unknown = None,
     wordings: Annotated[int, typer.Option(min=1, help="Descriptions of each task.")] = 2,

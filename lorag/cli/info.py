@@ -201,9 +201,8 @@ def _gate(stored: Mapping[str, Any] | None) -> str:
     facts = stored["fitted"]
     text = f"refuses descriptions above novelty {stored['refuse_above']}; fitted on {facts['held_out_tasks']} held-out tasks"
     text += f", tells known from unknown with an AUROC of {facts['auroc']}"
-    return text + (
-        f", closes {facts['gain']:.1%} of the gap there, expected within {facts['gain_error']:.1%}" if "gain_error" in facts else ""
-    )
+    closed, error = (facts.get(name, facts.get(older)) for name, older in (("gap_closed", "gain"), ("gap_closed_error", "gain_error")))
+    return text if error is None else f"{text}, closes {closed:.1%} of the gap there, expected within {error:.1%}"
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -38,14 +38,14 @@ def measure_gate(
     Args:
         generator: With a fitted gate.
         tasks: Held-out tasks with test examples.
-        oracles: Experts of these very tasks; without them gains are not measured.
+        oracles: Experts of these very tasks; without them the gap closed is not measured.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for testing.
         wordings: Descriptions of each task.
         limit: Most test examples of each.
         quiet: No progress bar.
 
     Returns:
-        `novelty`: AUROC, share refused of each kind, calibration error of the probability; `gain`, where oracles are given:
+        `novelty`: AUROC, share refused of each kind, calibration error of the probability; `gap_closed`, where oracles are given:
         mean expected and realised, calibration error, share of intervals that held it; `selective`: risk-coverage of the
         held-out tasks alone, ranked by expected gap closed, and of these with the unknown descriptions, which close none of it;
         `judged`: each description with what was found.
@@ -92,26 +92,26 @@ def measure_gate(
             [*inside, *outside], [*((task.key, text) for task, text in rows), *((None, t) for _, t in strange)], strict=True
         )
     ]
-    if oracles is None or generator.gate.gain is None:
+    if oracles is None or generator.gate.gap_closed is None:
         return report
     codes = torch.cat([evidence.code for evidence in gathered[: len(rows)]]).float()
-    gains = gap_closed_by(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
-    sure = gains.isfinite()
-    for row, gain in zip(report["judged"], gains.tolist(), strict=False):
-        row["gain"] = round(gain, 4) if gain == gain else None  # NaN is not a gain
+    closed = gap_closed_by(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    sure = closed.isfinite()
+    for row, share in zip(report["judged"], closed.tolist(), strict=False):
+        row["gap_closed"] = round(share, 4) if share == share else None  # NaN is not a share
     expected = torch.tensor([float(v.expected_gap_closed or 0.0) for v in inside], dtype=torch.float64)[sure]
-    gains, ends = gains[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
+    closed, ends = closed[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
     lost = torch.tensor([float(v.expected_gap_closed or 0.0) for v in outside], dtype=torch.float64)
-    report["gain"] = {
+    report["gap_closed"] = {
         "expected": round(expected.mean().item(), 4),
-        "realised": round(gains.mean().item(), 4),
-        "calibration_error": round(calibration_error(expected, gains), 4),
-        "interval_held": round(((gains >= ends[:, 0]) & (gains <= ends[:, 1])).double().mean().item(), 4),
+        "realised": round(closed.mean().item(), 4),
+        "calibration_error": round(calibration_error(expected, closed), 4),
+        "interval_held": round(((closed >= ends[:, 0]) & (closed <= ends[:, 1])).double().mean().item(), 4),
         "interval_width": round((ends[:, 1] - ends[:, 0]).mean().item(), 4),
     }
     report["selective"] = {
-        "held_out": _curve(risk_coverage(expected, 1 - gains)),
-        "with_unknown": _curve(risk_coverage(torch.cat([expected, lost]), torch.cat([1 - gains, torch.ones(len(lost))]))),
+        "held_out": _curve(risk_coverage(expected, 1 - closed)),
+        "with_unknown": _curve(risk_coverage(torch.cat([expected, lost]), torch.cat([1 - closed, torch.ones(len(lost))]))),
     }
     return report
 
@@ -151,12 +151,12 @@ def format_gate(report: Mapping[str, Any]) -> str:
     ]
     if novelty["not_refused"]:
         lines.append("not refused: " + "; ".join(novelty["not_refused"]))
-    if "gain" in report:
-        gain = report["gain"]
+    if "gap_closed" in report:
+        closed = report["gap_closed"]
         lines += [
-            f"gap closed: {gain['expected']:.3f} expected, {gain['realised']:.3f} realised, "
-            f"calibration error {gain['calibration_error']:.3f}",
-            f"the interval held {gain['interval_held']:.1%} of what was realised; its width is {gain['interval_width']:.2f} on average",
+            f"gap closed: {closed['expected']:.3f} expected, {closed['realised']:.3f} realised, "
+            f"calibration error {closed['calibration_error']:.3f}",
+            f"the interval held {closed['interval_held']:.1%} of what was realised; its width is {closed['interval_width']:.2f} on average",
             "",
             f"{'ranked by expected gap closed':<30}{'AURC':>8}{'(best)':>8}{'risk':>8}{'at half':>9}{'ratio':>8}",
         ]

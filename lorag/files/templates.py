@@ -27,7 +27,7 @@ def _environment(package: str, escape: Callable[[str], str]) -> Environment:
     )
 
 
-def render(package: str, name: str, escape: Callable[[str], str], **values: Any) -> str:  # noqa: ANN401 - whatever the template shows
+def render(package: str, name: str, escape: Callable[[str], str], /, **values: Any) -> str:  # noqa: ANN401 - whatever the template shows
     """Fills a template of a package.
 
     Args:

@@ -1,4 +1,4 @@
-"""The gate: whether the adapter for a description is looked up, fused, generated or refused, and what may be gained by it.
+"""The gate: whether the adapter for a description is looked up, fused, generated or refused, and how much of the gap it should close.
 
 `evidence` measures a description, `training/calibrate_gate` learns on held-out tasks what the numbers mean, and `Gate.decide` turns
 one into the other: a pure function, whose answer names the evidence that decided.
@@ -45,6 +45,11 @@ _PHRASES = {
 }
 
 
+_RENAMED: dict[str, str] = {
+    "gain": "gap_closed",
+    "gain_range": "gap_range",
+    "gain_error": "gap_closed_error",
+}  # in files of older generators
 _BY = {"wording": "very words", "name": "name", "nearest": "closeness"}
 
 
@@ -62,7 +67,7 @@ class Verdict:
         reason: In a sentence, which names the evidence that decided.
         novelty: Estimated probability that it is not a task of the bank's kind, from 0 to 1; None if no gate was fitted.
         expected_gap_closed: Share of the gap between base model and expert that its adapter should close; None if none was measured.
-        interval: 90 % of held-out tasks' gains lay as near to their estimate.
+        interval: 90 % of held-out tasks' values lay as near to their estimate.
         nearest: Nearest tasks and their cosines.
         known: The expert that it names, if it does.
         decided_by: The evidence that decided, what weighed most first: names of `evidence.FEATURES`, or "wording" or "name" where
@@ -124,8 +129,8 @@ class Gate:
         reference: What evidence is compared with.
         novelty: From evidence to novelty.
         refuse_above: Novelty beyond which a description is refused.
-        gain: From evidence to the gap that should be closed, in shares of `gain_range`; None where no task could be scored.
-        gain_range: Smallest and largest gain that it can give.
+        gap_closed: From evidence to the share of the gap that should be closed, scaled to `gap_range`; None where no task was scored.
+        gap_range: Smallest and largest share of the gap that it can give.
         offsets: Of the interval around what should be closed.
         same_above: Cosine from which a description counts as its nearest expert's; None if no cosine told them apart.
         fuse_above: Cosine from which fused experts did as well as generated adapters; None if they never did.
@@ -137,8 +142,8 @@ class Gate:
     reference: Reference
     novelty: Logistic
     refuse_above: float
-    gain: Logistic | None
-    gain_range: tuple[float, float]
+    gap_closed: Logistic | None
+    gap_range: tuple[float, float]
     offsets: tuple[float, float]
     same_above: float | None
     fuse_above: float | None
@@ -149,17 +154,17 @@ class Gate:
     @property
     def needed(self) -> frozenset[str]:
         """The features that count in its estimates: others need not be measured."""
-        models = [self.novelty] if self.gain is None else [self.novelty, self.gain]
+        models = [self.novelty] if self.gap_closed is None else [self.novelty, self.gap_closed]
         return frozenset(name for model in models for name, weight in zip(FEATURES, model.weights, strict=True) if weight)
 
     def decide(self, evidence: Evidence) -> Verdict:
         """Judges one description by the evidence on it; nothing is computed but this."""
         row = evidence.row()
-        novelty, gain = self.estimate(row[None])
+        novelty, gap_closed = self.estimate(row[None])
         probability, expected, interval = novelty.item(), None, None
-        if gain is not None:
-            expected = round((1 - probability) * gain.item(), 4)
-            interval = self._interval(probability, gain.item(), expected)
+        if gap_closed is not None:
+            expected = round((1 - probability) * gap_closed.item(), 4)
+            interval = self._interval(probability, gap_closed.item(), expected)
         neighbours = evidence.condition.neighbours
         shown = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in neighbours[:_SHOWN])
         known, decided_by = self._known(evidence)
@@ -184,17 +189,17 @@ class Gate:
             decision, reason, round(probability, 4), expected, interval, neighbours[:_SHOWN], known, deciding, dict(evidence.features)
         )
 
-    def _interval(self, novelty: float, gain: float, expected: float) -> tuple[float, float]:
-        """Where 90 % of gains should lie: an unknown task's is 0, a known one's as near to its estimate as held-out tasks' were."""
-        low, high = (min(max(gain + offset, self.gain_range[0]), self.gain_range[1]) for offset in self.offsets)
+    def _interval(self, novelty: float, gap_closed: float, expected: float) -> tuple[float, float]:
+        """Where 90 % of what is closed should lie: 0 for an unknown task, as near to its estimate as held-out tasks' for a known one."""
+        low, high = (min(max(gap_closed + offset, self.gap_range[0]), self.gap_range[1]) for offset in self.offsets)
         low = low if novelty <= _TAIL else min(0.0, low)
         high = high if novelty <= 1 - _TAIL else 0.0
         return round(min(low, expected), 4), round(max(high, expected), 4)
 
     def estimate(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Novelty (n,), and the gain (n,) if it is not novel, of rows of features (n, f)."""
-        low, high = self.gain_range
-        return self.novelty(rows), None if self.gain is None else low + (high - low) * self.gain(rows)
+        """Novelty (n,), and the gap closed (n,) if it is not novel, of rows of features (n, f)."""
+        low, high = self.gap_range
+        return self.novelty(rows), None if self.gap_closed is None else low + (high - low) * self.gap_closed(rows)
 
     def _known(self, evidence: Evidence) -> tuple[str | None, str]:
         """The task whose description this is, and by what: one of `_BY`."""
@@ -230,8 +235,8 @@ class Gate:
             "features": list(FEATURES),
             "novelty": self.novelty.to_dict(),
             "refuse_above": self.refuse_above,
-            "gain": None if self.gain is None else self.gain.to_dict(),
-            "gain_range": list(self.gain_range),
+            "gap_closed": None if self.gap_closed is None else self.gap_closed.to_dict(),
+            "gap_range": list(self.gap_range),
             "offsets": list(self.offsets),
             "same_above": self.same_above,
             "fuse_above": self.fuse_above,
@@ -247,14 +252,16 @@ class Gate:
         Raises:
             GeneratorError: If they do not make a gate for a generator of so many modules and experts.
         """
+        value = {_RENAMED.get(name, name): one for name, one in value.items()}
         try:
             if tuple(value["features"]) != FEATURES:
                 raise ValueError("it goes by other evidence; fit it again with lorag gate fit")
             size, deviation = (tuple(float(v) for v in value[key]) for key in ("size", "deviation"))
-            low, high = (float(v) for v in value["gain_range"])
+            low, high = (float(v) for v in value["gap_range"])
             below, above = (float(v) for v in value["offsets"])
             cosines = [None if value[key] is None else float(value[key]) for key in ("same_above", "fuse_above")]
-            threshold, fitted = float(value["refuse_above"]), dict(value["fitted"])
+            threshold = float(value["refuse_above"])
+            fitted = {_RENAMED.get(str(name), str(name)): one for name, one in dict(value["fitted"]).items()}
             numbers = [*size, *deviation, low, high, below, above, threshold, *(c for c in cosines if c is not None)]
             if not all(map(math.isfinite, numbers)) or len(size) != modules or len(deviation) != modules or min(deviation) <= 0:
                 raise ValueError("its numbers do not fit the generator's modules")
@@ -264,13 +271,13 @@ class Gate:
                 raise ValueError("its wordings belong to experts that there are not")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise GeneratorError("a stored gate cannot be read", got=str(error)[:120] or repr(error)) from error
-        gain = None if value["gain"] is None else Logistic.from_dict(value["gain"], len(FEATURES))
+        gap_closed = None if value["gap_closed"] is None else Logistic.from_dict(value["gap_closed"], len(FEATURES))
         return cls(
             reference=Reference(size, deviation),
             novelty=Logistic.from_dict(value["novelty"], len(FEATURES)),
             refuse_above=threshold,
-            gain=gain,
-            gain_range=(low, high),
+            gap_closed=gap_closed,
+            gap_range=(low, high),
             offsets=(below, above),
             same_above=cosines[0],
             fuse_above=cosines[1],

@@ -222,9 +222,9 @@ class LoraGenerator:
             plans: list[_Plan | LoragError] = []
             for given in descriptions[start : start + _TOGETHER]:
                 try:
-                    gathered = isinstance(given, Evidence)
-                    evidence = given if gathered else self._gather(given, seed, examples, details, ask=on_unknown != "ignore")
-                    plans.append(self._plan(evidence, on_unknown, bank, rank))
+                    if not isinstance(given, Evidence):
+                        given = self._gather(given, seed, examples, details, ask=on_unknown != "ignore")
+                    plans.append(self._plan(given, on_unknown, bank, rank))
                 except LoragError as error:
                     plans.append(error)
             codes = [plan.code for plan in plans if isinstance(plan, _Plan) and plan.code is not None]

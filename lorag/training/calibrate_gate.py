@@ -1,7 +1,7 @@
 """Fit a gate: what the evidence on held-out training tasks meant, and on descriptions that no bank of text tasks serves.
 
 Held-out training tasks play unknown tasks that a bank can serve: their experts, and others of their group, do not count while
-evidence on them is gathered, and their gains are measured. Every number that is calibrated comes from a fit that saw
+evidence on them is gathered, and the gap that they close is measured. Every number that is calibrated comes from a fit that saw
 no task of the same cluster. Nothing is trained again, and no task of a test split is looked at.
 """
 
@@ -33,9 +33,9 @@ __all__ = ["GateSettings", "fit_gate"]
 
 _REFERENCES = 64  # experts whose codes stand for the bank's
 _REFUSED = 0.05  # share of held-out known descriptions that the gate may refuse, at most
-_NOVELTY_PENALTY, _GAIN_PENALTY = 1.0, 4.0
+_NOVELTY_PENALTY, _GAP_PENALTY = 1.0, 4.0
 _PRECISION, _LEAST_CLAIMS, _COMPARED = 0.95, 20, 3
-_LEAST_TASKS, _LEAST_GAIN = 3, 0.5  # that fusing must have shown
+_LEAST_TASKS, _LEAST_CLOSED = 3, 0.5  # that fusing must have shown
 
 
 @dataclass
@@ -44,7 +44,7 @@ class GateSettings:
 
     Attributes:
         wordings: Descriptions of each held-out task.
-        limit: Most examples of each held-out task that gains are measured on.
+        limit: Most examples of each held-out task that the gap closed is measured on.
     """
 
     wordings: int = 4
@@ -68,7 +68,7 @@ def fit_gate(
     Args:
         generator: The generator; it is only used.
         bank: The bank that it learned from.
-        suite: The experts' tasks with examples; without it, gains are not estimated.
+        suite: The experts' tasks with examples; without it, the gap closed is not estimated.
         held: Tasks that the generator did not learn from: indices into the bank, and after its experts into `others`.
         groups: Group of each task: none of its group counts while it plays an unknown one.
         others: Tasks without an expert. They show what is known; how much of a gap is closed on them, nobody can tell.
@@ -105,7 +105,7 @@ def fit_gate(
     group = [clusters[i] for i, _ in rows]
     novelty, threshold, facts = _fit_novelty(evidence, strange, group)
     facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(clusters.values()))}
-    gain, gain_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
+    gap_closed, gap_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
     if tasks:
         # Rows and first rows of the tasks that have an expert.
         known = [place for place, (i, _) in enumerate(rows) if i < experts]
@@ -119,9 +119,9 @@ def fit_gate(
         fuse_above = fusing_cosine(evidence[first, 0], every[len(known) :], closed[first])
         sure = closed.isfinite()
         if sure.any():
-            gain_range = min(0.0, closed[sure].min().item()), 1.0
-            gain, offsets, more = _fit_gain(
-                evidence[sure], closed[sure], [g for g, s in zip(group, sure.tolist(), strict=True) if s], gain_range
+            gap_range = min(0.0, closed[sure].min().item()), 1.0
+            gap_closed, offsets, more = _fit_gap_closed(
+                evidence[sure], closed[sure], [g for g, s in zip(group, sure.tolist(), strict=True) if s], gap_range
             )
             facts |= more
     wordings, owners_of = task_wordings(generator.conditioner.names, bank)
@@ -129,8 +129,8 @@ def fit_gate(
         reference=reference,
         novelty=novelty,
         refuse_above=threshold,
-        gain=gain,
-        gain_range=gain_range,
+        gap_closed=gap_closed,
+        gap_range=gap_range,
         offsets=offsets,
         same_above=naming_cosine(generator, bank, evidence[:, 0], settings.wordings),
         fuse_above=fuse_above,
@@ -215,40 +215,40 @@ def _fit_novelty(evidence: Tensor, strange: Tensor, group: Sequence[int]) -> tup
     return Logistic.fit(rows, labels, weights=weights, penalty=_NOVELTY_PENALTY), round(threshold, 4), facts
 
 
-def _fit_gain(
-    evidence: Tensor, gains: Tensor, group: Sequence[int], gain_range: tuple[float, float]
+def _fit_gap_closed(
+    evidence: Tensor, measured: Tensor, group: Sequence[int], gap_range: tuple[float, float]
 ) -> tuple[Logistic, tuple[float, float], dict[str, Any]]:
-    low, high = gain_range
-    shares = (gains - low) / (high - low)
-    checked = low + (high - low) * cross_fitted(evidence, shares, group, penalty=_GAIN_PENALTY)
-    below, above = residual_interval(checked, gains)
-    curve = risk_coverage(checked, 1 - gains)
+    low, high = gap_range
+    shares = (measured - low) / (high - low)
+    checked = low + (high - low) * cross_fitted(evidence, shares, group, penalty=_GAP_PENALTY)
+    below, above = residual_interval(checked, measured)
+    curve = risk_coverage(checked, 1 - measured)
     facts = {
-        "gain": round(gains.mean().item(), 4),
-        "gain_error": round(calibration_error(checked, gains), 4),
+        "gap_closed": round(measured.mean().item(), 4),
+        "gap_closed_error": round(calibration_error(checked, measured), 4),
         "aurc": round(curve.area, 4),
         "risk": round(curve.risk[-1], 4),
         "risk_at_half": round(curve.at(0.5), 4),
     }
-    return Logistic.fit(evidence, shares, penalty=_GAIN_PENALTY), (round(below, 4), round(above, 4)), facts
+    return Logistic.fit(evidence, shares, penalty=_GAP_PENALTY), (round(below, 4), round(above, 4)), facts
 
 
 # --- from which cosine a description is a known task's, and from which experts are fused --------------------------------
 
 
 def fusing_cosine(nearest: Tensor, fused: Tensor, generated: Tensor) -> float | None:
-    """The cosine from which fused experts gained as much as generated codes; None if there is no such cosine.
+    """The cosine from which fused experts closed as much of the gap as generated codes; None if there is no such cosine.
 
     Args:
         nearest: Cosine of each held-out task to its nearest expert (n,).
-        fused: Gain of fused experts on it (n,); NaN counts for neither.
-        generated: Gain of what was generated (n,).
+        fused: Gap closed by fused experts on it (n,); NaN counts for neither.
+        generated: Gap closed by what was generated (n,).
     """
     for cosine in sorted(nearest.tolist()):
         near = (nearest >= cosine) & fused.isfinite() & generated.isfinite()
         if near.sum() < _LEAST_TASKS:
             break
-        if fused[near].mean() >= generated[near].mean() and fused[near].mean() > _LEAST_GAIN:
+        if fused[near].mean() >= generated[near].mean() and fused[near].mean() > _LEAST_CLOSED:
             return round(cosine, 4)
     return None
 

@@ -26,41 +26,32 @@ _ROWS = 8  # packed rows that run together
 class CausalLM(LanguageModel):
     """Answers follow the prompt and end with the token that ends a turn.
 
+    The template may be "chat", the tokenizer's own chat template, which it is by default where the tokenizer has one. Of prompts longer
+    than `max_length` the beginning of the input is left out.
+
     Args:
         tokenizer: The base model's.
-        template: "chat", the tokenizer's own chat template, or text with one `{input}`; by default "chat" where the tokenizer
-            has a chat template, and otherwise the input and a line break.
-        max_length: Most tokens of a prompt; of longer ones the beginning of the input is left out.
-        rouge: Whether scores hold ROUGE-L, for which answers are written out.
-        metric: The score that evaluations report.
         system: System text of the chat template; None leaves it to the template.
         pack: Most tokens of a row in which the training examples of one task stand together, with their prompts' common beginning
             read once: much faster where inputs are short. What does not fit is left out, but for the first example. 0 gives each a
             row of its own. For decoders that take positions and a mask for each pair of tokens, as those with rotary embeddings do.
+        settings: What all language models take.
     """
 
     name, kind = "causal_lm", "causal_lm"
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
-        max_length: int = 256,
-        rouge: bool = False,
-        metric: str = "exact_match",
-        system: str | None = None,
-        pack: int = 0,
-    ) -> None:
-        super().__init__(tokenizer, template, max_length, rouge, metric, system)
-        self.pack = pack
-        self.prompts = make_prompts(tokenizer, self.template, system, max_length)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, pack: int = 0, **settings: Any) -> None:  # noqa: ANN401 - see above
+        super().__init__(tokenizer, **settings)
+        self.system, self.pack = system, pack
+        self.prompts = make_prompts(tokenizer, self.template, system, self.max_length)
 
     def _usual_template(self) -> str:
         return CHAT if getattr(self.tokenizer, "chat_template", None) else super()._usual_template()
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `make_objective` that build it again."""
-        return super().settings() | ({"pack": self.pack} if self.pack else {})
+        more = {"system": self.system, "pack": self.pack or None}
+        return super().settings() | {key: value for key, value in more.items() if value is not None}
 
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> Any:  # noqa: ANN401 - rows, packed or not
         """Draws `count` training examples per task."""

@@ -41,7 +41,15 @@ class TokenRows:
 
 
 class LanguageModel(Objective):
-    """What causal and encoder-decoder models share: teacher forcing gives losses and the exact match of greedy decoding."""
+    """What causal and encoder-decoder models share: teacher forcing gives losses and the exact match of greedy decoding.
+
+    Args:
+        tokenizer: The base model's.
+        template: Text with one `{input}`; by default the input and a line break.
+        max_length: Most tokens of a prompt.
+        rouge: Whether scores hold ROUGE-L, for which answers are written out.
+        metric: The score that evaluations report.
+    """
 
     generates = True
     _tokens_at_once = 16_384  # of a batch that is scored
@@ -53,18 +61,17 @@ class LanguageModel(Objective):
         max_length: int = 256,
         rouge: bool = False,
         metric: str = "exact_match",
-        system: str | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length)
         template = self._usual_template() if template is None else template
         if metric not in _METRICS or metric in ("rouge_l", "lenient_match") and not rouge:
             raise ConfigError("objective.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)")
-        self.template, self.rouge, self.metric, self.system = template, rouge, metric, system
+        self.template, self.rouge, self.metric = template, rouge, metric
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `make_objective` that build it again."""
-        more = {"rouge": self.rouge, "metric": self.metric, "system": self.system}
-        chosen = {key: value for key, value in more.items() if value not in (False, "exact_match", None)}
+        more = {"rouge": self.rouge, "metric": self.metric}
+        chosen = {key: value for key, value in more.items() if value not in (False, "exact_match")}
         return {"template": self.template, "max_length": self.max_length, **chosen}
 
     def _usual_template(self) -> str:

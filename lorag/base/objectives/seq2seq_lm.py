@@ -22,15 +22,8 @@ class Seq2SeqLM(LanguageModel):
 
     name, kind = "seq2seq_lm", "seq2seq_lm"
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
-        max_length: int = 256,
-        rouge: bool = False,
-        metric: str = "exact_match",
-    ) -> None:
-        super().__init__(tokenizer, template, max_length, rouge, metric)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:  # noqa: ANN401 - what all language models take
+        super().__init__(tokenizer, **settings)
         require_input(self.template)
 
     def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:

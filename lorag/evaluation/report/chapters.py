@@ -119,10 +119,10 @@ def _distances(found: Findings) -> Chapter:
         answer,
         "Distance is 1 − the cosine between a description and the nearest expert's, the novelty before any calibration. Squares: groups of "
         "tasks of like distance. Tasks whose oracle hardly beats the base model are left out, because a share of no gap means nothing.",
-        f"Scatter of the share of the gap closed by distance to the bank, {len(far.gain)} tasks. {answer}",
+        f"Scatter of the share of the gap closed by distance to the bank, {len(far.gap_closed)} tasks. {answer}",
         ("task", "distance", "gap closed"),
-        tuple((name, _number(d), _number(g)) for name, d, g in zip(far.names, far.distance, far.gain, strict=True)),
-        lambda theme: figures.draw_distances(theme, question, far, f"n = {len(far.gain)} tasks"),
+        tuple((name, _number(d), _number(g)) for name, d, g in zip(far.names, far.distance, far.gap_closed, strict=True)),
+        lambda theme: figures.draw_distances(theme, question, far, f"n = {len(far.gap_closed)} tasks"),
     )
 
 
@@ -130,15 +130,17 @@ def _map(found: Findings) -> Chapter:
     question, tasks = "Where do the tasks lie, and where does it fail?", found.map
     if isinstance(tasks, Absent):
         return Chapter("map", "The map of tasks", question, tasks.reason)
-    gains = [gain for gain in tasks.gain if gain is not None]
-    failed = sorted((gain, name) for name, gain in zip(tasks.names, tasks.gain, strict=True) if gain is not None and gain < figures.BAD)
-    good = sum(gain >= figures.GOOD for gain in gains)
-    answer = f"{good} of {len(gains)} tasks close at least {figures.GOOD:.0%} of the gap, {len(failed)} less than {figures.BAD:.0%}"
+    known = [(share, name) for name, share in zip(tasks.names, tasks.gap_closed, strict=True) if share is not None]
+    failed = sorted((share, name) for share, name in known if share < figures.BAD)
+    good = sum(share >= figures.GOOD for share, _ in known)
+    answer = f"{good} of {len(known)} tasks close at least {figures.GOOD:.0%} of the gap, {len(failed)} less than {figures.BAD:.0%}"
     answer += ": " + ", ".join(name for _, name in failed[:_MOST_NAMED]) if failed else ""
     answer += f" and {len(failed) - _MOST_NAMED} more." if len(failed) > _MOST_NAMED else "."
-    if not gains:
+    if not known:
         answer = "The map shows where the tasks lie; no share of the gap is known."
-    rows = tuple((name, f"{x:.3f}", f"{y:.3f}", _number(g)) for name, (x, y), g in zip(tasks.names, tasks.points, tasks.gain, strict=True))
+    rows = tuple(
+        (name, f"{x:.3f}", f"{y:.3f}", _number(g)) for name, (x, y), g in zip(tasks.names, tasks.points, tasks.gap_closed, strict=True)
+    )
     return Chapter(
         "map",
         "The map of tasks",
@@ -174,8 +176,8 @@ def _selective(found: Findings) -> Chapter:
         "The gate",
         question,
         answer,
-        "Descriptions are served in the order of the gain that the gate expects, before the base model has run. Risk is the share of the "
-        "gap that stays open. The nearer the solid line is to the dashed one, the better the gate knows.",
+        "Descriptions are served in the order of the gap closed that the gate expects, before the base model has run. Risk is the share "
+        "of the gap that stays open. The nearer the solid line is to the dashed one, the better the gate knows.",
         f"Risk by coverage for {one.tasks} tasks, alone and among {one.unknown} unknown descriptions. {answer}",
         ("served", "risk at 25 %", "at 50 %", "at 75 %", "at 100 %", "AURC", "best AURC"),
         rows,

@@ -118,7 +118,7 @@ def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Fig
     figure, (axes,) = _figure(theme, title, 3.7)
     axes.scatter(
         found.distance,
-        found.gain,
+        found.gap_closed,
         s=_DOT,
         marker="o",
         facecolor=theme.blue,
@@ -130,7 +130,7 @@ def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Fig
     if len(found.bins) > 1:
         far, mean, low, high = zip(*found.bins, strict=True)
         errors = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
-        label = f"mean of about {len(found.gain) / len(found.bins):.0f} tasks, 95 % interval"
+        label = f"mean of about {len(found.gap_closed) / len(found.bins):.0f} tasks, 95 % interval"
         axes.errorbar(
             far,
             mean,
@@ -144,7 +144,7 @@ def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Fig
             linewidth=1.2,
             label=label,
         )
-    axes.set_ylim(min(-0.05, *found.gain) - 0.02, 1.06)
+    axes.set_ylim(min(-0.05, *found.gap_closed) - 0.02, 1.06)
     axes.set_xlabel(f"distance: 1 − cosine to the nearest expert's descriptions ({note})")
     axes.set_ylabel("share of the gap closed")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handletextpad=0.4)
@@ -163,8 +163,8 @@ def draw_map(theme: Theme, title: str, found: Tasks, note: str) -> Figure:
         ("not known", "ink", "P", math.nan, math.nan),
     )
     for label, colour, marker, low, high in kinds:
-        rows = zip(found.points, found.gain, strict=True)
-        own = [point for point, gain in rows if (math.isnan(low) if gain is None else low <= gain < high)]
+        rows = zip(found.points, found.gap_closed, strict=True)
+        own = [point for point, closed in rows if (math.isnan(low) if closed is None else low <= closed < high)]
         if own:
             xs, ys = zip(*own, strict=True)
             axes.scatter(

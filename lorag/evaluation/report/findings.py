@@ -74,13 +74,13 @@ class Distances:
     Attributes:
         names: The n tasks.
         distance: 1 − cosine to the nearest expert's descriptions, mean over the descriptions shown (n,).
-        gain: Share of the gap closed (n,), cut off at −1 and 1.
-        bins: Groups of tasks of rising distance, all about as many: mean distance, mean gain, ends of its 95 % interval.
+        gap_closed: Share of the gap closed (n,), cut off at −1 and 1.
+        bins: Groups of tasks of rising distance, all about as many: mean distance, mean gap closed, ends of its 95 % interval.
     """
 
     names: tuple[str, ...]
     distance: tuple[float, ...]
-    gain: tuple[float, ...]
+    gap_closed: tuple[float, ...]
     bins: tuple[tuple[float, float, float, float], ...]
 
 
@@ -92,14 +92,14 @@ class Tasks:
         experts: Where the bank's tasks lie (n, 2).
         names: The evaluated tasks (t).
         points: Where they lie (t, 2).
-        gain: Share of the gap closed (t,); None where it is not known.
+        gap_closed: Share of the gap closed (t,); None where it is not known.
         kept: Share of the experts' variance that the two directions hold.
     """
 
     experts: tuple[tuple[float, float], ...]
     names: tuple[str, ...]
     points: tuple[tuple[float, float], ...]
-    gain: tuple[float | None, ...]
+    gap_closed: tuple[float | None, ...]
     kept: float
 
 
@@ -115,7 +115,7 @@ class Selective:
         tasks: Number of evaluated tasks.
         unknown: Number of the others.
         expected: Mean expected gap closed of the evaluated tasks.
-        realised: Mean gain.
+        realised: Mean gap closed.
     """
 
     held_out: RiskCoverage

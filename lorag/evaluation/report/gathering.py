@@ -49,7 +49,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
     tasks, seeds = list(ladder.suite), int(report["seeds"])
     shown = [list(texts) for texts in zip(*(shown_descriptions(tasks, seed) for seed in range(seeds)), strict=True)]
     shown = [list(dict.fromkeys(texts)) for texts in shown]  # of each task, each once
-    gains = _gains(report, subject)
+    shares = _gaps_closed(report, subject)
     with progress_bar(total=len(tasks), desc="gathering", disable=quiet, leave=False) as bar:
         distances, places, evidence = [], [], []
         for texts in shown:
@@ -68,9 +68,9 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         seeds=seeds,
         ladder=_method_scores(report),
         pairs=_pairs(report),
-        distances=_distances(names, distances, gains),
-        map=_map(made, names, torch.stack(places), gains),
-        selective=_selective(made, evidence, gains, quiet),
+        distances=_distances(names, distances, shares),
+        map=_map(made, names, torch.stack(places), shares),
+        selective=_selective(made, evidence, shares, quiet),
         norms=_norms(ladder.bank, made, [of_task[0] for of_task in evidence], quiet),
         curves=_curves(ladder, subject),
     )
@@ -124,7 +124,7 @@ def _pairs(report: Mapping[str, Any]) -> tuple[Pairs, ...] | Absent:
     return tuple(found) or Absent("No generator was scored beside its shuffled control, which needs at least two tasks.")
 
 
-def _gains(report: Mapping[str, Any], subject: str) -> list[float | None] | None:
+def _gaps_closed(report: Mapping[str, Any], subject: str) -> list[float | None] | None:
     """Share of the gap that the subject closes on each task, from −1 to 1; None for a task whose expert learned next to nothing."""
     rows = [report["methods"].get(name) for name in ("base", subject, "oracle")]
     if any(row is None for row in rows):
@@ -134,19 +134,19 @@ def _gains(report: Mapping[str, Any], subject: str) -> list[float | None] | None
         for row in rows
         if row is not None
     )
-    found = [None if math.isnan(gain) else gain for gain in gap_closed(scores, floor, ceiling).tolist()]
-    return found if any(gain is not None for gain in found) else None
+    found = [None if math.isnan(share) else share for share in gap_closed(scores, floor, ceiling).tolist()]
+    return found if any(share is not None for share in found) else None
 
 
-def _distances(names: Sequence[str], novelty: Sequence[float], gains: Sequence[float | None] | None) -> Distances | Absent:
-    if gains is None:
+def _distances(names: Sequence[str], novelty: Sequence[float], shares: Sequence[float | None] | None) -> Distances | Absent:
+    if shares is None:
         return Absent(_NO_GAINS)
-    rows = sorted((far, name, gain) for far, name, gain in zip(novelty, names, gains, strict=True) if gain is not None)
+    rows = sorted((far, name, share) for far, name, share in zip(novelty, names, shares, strict=True) if share is not None)
     bins = []
     for part in torch.arange(len(rows)).tensor_split(min(_BINS, max(1, len(rows) // _LEAST_BIN))):
         own = [rows[i] for i in part.tolist()]
-        low, high = bootstrap(torch.tensor([gain for _, _, gain in own]))
-        bins.append((_mean([far for far, _, _ in own]), _mean([gain for _, _, gain in own]), low, high))
+        low, high = bootstrap(torch.tensor([share for _, _, share in own]))
+        bins.append((_mean([far for far, _, _ in own]), _mean([share for _, _, share in own]), low, high))
     far, named, gained = zip(*rows, strict=True)
     return Distances(named, far, gained, tuple(bins))
 
@@ -155,7 +155,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, gains: Sequence[float | None] | None) -> Tasks | Absent:
+def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, shares: Sequence[float | None] | None) -> Tasks | Absent:
     try:
         tasks = TaskMap.fit(made.conditioner.names, made.conditioner.centroids)
     except LoragError as error:
@@ -165,20 +165,20 @@ def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, gains: Seque
         experts=tuple((float(x), float(y)) for x, y in tasks.points.tolist()),
         names=tuple(names),
         points=tuple(tasks.place(one) for one in unit),
-        gain=tuple(gains) if gains is not None else (None,) * len(names),
+        gap_closed=tuple(shares) if shares is not None else (None,) * len(names),
         kept=tasks.kept,
     )
 
 
 def _selective(
-    made: LoraGenerator, evidence: Sequence[Sequence[Evidence]], gains: Sequence[float | None] | None, quiet: bool
+    made: LoraGenerator, evidence: Sequence[Sequence[Evidence]], shares: Sequence[float | None] | None, quiet: bool
 ) -> Selective | Absent:
-    if made.gate is None or made.gate.gain is None:
-        return Absent("The generator has no gate that expects a gain; lorag gate fit GENERATOR fits one.")
-    if gains is None:
+    if made.gate is None or made.gate.gap_closed is None:
+        return Absent("The generator has no gate that expects a gap to be closed; lorag gate fit GENERATOR fits one.")
+    if shares is None:
         return Absent(_NO_GAINS)
     strange = [text for texts in unknown_tasks("test").values() for text in texts]
-    rows = [(of_task, 1 - gain) for of_task, gain in zip(evidence, gains, strict=True) if gain is not None]
+    rows = [(of_task, 1 - share) for of_task, share in zip(evidence, shares, strict=True) if share is not None]
     known = len(rows)
     rows += [([made.gather(text)], 1.0) for text in progress_bar(strange, desc="judging", disable=quiet, leave=False)]
     expected = [_mean([float(made.gate.decide(one).expected_gap_closed or 0.0) for one in described]) for described, _ in rows]
