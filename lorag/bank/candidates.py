@@ -17,7 +17,15 @@ from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.reading import read_folder
 from lorag.base.names import same_model
 from lorag.base.renaming import fused_experts, renamed_modules
-from lorag.errors import BaseMismatchError, BaseModelError, LoragError, MissingDependencyError, NormRangeError, StorageError
+from lorag.errors import (
+    BaseMismatchError,
+    BaseModelError,
+    LoragError,
+    MissingDependencyError,
+    NormRangeError,
+    StorageError,
+    UndescribedError,
+)
 
 if TYPE_CHECKING:
     from lorag.adapters.checks import Match
@@ -70,7 +78,7 @@ class Candidate:
         missing: Modules of the layout without factors, which count as unchanged.
         ignored: Modules outside of the layout, left out.
         ignored_share: Their share of ‖ΔW‖²; None if it is not known.
-        error: Why it cannot be used.
+        error: Why it cannot be used. One that nothing describes is read all the same, for its weights may tell.
     """
 
     where: Path | str
@@ -112,6 +120,7 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
     """
     base, options = common
     where: Path | str = source.label
+    adapter: LoraAdapter | None = None
     try:
         where = folder = source.folder(options.revision, Base(base.model, base.layout.modules))
         check = partial(check_base, base, folder, options.base_aliases)
@@ -134,7 +143,7 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
             descriptions, origin, licence = purpose.descriptions, purpose.origin, purpose.licence
     except LoragError as error:
         traceback.clear_frames(error.__traceback__)  # what is kept of the error must not keep what was being read
-        return Candidate(where, error=error)
+        return Candidate(where, adapter if isinstance(error, UndescribedError) else None, error=error)
     except OSError as error:  # of the adapter's files: no leave to read them, a share that is gone
         return Candidate(where, error=StorageError(f"{source.label} cannot be read: {error.strerror or error}"))
     licence = str(options.licence or licence or UNKNOWN)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorag.bank.candidates import DUPLICATE, check_norm
-from lorag.bank.index import BankIndex
+from lorag.bank.index import BankIndex, DescriptionIndex
+from lorag.bank.weights_to_text import WeightReader
 from lorag.errors import LoragError
 from lorag.progress import progress_bar
 from lorag.tasks.descriptions import same_words
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank, Expert
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["Finding", "check_bank", "format_findings"]
 
@@ -45,11 +47,12 @@ class Finding:
     severe: bool = False
 
 
-def check_bank(bank: AdapterBank, *, quiet: bool = True) -> list[Finding]:
+def check_bank(bank: AdapterBank, *, embedder: TextEmbedder | None = None, quiet: bool = True) -> list[Finding]:
     """Reads every checkpoint of every expert and compares the experts with each other; writes nothing.
 
     Args:
         bank: The bank.
+        embedder: With one, descriptions are compared with what weights say (`WeightReader`).
         quiet: No progress bars.
     """
     broken = {
@@ -64,11 +67,20 @@ def check_bank(bank: AdapterBank, *, quiet: bool = True) -> list[Finding]:
     for expert in bank.experts:
         for text in {same_words(text) for text in expert.descriptions}:
             words.setdefault(text, []).append(expert.name)
+    doubts: dict[str, str] = {}
+    if embedder is not None:
+        descriptions = DescriptionIndex.load(bank, embedder)
+        descriptions.cover(bank, quiet=quiet)
+        reader = WeightReader.of_bank(index, descriptions)
+        for name in [] if reader is None else reader.doubts():
+            doubts[name] = reader.nearest(index.sketches()[name], 1, but=name)[0][0]
     bar = progress_bar(bank.experts, desc="comparing experts", disable=quiet or len(bank) < 16, leave=False)
-    return [_finding(bank, index, expert, broken.get(expert.name), words) for expert in bar]
+    return [_finding(bank, index, expert, broken.get(expert.name), words, doubts.get(expert.name)) for expert in bar]
 
 
-def _finding(bank: AdapterBank, index: BankIndex, expert: Expert, broken: str | None, words: dict[str, list[str]]) -> Finding:
+def _finding(
+    bank: AdapterBank, index: BankIndex, expert: Expert, broken: str | None, words: dict[str, list[str]], looks_like: str | None
+) -> Finding:
     name, rank = expert.name, expert.rank
     remove = f"lorag bank remove {name} --bank {bank.folder}"
     if name not in index.norms:
@@ -93,6 +105,8 @@ def _finding(bank: AdapterBank, index: BankIndex, expert: Expert, broken: str | 
             problem, remedy = f"same weights as {nearest[0]}", f"keep one of them: {remove}"
         elif twin is not None:
             problem, remedy = f"shares a description with {twin}", "say how their tasks differ, or keep one of them"
+        elif looks_like is not None:
+            problem, remedy = f"its weights do not fit its description; they look like {looks_like}'s", "lorag try it, and describe it anew"
         elif len(bank) > 1 and energy is not None and energy < _FOREIGN:
             problem, remedy = (
                 "has little in common with the bank",

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from lorag.bank.bank import AdapterBank
 from lorag.bank.candidates import DUPLICATE, Candidate, ImportOptions, check_norm, read_candidate
 from lorag.bank.index import BankIndex, DescriptionIndex, stamp
-from lorag.errors import BankError, LoragError, StorageError
+from lorag.bank.weights_to_text import WeightReader
+from lorag.errors import BankError, LoragError, StorageError, UndescribedError
 from lorag.parallel import Backend
 from lorag.tasks.descriptions import same_words
 
@@ -32,6 +33,7 @@ __all__ = ["ImportOptions", "Imported", "import_adapters"]
 logger = logging.getLogger(__name__)
 
 _RUN, _RUN_VALUES = 64, 2**23  # adapters written together
+_PROPOSED = 3  # tasks that an adapter's weights look like
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Imported:
         missing: Modules of the layout without factors, which count as unchanged.
         ignored: Modules outside of the layout, left out.
         ignored_share: Their share of ‖ΔW‖²; None if it is not known.
+        looks_like: Experts with descriptions nearest to what its weights say, with cosines, where its own description is not
+            among what they say (`WeightReader.doubtful`); empty otherwise.
     """
 
     source: str
@@ -71,6 +75,7 @@ class Imported:
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     ignored_share: float | None = 0.0
+    looks_like: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass
@@ -82,6 +87,7 @@ class _Import:
     index: BankIndex
     descriptions: DescriptionIndex | None
     quiet: bool
+    reader: WeightReader | None = None
     wordings: dict[str, list[str]] = field(default_factory=dict)  # words -> experts
     waiting: list[tuple[Imported, LoraAdapter, tuple[str, ...], str]] = field(default_factory=list)
 
@@ -90,7 +96,7 @@ class _Import:
         name, adapter = self.options.name or source.name, candidate.adapter
         try:
             if candidate.error is not None:
-                raise candidate.error
+                raise self._proposed(candidate) or candidate.error
             if adapter is None:
                 raise AssertionError("neither an adapter nor an error")
             norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
@@ -104,6 +110,18 @@ class _Import:
         one = replace(one, missing=candidate.missing, ignored=candidate.ignored, ignored_share=candidate.ignored_share)
         self.waiting.append((one, adapter, candidate.descriptions, candidate.licence))
         return None
+
+    def _proposed(self, candidate: Candidate) -> UndescribedError | None:
+        """The error of an adapter that nothing describes, with what its weights look like; None where they tell nothing."""
+        if candidate.adapter is None or self.reader is None or not self.reader.telling:
+            return None
+        near = self.reader.nearest(self.index.sketch(candidate.adapter), _PROPOSED)
+        shown = "; ".join(f'{name} {cosine:.2f} ("{self.bank[name].descriptions[0][:80]}")' for name, cosine in near if name in self.bank)
+        return UndescribedError(
+            f"nothing says what {candidate.where} is for",
+            got=f"weights that look like those of {shown}",
+            remedy='If that is its task, say so in words of your own: --description "…".',
+        )
 
     def _has(self, name: str, adapter: LoraAdapter, texts: Sequence[str]) -> bool:
         """Whether the bank has just this expert, as after an interruption; another one of its name is an error."""
@@ -167,12 +185,21 @@ class _Import:
         self.index.insert(one.name, stamp(self.bank, self.bank[one.name]), adapter)
         return replace(
             one,
+            looks_like=self._doubted(one.name, adapter),
             energy=energy,
             by_weight=tuple(nearest[:3]),
             by_description=tuple(alike),
             same_weights=tuple(name for name, similarity in nearest if similarity > DUPLICATE),
             same_description=tuple(sorted(same)),
         )
+
+    def _doubted(self, name: str, adapter: LoraAdapter) -> tuple[tuple[str, float], ...]:
+        """What an adapter's weights look like, where they do not fit its description."""
+        if self.reader is None or self.descriptions is None:
+            return ()
+        sketch = self.index.sketch(adapter)
+        doubtful = self.reader.doubtful(self.reader.fits(sketch, self.descriptions.vectors()[name]))
+        return tuple(self.reader.nearest(sketch, _PROPOSED)) if doubtful else ()
 
     def save(self) -> None:
         """Writes what is remembered, of the bank as it now is. It can be made anew, so that a failure is not a reason to fail."""
@@ -220,7 +247,8 @@ def import_adapters(
     descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder)
     if descriptions is not None:
         descriptions.cover(bank, quiet=quiet)
-    job = _Import(bank, options or ImportOptions(), index, descriptions, quiet)
+    reader = None if descriptions is None else WeightReader.of_bank(index, descriptions)
+    job = _Import(bank, options or ImportOptions(), index, descriptions, quiet, reader)
     for expert in bank.experts:
         for text in expert.descriptions:
             job.wordings.setdefault(same_words(text), []).append(expert.name)

@@ -102,12 +102,17 @@ class BankIndex:
             left, values, right = adapter.factors.svd(module.name)
             out_span.add(left * values)
             in_span.add(right * values)
-        self.norms[name], self._stamps[name], self._sketches[name] = adapter.factors.norm(), mark, self._sketch(adapter)
+        self.norms[name], self._stamps[name], self._sketches[name] = adapter.factors.norm(), mark, self.sketch(adapter)
         self._since += 1
         if self._spans[0][0].waiting >= _MOST_WAITING:
             self._refit()
 
-    def _sketch(self, adapter: LoraAdapter) -> Tensor:
+    def sketches(self) -> dict[str, Tensor]:
+        """Sketch (d,) of each expert's ΔW."""
+        return dict(self._sketches)
+
+    def sketch(self, adapter: LoraAdapter) -> Tensor:
+        """Sketch (d,) of any adapter's ΔW: entry j is Σ_m ε_mj u_jᵀ ΔW_m v_j, so that products of two estimate ⟨ΔW, ΔW'⟩."""
         if self._latest is None or self._latest[0] is not adapter:
             self._latest = adapter, _sketch(adapter)
         return self._latest[1]
@@ -166,7 +171,7 @@ class BankIndex:
         if not names or not whole:
             return []
         sizes = torch.tensor([self.norms[name] for name in names]).clamp_min(1e-30)
-        estimates = torch.stack([self._sketches[name] for name in names]) @ self._sketch(adapter) / (whole * sizes)
+        estimates = torch.stack([self._sketches[name] for name in names]) @ self.sketch(adapter) / (whole * sizes)
         candidates = [names[i] for i in estimates.topk(min(_CANDIDATES, len(names))).indices.tolist()]
         found = [(name, adapter.factors.cosine(bank.adapter(name).factors)) for name in candidates if name in bank]
         return sorted(found, key=lambda pair: -pair[1])
@@ -283,6 +288,10 @@ class DescriptionIndex:
         if place == len(self._rows):
             self._rows = torch.cat([self._rows, torch.zeros(max(64, place), self._rows.shape[1])])
         self._rows[place] = vector
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Mean unit vector (e,) of each expert's descriptions."""
+        return {name: self._rows[place] for name, place in self._places.items()}
 
     def nearest(self, name: str, among: Collection[str], keep: int = 3) -> list[tuple[str, float]]:
         """The experts of a collection whose descriptions have the largest cosine with those of one expert, best first."""

@@ -179,6 +179,9 @@ def _line(one: Imported, head: str) -> str:
         lines.append(f"  note: left out {len(one.ignored)} modules such as {one.ignored[0]}{share}")
     if one.same_weights:
         lines.append(f"  warning: same weights as {', '.join(one.same_weights)}; keep one of them with lorag bank remove")
+    if one.looks_like:
+        near = ", ".join(f"{name} {similarity:.2f}" for name, similarity in one.looks_like)
+        lines.append(f"  warning: its weights do not fit its description; they look like those of {near}; lorag try shows what it does")
     if one.same_description:
         lines.append(f"  warning: same description as {', '.join(one.same_description[:3])}; say how the tasks differ")
     return "\n".join(lines)
@@ -210,13 +213,15 @@ def list_experts(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox
 def check(
     bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")] = "sandbox",
     every: Annotated[bool, typer.Option("--all", help="Show sound experts too; done anyway for at most 30.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="Also whether weights fit their descriptions.")] = False,
+    embedder: Annotated[str | None, typer.Option(help="Embeds descriptions, for --cards.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Read every expert of a bank, compare them, and say what is wrong and what to do about it."""
     from lorag.bank.bank import find_bank
     from lorag.bank.check import check_bank, format_findings
 
-    found = check_bank(find_bank(bank), quiet=quiet)
+    found = check_bank(find_bank(bank), embedder=_embedder(embedder) if cards else None, quiet=quiet)
     table = format_findings(found, every=every or len(found) <= _MOST_ROWS)
     if table:
         typer.echo(table + "\n")
@@ -224,6 +229,36 @@ def check(
     if severe:
         raise BankError(f"{severe} of {len(found)} experts have problems", remedy="The table says what to do.")
     typer.echo(f"{len(found)} experts, all sound" + (f"; {odd} worth a look" if odd else ""))
+
+
+@app.command("describe")
+def describe(
+    places: Annotated[list[str], typer.Argument(help="Adapter folders and files, folders of such, or hub ids; undescribed ones too.")],
+    bank: Annotated[str, typer.Option(help="Bank of described experts of the same base model, or 'sandbox'.")] = "sandbox",
+    find: Annotated[str | None, typer.Option(help="A task: adapters are sorted by how well their weights fit it.")] = None,
+    ignore_extra: Annotated[bool, typer.Option("--ignore-extra", help="Leave out factors of modules that the bank lacks.")] = False,
+    base_alias: Annotated[list[str] | None, typer.Option(help="Another name of the bank's base model; may be repeated.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="Embeds descriptions.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say which of a bank's tasks adapters are near, by their weights alone; or find those that do what a text says."""
+    from lorag.adapters.sources import find_sources
+    from lorag.bank.bank import find_bank
+    from lorag.bank.candidates import ImportOptions
+    from lorag.bank.weights_to_text import describe_adapters
+    from lorag.text.embedding import SentenceEmbedder
+
+    opened = find_bank(bank)
+    model = SentenceEmbedder.from_pretrained() if embedder is None else SentenceEmbedder.from_pretrained(embedder)
+    options = ImportOptions(ignore_extra=ignore_extra, base_aliases=tuple(base_alias or ()), revision=revision)
+    for one in describe_adapters(opened, find_sources(places), model, options, find=find, quiet=quiet):
+        if one.error is not None:
+            typer.echo(f"{one.source}: {type(one.error).__name__}: {one.error}")
+            continue
+        typer.echo(one.source if one.match is None else f"{one.source}: fits {one.match:.2f}")
+        for name, cosine in one.near:
+            typer.echo(f"  {cosine:5.2f}  {name:<32} {opened[name].descriptions[0][:100]}")
 
 
 @app.command("export")
