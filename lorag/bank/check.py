@@ -72,8 +72,9 @@ def check_bank(bank: AdapterBank, *, embedder: TextEmbedder | None = None, quiet
         descriptions = DescriptionIndex.load(bank, embedder)
         descriptions.cover(bank, quiet=quiet)
         reader = WeightReader.of_bank(index, descriptions)
-        for name in [] if reader is None else reader.doubts():
-            doubts[name] = reader.nearest(index.sketches()[name], 1, but=name)[0][0]
+        if reader is not None:
+            sketches = index.sketches()
+            doubts = {name: reader.nearest(sketches[name], 1, but=name)[0][0] for name in reader.doubts()}
     bar = progress_bar(bank.experts, desc="comparing experts", disable=quiet or len(bank) < 16, leave=False)
     return [_finding(bank, index, expert, broken.get(expert.name), words, doubts.get(expert.name)) for expert in bar]
 

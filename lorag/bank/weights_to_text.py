@@ -3,8 +3,7 @@
 Experts of like tasks have like weights, and like descriptions. So what a bank remembers of both (`BankIndex`, `DescriptionIndex`) is
 enough to say which known tasks an adapter without a description is near, to find such adapters by text, and to notice a card
 that speaks of something else. How well this works depends on the bank, and is measured on the bank itself, each expert left out
-in turn, before anything is said. (Adapters found by their weights: W2T and AutoLoRA; a regression is what their idea comes to
-where experts are some hundred.)
+in turn, before anything is said. (The question of W2T, arXiv 2603.15990, whose network reads canonical factors.)
 """
 
 from __future__ import annotations
@@ -102,8 +101,18 @@ class WeightReader:
         wrong = ~torch.eye(len(y), dtype=torch.bool)
         separation = (own[:, None] > cosines)[wrong].double().mean().item()
         reached = cosines[wrong].sort().values[-max(1, round(_WRONG * int(wrong.sum())))].item()
-        parts = (x, dual, y, sketch_mean, text_mean)
-        return cls(tuple(names), *(part.float() for part in parts), penalty, separation, own.float(), reached)
+        return cls(
+            names=tuple(names),
+            sketches=x.float(),
+            dual=dual.float(),
+            texts=y.float(),
+            sketch_mean=sketch_mean.float(),
+            text_mean=text_mean.float(),
+            penalty=penalty,
+            separation=separation,
+            own=own.float(),
+            wrong=reached,
+        )
 
     @classmethod
     def of_bank(cls, index: BankIndex, descriptions: DescriptionIndex) -> WeightReader | None:

@@ -180,8 +180,8 @@ def _line(one: Imported, head: str) -> str:
     if one.same_weights:
         lines.append(f"  warning: same weights as {', '.join(one.same_weights)}; keep one of them with lorag bank remove")
     if one.looks_like:
-        near = ", ".join(f"{name} {similarity:.2f}" for name, similarity in one.looks_like)
-        lines.append(f"  warning: its weights do not fit its description; they look like those of {near}; lorag try shows what it does")
+        like = ", ".join(f"{name} {similarity:.2f}" for name, similarity in one.looks_like)
+        lines.append(f"  warning: its weights do not fit its description; they look like those of {like}; lorag try shows what it does")
     if one.same_description:
         lines.append(f"  warning: same description as {', '.join(one.same_description[:3])}; say how the tasks differ")
     return "\n".join(lines)
