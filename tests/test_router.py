@@ -1,5 +1,7 @@
 """The router: each request gets the adapter that its description, its text or the caller names, and answers as that adapter alone does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
@@ -8,7 +10,7 @@ from peft import PeftModel
 from lorag.adapters.adapter import LoraAdapter
 from lorag.errors import BankError, ServedNameError, TaskError
 from lorag.serving import LoraRouter
-from lorag.serving.retrieval import TextIndex
+from lorag.serving.retrieval import DescriptionIndex, TextIndex
 from lorag.tasks.finding import find_tasks
 
 
@@ -76,7 +78,7 @@ def test_without_texts_it_must_be_told(router):
     bare = LoraRouter(router.generator, router.bank, runner=router.runner)
     with pytest.raises(TaskError, match="neither a description nor a model"):
         bare.generate(["x"])
-    with pytest.raises(BankError, match="no task with examples has an expert"):
+    with pytest.raises(BankError, match="no task with examples is one that the router knows"):
         bare.learn_texts({"nobody": ["x"]})
 
 
@@ -116,10 +118,36 @@ def test_runs_of_rows_get_their_own_adapter(router, tasks, sizes):
         torch.testing.assert_close(adapters[module][0][row // run][:rank], own.factors[module][0])
 
 
-def test_a_description_s_expert(router):
-    """Found by the adapter that the description asks for, in words that share little with the expert's own."""
-    name, share = router.nearest_expert("name the person in this rental contract, in capital letters")
-    assert name == "legal-person-upper" and 0 < share <= 1
+def test_a_description_s_task(router, tasks):
+    """Found by the adapter that the description asks for, in words that share little with the task's own; a text must fit, too."""
+    few = LoraRouter(router.generator, known={task.key: router.known[task.key] for task in tasks})
+    few.learn_texts({task.key: [e.input for e in task.split("train")[:8]] for task in tasks})
+    found = [few.nearest_task(task.descriptions[5]) for task in tasks]
+    assert sum(name == task.key for (name, _), task in zip(found, tasks, strict=True)) >= 5
+    assert all(0 < share <= 1 for _, share in found)
+    words, inputs = tasks[0].descriptions, [[e.input for e in task.split("train")[:8]] for task in tasks[:2]]
+    alike = LoraRouter(router.generator, known={"first": words[:4], "second": words[:4]})
+    alike.learn_texts({"first": inputs[0], "second": inputs[1]})
+    texts = [task.split("test")[0].input for task in tasks[:2]]
+    assert [alike.nearest_task(words[5], text)[0] for text in texts] == ["first", "second"]
+    with pytest.raises(BankError, match="no task is known"):
+        LoraRouter(router.generator).nearest_task("summarise legal text")
+
+
+def test_without_a_bank_known_tasks_are_served_by_generated_adapters(router, tasks):
+    """Their names and their texts lead to the adapter of their first description; other names are refused."""
+    bare = LoraRouter(router.generator, known={task.key: task.descriptions for task in tasks}, runner=router.runner)
+    bare.learn_texts({task.key: [e.input for e in task.split("train")[:16]] for task in tasks})
+    told, read = bare.route(["x", tasks[0].split("test")[0].input], models=[f"lorag:expert/{tasks[0].key}", None])
+    assert (read.served, read.experts) == ("generated", ((tasks[0].key, 1.0),)) and told.experts == read.experts
+    made = router.generator.generate(tasks[0].descriptions[0], on_unknown="ignore")
+    for route in (told, read):
+        for name, (a, b) in bare.adapter(route).factors.items():
+            assert torch.equal(a, made.factors[name][0]) and torch.equal(b, made.factors[name][1])
+    fused = bare.adapter(bare.route(["x"], models=[f"lorag:fuse/{tasks[0].key}=.5,{tasks[1].key}=.5"])[0])
+    assert fused.rank <= router.generator.rank
+    with pytest.raises(BankError, match="no task of this name"):
+        bare.route(["x"], models=["lorag:expert/nobody"])
 
 
 def test_an_index_of_texts():
@@ -128,6 +156,46 @@ def test_an_index_of_texts():
     index = TextIndex(["a", "b", "c"], vectors, torch.tensor([0, 0, 0, 1]))
     scores = index.scores(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     torch.testing.assert_close(scores, torch.tensor([[2 / 3, 0.0, -1.0]]))
+
+
+def test_the_first_text_of_each_task_is_judged_by_the_others():
+    """Itself held out; a task with one text is not asked."""
+    vectors = torch.eye(4)[[0, 1, 0, 2]]
+    scores, owners = TextIndex(["a", "b"], vectors, torch.tensor([0, 0, 0, 1])).held_out()
+    assert owners.tolist() == [0]
+    torch.testing.assert_close(scores, torch.tensor([[(0 + 1 - 1) / 3, 0.0]]))
+
+
+class _Codes:
+    """A generator whose codes are given: all that an index of descriptions asks of it."""
+
+    def __init__(self, vectors):
+        self.vectors, self.space, self.embedder, self.method, self.conditioner = vectors, self, self, self, lambda one: one
+        self.size = 2
+
+    def embed(self, texts):
+        return [SimpleNamespace(pooled=self.vectors[text][0], code=self.vectors[text][1]) for text in texts]
+
+    def generate(self, condition, rng):
+        return condition.code[None]
+
+
+@pytest.mark.parametrize("telling", ["words", "codes"])
+def test_what_tells_tasks_apart_is_what_counts(telling):
+    """Words or codes, whichever the wordings of one task share: the other is given no weight that would mislead."""
+    rng = torch.Generator().manual_seed(0)
+    tasks = torch.randn(12, 8, generator=rng)
+    vectors = {}
+    for task in range(12):
+        for wording in "abcdz":
+            good, bad = tasks[task] + 0.3 * torch.randn(8, generator=rng), torch.randn(8, generator=rng)
+            vectors[f"{task}{wording}"] = (good, bad[:2]) if telling == "words" else (bad, good)
+    generator = _Codes(vectors)
+    generator.size = 2 if telling == "words" else 8
+    index = DescriptionIndex.generate(generator, {str(task): [f"{task}{wording}" for wording in "abcd"] for task in range(12)})
+    assert index.weights[telling == "words"] <= 5 < index.weights[telling == "codes"]
+    found = index.scores([f"{task}z" for task in range(12)]).argmax(1).tolist()
+    assert sum(a == b for a, b in enumerate(found)) >= 11
 
 
 def test_adapters_are_kept_in_bounds(router, monkeypatch):

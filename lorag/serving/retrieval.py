@@ -1,28 +1,40 @@
-"""Which task a request belongs to, without training: by the nearest examples of each task, and by the code of its description."""
+"""Which known task a request belongs to: by the nearest examples of each task, and by its description's words and code.
+
+Nothing is trained but a few weights: how much each kind of likeness counts is what makes wordings and examples that are held out
+of a task most probably that task's.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 
 from lorag.errors import BankError
+from lorag.tasks.descriptions import check_description
 
 if TYPE_CHECKING:
-    from lorag.bank.bank import AdapterBank
     from lorag.generator.lora_generator import LoraGenerator
-    from lorag.text.embedding import TextEmbedder
+    from lorag.text.embedding import Embedding, TextEmbedder
 
-__all__ = ["CodeIndex", "TextIndex"]
+__all__ = ["DescriptionIndex", "TextIndex"]
 
 _NEAREST = 5  # of a task's examples; their mean cosine is what speaks for it
 _EXAMPLES = 64  # kept of each task
+_WORDINGS = 4  # of each task that are compared: more find no more
+_PROJECTED = 1024  # dimensions in which codes are compared
+_FEW = 2  # tasks that are not centred: of two, each would be the opposite of the other
+_RIDGE = 2.0  # of the covariance of wordings, in shares of its mean variance
+_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)  # that cosines may have before the softmax
+_UNFITTED = 10.0  # where no task has two wordings, or two examples
 
 
 class TextIndex:
-    """Texts that each task is known by: inputs of its examples, and its descriptions. Make one with `embed`.
+    """Texts that each task is known by: inputs of its examples. Make one with `embed`.
 
     Args:
         names: The n tasks.
@@ -44,42 +56,135 @@ class TextIndex:
 
     def scores(self, queries: Tensor) -> Tensor:
         """Mean cosine (q, n) of each query (q, e) to the five nearest texts of each task; -1 for a task without texts."""
-        cosines = queries @ self._vectors.T
-        found = torch.full((len(queries), len(self.names)), -1.0)
+        return self._nearest(queries @ self._vectors.T)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Scores (q, n) of the first text of each task that has two or more, itself held out, and their tasks (q,)."""
+        counts = torch.bincount(self._owners, minlength=len(self.names))
+        places = (counts > 1).nonzero().flatten()
+        firsts = torch.tensor([int((self._owners == place).nonzero()[0]) for place in places.tolist()], dtype=torch.long)
+        cosines = self._vectors[firsts] @ self._vectors.T
+        cosines[torch.arange(len(firsts)), firsts] = -1.0
+        return self._nearest(cosines), places
+
+    def _nearest(self, cosines: Tensor) -> Tensor:
+        found = torch.full((len(cosines), len(self.names)), -1.0)
         for place in self._owners.unique().tolist():
             own = cosines[:, self._owners == place]
             found[:, place] = own.topk(min(_NEAREST, own.shape[1]), dim=1).values.mean(1)
         return found
 
 
-class CodeIndex:
-    """Experts' codes: a description is compared by the adapter that the generator would make of it, which tells apart what words do not.
+class _View:
+    """Tasks as means of their wordings' vectors, compared where wordings of one task differ least.
 
     Args:
-        generator: The generator.
-        codes: Codes (n, c) of the experts, in its order.
+        vectors: Of all wordings (t, e).
+        owners: Task of each (t,); every one of the n tasks has one.
+        count: n.
     """
 
-    def __init__(self, generator: LoraGenerator, codes: Tensor) -> None:
-        self._generator, self._codes = generator, codes
-        self._sizes = codes.square().sum(1)
+    def __init__(self, vectors: Tensor, owners: Tensor, count: int) -> None:
+        sizes = torch.bincount(owners, minlength=count)[:, None]
+        means = torch.zeros(count, vectors.shape[1]).index_add_(0, owners, vectors) / sizes
+        self._centre = means.mean(0) if count > _FEW else torch.zeros_like(means[0])
+        within = vectors - means[owners]
+        variance = within.square().mean()
+        self._whitening: Tensor | None = None
+        if len(vectors) > count and variance > 0:
+            covariance = within.T @ within / (len(vectors) - count)
+            ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+            self._whitening = torch.linalg.cholesky(covariance + ridge)
+        self._means = self._placed(means)
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        moved = vectors - self._centre
+        if self._whitening is not None:
+            moved = torch.linalg.solve_triangular(self._whitening, moved.T, upper=False).T
+        return normalize(moved, dim=1)
+
+    def scores(self, vectors: Tensor) -> Tensor:
+        """Cosines (q, n) of vectors (q, e) to each task."""
+        return self._placed(vectors) @ self._means.T
+
+
+class DescriptionIndex:
+    """Tasks by their descriptions: by the words, and by the codes that the generator makes of them. Make one with `generate`.
+
+    A generator that was trained well tells apart by code what words do not: two descriptions that differ in every word may ask for the
+    same, and two that share most words may not. Of one that was not, words say more. Codes are compared in a random projection.
+
+    Args:
+        generator: Makes codes of descriptions.
+        names: The n tasks.
+        words: Pooled vectors of all wordings (t, e).
+        codes: Their codes, projected (t, p).
+        owners: Task of each (t,).
+        projection: Of codes (c, p).
+    """
+
+    def __init__(
+        self, generator: LoraGenerator, names: Sequence[str], words: Tensor, codes: Tensor, owners: Tensor, projection: Tensor
+    ) -> None:
+        self.names, self._generator, self._projection = tuple(names), generator, projection
+        self._words, self._codes = _View(words, owners, len(names)), _View(codes, owners, len(names))
+        counts = torch.bincount(owners, minlength=len(names))
+        last = torch.zeros(len(owners), dtype=torch.bool)
+        last[counts.cumsum(0)[counts > 1] - 1] = True  # wordings of a task stand together
+        self._held_out = torch.zeros(0, len(names)), torch.zeros(0, dtype=torch.long)
+        self.weights = _UNFITTED, _UNFITTED
+        if last.any():
+            views = [_View(vectors[~last], owners[~last], len(names)).scores(vectors[last]) for vectors in (words, codes)]
+            pairs = [pair for pair in itertools.product(_WEIGHTS, _WEIGHTS) if any(pair)]
+            self.weights = min(pairs, key=lambda pair: float(cross_entropy(pair[0] * views[0] + pair[1] * views[1], owners[last])))
+            self._held_out = self.weights[0] * views[0] + self.weights[1] * views[1], owners[last]
 
     @classmethod
-    def encode(cls, generator: LoraGenerator, bank: AdapterBank) -> CodeIndex:
-        """Encodes the bank's experts.
+    def generate(cls, generator: LoraGenerator, descriptions: Mapping[str, Sequence[str]]) -> DescriptionIndex:
+        """Embeds at most four descriptions of each task and generates their codes.
 
         Raises:
-            BankError: If the bank is not the generator's.
+            BankError: If there are none.
         """
-        generator.check_bank(bank)
-        names = generator.conditioner.names
-        if not names:
-            raise BankError("the bank has no experts", remedy="Add some.")
-        return cls(generator, torch.stack([generator.space.encode(bank.adapter(name).factors).float() for name in names]))
+        kept = {name: list(texts)[:_WORDINGS] for name, texts in descriptions.items() if texts}
+        if not kept:
+            raise BankError("no task is known", remedy="Give a bank, or tasks to LoraRouter.from_pretrained.")
+        size = min(_PROJECTED, generator.space.size)
+        projection = torch.randn(generator.space.size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
+        embedded = generator.embedder.embed([text for texts in kept.values() for text in texts])
+        owners = torch.tensor([place for place, texts in enumerate(kept.values()) for _ in texts])
+        words = torch.stack([one.pooled for one in embedded])
+        return cls(generator, list(kept), words, _codes(generator, embedded, projection), owners, projection)
 
-    def scores(self, description: str, seed: int = 0) -> Tensor:
-        """One value for each expert (n,): less the distance between its code and the description's, in shares of the code's size."""
-        condition = self._generator.condition(description)
-        code = self._generator.method.generate(condition, torch.Generator().manual_seed(seed))[0].float()
-        squares = self._sizes - 2 * (self._codes @ code) + code.square().sum()
-        return -squares.clamp_min(0).sqrt() / code.norm().clamp_min(1e-9)
+    def scores(self, descriptions: Sequence[str]) -> Tensor:
+        """Logits (q, n) of each task for descriptions: both cosines times their weights.
+
+        Raises:
+            DescriptionError: If a description cannot be used.
+        """
+        embedded = self._generator.embedder.embed([check_description(text) for text in descriptions])
+        words, codes = torch.stack([one.pooled for one in embedded]), _codes(self._generator, embedded, self._projection)
+        return self.weights[0] * self._words.scores(words) + self.weights[1] * self._codes.scores(codes)
+
+    def fit_texts(self, texts: TextIndex) -> float:
+        """How much the cosine of a request's text counts beside its description's logits."""
+        scores, owners = texts.held_out()
+        logits, described = self._held_out
+        row = {place: number for number, place in enumerate(described.tolist())}
+        place_of = {name: place for place, name in enumerate(self.names)}
+        columns = torch.tensor([place_of[name] for name in texts.names])
+        both = [number for number, owner in enumerate(owners.tolist()) if int(columns[owner]) in row]
+        if not both:
+            return _UNFITTED
+        by_words = logits[torch.tensor([row[int(columns[owners[number]])] for number in both])][:, columns]
+        by_text, wanted = scores[torch.tensor(both)], owners[torch.tensor(both)]
+        return min(_WEIGHTS, key=lambda weight: float(cross_entropy(by_words + weight * by_text, wanted)))
+
+
+def _codes(generator: LoraGenerator, embedded: Sequence[Embedding], projection: Tensor) -> Tensor:
+    """Projected codes (q, p) of embedded descriptions."""
+    found = []
+    for one in embedded:
+        code = generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))
+        found.append(code[0].float() @ projection)
+    return torch.stack(found)

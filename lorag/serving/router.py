@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
+from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.runner import Runner
 from lorag.errors import BankError, TaskError
 from lorag.generator.generate import default_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.serving.names import Fusion, NamedExpert, parse_name
-from lorag.serving.retrieval import CodeIndex, TextIndex
+from lorag.serving.retrieval import DescriptionIndex, TextIndex
 
 if TYPE_CHECKING:
     from lorag.base.row_adapters import Stacked
@@ -31,7 +32,6 @@ __all__ = ["Answer", "LoraRouter", "Route"]
 logger = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.05  # of the softmax over mean cosines: the likeliest right tasks, of 54 of nine public suites
-_CODE_TEMPERATURE = 0.005  # of the softmax over distances between codes: the likeliest right experts, of 100 of the embedded world
 _SURE = 0.5  # share of one task from which its expert alone is served
 _FUSED = 4
 _KEPT = 256  # adapters in memory
@@ -44,7 +44,7 @@ class Route:
 
     Attributes:
         served: "expert", "fusion", "generated", or "base" for none.
-        experts: Experts and their weights, if there are some.
+        experts: Experts and their weights, if there are some; without a bank, known tasks.
         description: What the adapter was generated for, if it was.
         reason: In a sentence.
     """
@@ -77,20 +77,25 @@ class LoraRouter:
 
     Attributes:
         generator: Makes adapters of descriptions, and judges them.
-        bank: Its experts.
+        bank: Its experts; without them the adapter that is generated for a known task stands for its expert.
+        known: Descriptions of the tasks among which is chosen; with a bank, those of its experts.
         texts: What texts each expert's task is known by; None if requests are not to be judged by their texts.
         runner: The base model; loaded at the first request.
     """
 
     generator: LoraGenerator
-    bank: AdapterBank
+    bank: AdapterBank | None = None
+    known: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     texts: TextIndex | None = None
     runner: Runner | None = None
     _adapters: collections.OrderedDict[tuple, LoraAdapter] = field(default_factory=collections.OrderedDict, repr=False)
-    _codes: CodeIndex | None = field(default=None, repr=False)
+    _descriptions: DescriptionIndex | None = field(default=None, repr=False)
+    _text_weight: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.generator.check_bank(self.bank)
+        if self.bank is not None:
+            self.known = {name: self.bank[name].descriptions for name in self.generator.conditioner.names}
 
     @classmethod
     def from_pretrained(
@@ -99,28 +104,30 @@ class LoraRouter:
         """Opens a generator with its bank, both embedded ones by default.
 
         Args:
-            generator: Folder or hub id.
-            bank: Folder or hub id.
-            tasks: Tasks of the bank's experts with training examples, so that requests can be judged by their own texts.
+            generator: Folder, name of a shipped one, or hub id.
+            bank: Folder, name or hub id; a generator that is named has none by default.
+            tasks: Tasks with training examples, so that requests can be judged by their own texts: those of the bank's experts, or
+                without a bank any among which the router is to choose.
             quiet: Whether no bar is shown while examples are embedded.
         """
         opened = default_generator() if generator is None else LoraGenerator.from_pretrained(generator)
-        experts = find_bank("sandbox" if bank is None else bank)
-        router = cls(opened, experts)
+        named = "sandbox" if generator is None and bank is None else bank
+        experts = None if named is None else find_bank(named)
+        router = cls(opened, experts, {} if tasks is None else {task.key: task.descriptions for task in tasks.tasks})
         if tasks is not None:
             router.learn_texts({task.key: [e.input for e in task.split("train")] for task in tasks.tasks}, quiet=quiet)
         return router
 
     def learn_texts(self, texts: Mapping[str, Sequence[str]], *, quiet: bool = True) -> None:
-        """Remembers inputs of tasks: expert -> texts. Experts without any are not found by a request's text.
+        """Remembers inputs of known tasks: task -> texts. Tasks without any are not found by a request's text.
 
         Raises:
-            BankError: If none of the names is an expert's.
+            BankError: If none of the names is a known task's.
         """
-        known = {name: texts[name] for name in self.generator.conditioner.names if texts.get(name)}
-        if not known:
-            raise BankError("no task with examples has an expert in the bank", got=", ".join(list(texts)[:3]) or "no task")
-        self.texts = TextIndex.embed(known, self.generator.embedder, quiet=quiet)
+        found = {name: texts[name] for name in self.known if texts.get(name)}
+        if not found:
+            raise BankError("no task with examples is one that the router knows", got=", ".join(list(texts)[:3]) or "no task")
+        self.texts, self._text_weight = TextIndex.embed(found, self.generator.embedder, quiet=quiet), None
 
     # --- which adapter -------------------------------------------------------------------------------------------
 
@@ -158,55 +165,79 @@ class LoraRouter:
             found[place] = route
         return [route for route in found if route is not None]
 
-    def nearest_expert(self, description: str) -> tuple[str, float]:
-        """The expert whose task a description most probably names, and its share among all.
+    def nearest_task(self, description: str, text: str | None = None) -> tuple[str, float]:
+        """The known task that a description most probably names, and its share among all.
 
-        Descriptions are compared as the adapters that the generator makes of them: two that differ in every word may ask for the same,
-        and two that share most words may not.
+        Args:
+            description: What is to be done.
+            text: The request's own text, if it is to count: it must be like the task's examples.
+
+        Raises:
+            BankError: If no task is known.
+            TaskError: If a text is given and no task's texts are known.
         """
-        if self._codes is None:
-            self._codes = CodeIndex.encode(self.generator, self.bank)
-        share, place = (self._codes.scores(description) / _CODE_TEMPERATURE).softmax(0).max(0)
-        return self.generator.conditioner.names[int(place)], float(share)
+        if self._descriptions is None:
+            self._descriptions = DescriptionIndex.generate(self.generator, self.known)
+        logits, names = self._descriptions.scores([description])[0], self._descriptions.names
+        if text is not None:
+            texts = self._texts()
+            if self._text_weight is None:
+                self._text_weight = self._descriptions.fit_texts(texts)
+            by_text = dict(zip(texts.names, self._text_scores([text])[0].tolist(), strict=True))
+            logits = logits + self._text_weight * torch.tensor([by_text.get(name, -1.0) for name in names])
+        share, place = logits.softmax(0).max(0)
+        return names[int(place)], float(share)
 
     def _told(self, model: str) -> Route:
         requested = parse_name(model)
         if requested is None:
             return Route("base", reason=f"told: {model[:80]!r} is not for lorag")
         if isinstance(requested, NamedExpert):
-            return Route("expert", ((self.bank[requested.name].name, 1.0),), reason="told")
+            return Route("expert", ((self._require(requested.name), 1.0),), reason="told")
         if isinstance(requested, Fusion):
-            return Route("fusion", tuple((self.bank[name].name, weight) for name, weight in requested.weights), reason="told")
+            return Route("fusion", tuple((self._require(name), weight) for name, weight in requested.weights), reason="told")
         return self._described(requested.description)
+
+    def _require(self, name: str) -> str:
+        """The name of an expert that there is."""
+        if self.bank is not None:
+            return self.bank[name].name
+        if name not in self.known:
+            raise BankError("no task of this name is known", got=name, remedy="Give a bank, or tasks to LoraRouter.from_pretrained.")
+        return name
 
     def _described(self, description: str) -> Route:
         verdict = self.generator.judge(description)
         if verdict.decision == "refuse":
             return Route("base", reason=verdict.reason)
-        if verdict.decision == "expert" and verdict.known is not None:
+        if verdict.decision == "expert" and verdict.known is not None and self.bank is not None:
             return Route("expert", ((verdict.known, 1.0),), reason=verdict.reason)
-        return Route("fusion" if verdict.decision == "fuse" else "generated", description=description, reason=verdict.reason)
+        fused = verdict.decision == "fuse" and self.bank is not None
+        return Route("fusion" if fused else "generated", description=description, reason=verdict.reason)
 
-    def _shares(self, texts: Sequence[str]) -> Tensor:
-        """How probable each task (q, n) is for texts, a softmax over mean cosines to its nearest examples."""
+    def _texts(self) -> TextIndex:
         if self.texts is None:
             raise TaskError(
                 "a request has neither a description nor a model, and no task's texts are known",
                 remedy="Give descriptions or models, or tasks with examples to LoraRouter.from_pretrained.",
             )
-        queries = torch.stack([one.pooled for one in self.generator.embedder.embed(list(texts))])
-        return (self.texts.scores(queries) / _TEMPERATURE).softmax(1)
+        return self.texts
+
+    def _text_scores(self, texts: Sequence[str]) -> Tensor:
+        """Mean cosine (q, n) of texts to the nearest examples of each task."""
+        return self._texts().scores(torch.stack([one.pooled for one in self.generator.embedder.embed(list(texts))]))
 
     def _by_text(self, texts: Sequence[str]) -> list[Route]:
         if not texts:
             return []
-        routes, names = [], self.texts.names if self.texts is not None else ()
-        for shares in self._shares(texts):
+        routes, names = [], self._texts().names
+        for shares in (self._text_scores(texts) / _TEMPERATURE).softmax(1):
             best = shares.topk(min(_FUSED, len(names)))
             near = [(names[int(place)], value) for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
             said = ", ".join(f"{name} {share:.0%}" for name, share in near[:3])
             if near[0][1] >= _SURE:
-                routes.append(Route("expert", ((near[0][0], 1.0),), reason=f"its text is like the examples of {said}"))
+                served = "generated" if self.bank is None else "expert"
+                routes.append(Route(served, ((near[0][0], 1.0),), reason=f"its text is like the examples of {said}"))
                 continue
             whole = sum(share for _, share in near)
             weights = tuple((name, round(share / whole, 2)) for name, share in near if share / whole >= 0.05)
@@ -288,7 +319,13 @@ class LoraRouter:
             return self.generator.generate(route.description, bank=self.bank)
         names = [name for name, _ in route.experts]
         if not names:  # the base model, among rows that have adapters: one that changes nothing
-            return LoraAdapter(self.bank.base.layout, Factors.zeros(self.bank.base.layout))
-        if len(names) == 1:
-            return self.bank.adapter(names[0])
-        return self.bank.fuse(names, "cat", weights=[weight for _, weight in route.experts], rank=self.generator.rank)
+            return LoraAdapter(self.generator.base.layout, Factors.zeros(self.generator.base.layout))
+        experts = [self._expert(name) for name in names]
+        if len(experts) == 1:
+            return experts[0]
+        return merge(experts, "cat", weights=[weight for _, weight in route.experts], rank=self.generator.rank)
+
+    def _expert(self, name: str) -> LoraAdapter:
+        if self.bank is not None:
+            return self.bank.adapter(name)
+        return self.generator.generate(self.known[name][0], on_unknown="ignore")
