@@ -5,7 +5,6 @@
 The folder that lorag writes is an ordinary PEFT adapter; nothing below the first step imports lorag's generator again.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from lorag import generate_lora
 from lorag.adapters.folder import read_facts
 from lorag.adapters.portability import check_portability
 from lorag.base.names import locate
+from lorag.serving.commands import start_commands
 from lorag.tasks.finding import find_tasks
 
 DESCRIPTION = "summarise legal text"
@@ -41,7 +41,8 @@ def main(out: Path) -> None:
     # Where else it loads, and with which settings.
     for verdict in check_portability(read_facts(folder)):
         print(f"{verdict.target + ':':<14}{verdict.line()}")
-    print(shlex.join(vllm_command(base, folder, "legal-summary")))
+    for start in start_commands(folder, read_facts(folder)):
+        print(f"\n{start.engine}:\n{start.command}\n{start.ask}")
 
 
 def answer(model: PeftModel, tokenizer: AutoTokenizer, prompt: torch.Tensor) -> str:
@@ -55,20 +56,6 @@ def answer(model: PeftModel, tokenizer: AutoTokenizer, prompt: torch.Tensor) -> 
             eos_token_id=tokenizer.eos_token_id,
         )
     return tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
-
-
-def vllm_command(base: str, folder: Path, name: str) -> list[str]:
-    """The command that serves a base model with an adapter; `--max-lora-rank` only where the rank is above vLLM's default.
-
-    Raises:
-        ValueError: If vLLM would refuse the adapter, with the reasons.
-    """
-    (verdict,) = (one for one in check_portability(read_facts(folder)) if one.target == "vLLM")
-    if not verdict.fits:
-        raise ValueError(verdict.line())
-    command = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}"]
-    needed = [finding.text.split()[-1] for finding in verdict.findings if "--max-lora-rank" in finding.text]
-    return command + (["--max-lora-rank", needed[0]] if needed else [])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lorag.evaluation.harness import lm_eval_command
 from lorag.files.artifacts import read_json
 from lorag.files.tensors import load_tensors, read_header
 from lorag.methods.vae import Diagnostics
+from lorag.serving.commands import start_commands
 from lorag.tasks.suite import TaskSuite
 
 __all__ = ["describe_path"]
@@ -65,10 +66,18 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
                 raise
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ArtifactError(f"{path / marker} cannot be read", got=repr(error)[:120]) from error
-            return _shown(found)
+            return "\n".join([_shown(found), *(_starts(path) if marker == CONFIG else ())])
     raise ArtifactError(
         f"{path} holds nothing that lorag knows", expected="a folder with bank.json, generator.json, adapter_config.json or tasks.jsonl"
     )
+
+
+def _starts(path: Path) -> list[str]:
+    """Commands that start engines with an adapter: on lines of their own, as long as they are, so that they can be pasted."""
+    lines = []
+    for start in start_commands(path, read_facts(path, values=False)):
+        lines += ["", f"start in {start.engine}:", printable(start.command), *([printable(start.ask)] if start.ask else ())]
+    return lines
 
 
 def _shown(card: Mapping[str, Any]) -> str:
