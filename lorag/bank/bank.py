@@ -129,10 +129,14 @@ class AdapterBank:
         bank = cls(folder, BankBase.from_dict(manifest.get("base", {})), experts, manifest["files"])
         if len(bank._by_name) != len(experts):
             raise BankError(f"{folder / _MANIFEST} names an expert twice")
-        unknown = sorted(bank._by_file().keys() - bank.files.keys())
+        unknown = sorted(set(bank._listed()) - bank.files.keys())
         if unknown:
             raise BankError(f"{folder / _MANIFEST} has no checksum of a shard", got=unknown[0][:80])
         return bank
+
+    def _listed(self) -> list[str]:
+        """Shards, and bases of compressed experts."""
+        return sorted({expert.file for expert in self.experts} | {expert.bases for expert in self.experts if expert.bases})
 
     def _by_file(self) -> dict[str, list[Expert]]:
         by_file: dict[str, list[Expert]] = {}
@@ -163,8 +167,9 @@ class AdapterBank:
     def write_manifest(self) -> AdapterBank:
         """Writes the manifest and returns the bank as it now is. Shards that the manifest before listed are not read again."""
         entries = [{**asdict(expert), "descriptions": list(expert.descriptions)} for expert in self.experts]
+        entries = [{key: value for key, value in entry.items() if key != "bases" or value} for entry in entries]
         fields = {"kind": _KIND, "format": _FORMAT, "base": self.base.to_dict(), "experts": entries}
-        write_manifest(self.folder, _MANIFEST, fields, sorted(self._by_file()), self.files)
+        write_manifest(self.folder, _MANIFEST, fields, self._listed(), self.files)
         return AdapterBank._open(self.folder, contents=False)
 
     # --- read ----------------------------------------------------------------------------------------------------

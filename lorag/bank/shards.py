@@ -1,5 +1,8 @@
 """Shards of a bank: experts of one rank with their checkpoints, stacked module by module, and the one reader of them.
 
+A shard holds the factors themselves, or, of a compressed bank, factors of the experts' cores in bases that lie in a file of their own:
+A (r, i) is then A' U_inᵀ with A' (r, k), and B (o, r) is U_out B' with B' (k, r).
+
 Files are read by position and never mapped: what is read of a map stays in memory until another needs it, so that a bank of any size
 takes the memory of a few experts.
 """
@@ -7,7 +10,7 @@ takes the memory of a few experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -27,13 +30,15 @@ if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.base.layout import LoraLayout
 
-__all__ = ["PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "stack_checkpoints"]
+__all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "stack", "stack_checkpoints"]
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+BASES = ("{module}.U_in", "{module}.U_out")  # of the module of a number: (i, k) and (o, k)
 _STORED = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 _MOST = 2**21  # values of one factor at a time
 
 
+Sizes = Sequence[tuple[int, int]]  # length of A's rows and B's columns, module by module
 Side = tuple[str, tuple[int, int], tuple[int, int]]
 _Count = Annotated[int, Strict(), Field(ge=1)]
 _Text = Annotated[str, Strict()]
@@ -55,6 +60,7 @@ class Expert:
         license: Licence of the data that it was trained on, or "unknown".
         score: Its score on its own task's test examples, if measured.
         examples: Number of examples that it was trained on, if known.
+        bases: File with the bases that its factors are in, of a compressed expert.
     """
 
     name: _Text
@@ -68,6 +74,7 @@ class Expert:
     license: _Text = "unknown"
     score: Annotated[float, Strict()] | None = None
     examples: Annotated[int, Strict()] | None = None
+    bases: _Text = ""
 
     def __post_init__(self) -> None:
         require_name(self.name, "an expert's name")
@@ -88,10 +95,22 @@ def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter
     Raises:
         DtypeOverflowError: If a value overflows the precision.
     """
+    pairs = (
+        tuple(torch.stack([torch.stack([a.factors[module][side] for a in checkpoints]) for checkpoints in experts]) for side in (0, 1))
+        for module in layout.names
+    )
+    return stack(zip(layout.names, pairs, strict=True), precision)  # type: ignore[arg-type]
+
+
+def stack(pairs: Iterable[tuple[str, Pair]], precision: str) -> dict[str, Tensor]:
+    """A shard's tensors, given the stacked factors of each module in the layout's order.
+
+    Raises:
+        DtypeOverflowError: If a value overflows the precision.
+    """
     tensors: dict[str, Tensor] = {}
-    for number, module in enumerate(layout.names):
-        for side, factor in enumerate("AB"):
-            values = torch.stack([torch.stack([a.factors[module][side] for a in checkpoints]) for checkpoints in experts])
+    for number, (module, pair) in enumerate(pairs):
+        for factor, values in zip("AB", pair, strict=True):
             key = f"{number}.{factor}"
             if precision == "int8":
                 tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)
@@ -106,11 +125,34 @@ def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _sides(layout: LoraLayout, rank: int) -> Iterator[Side]:
+def _sides(sizes: Sizes, rank: int) -> Iterator[Side]:
     """Key, shape of one factor, and shape of its scales in int8, for A and B of each module."""
-    for number, module in enumerate(layout.modules):
-        yield f"{number}.A", (rank, module.in_features), (rank, 1)
-        yield f"{number}.B", (module.out_features, rank), (1, rank)
+    for number, (inner, outer) in enumerate(sizes):
+        yield f"{number}.A", (rank, inner), (rank, 1)
+        yield f"{number}.B", (outer, rank), (1, rank)
+
+
+def _sizes(folder: Path, bases: str, layout: LoraLayout) -> Sizes:
+    """Length of the factors as a shard holds them: the modules' own, or the number of directions of the bases that they are in.
+
+    Raises:
+        BankError: If the bases are not those of the layout.
+    """
+    whole = [(module.in_features, module.out_features) for module in layout.modules]
+    if not bases:
+        return whole
+    spec, _ = read_header(resolve_inside(folder, bases))
+    found = []
+    for number, sides in enumerate(whole):
+        held = [spec.get(key.format(module=number), ("", ())) for key in BASES]
+        for key, size, (dtype, shape) in zip(BASES, sides, held, strict=True):
+            if dtype not in ("F32", "F16") or len(shape) != 2 or shape[0] != size or not 1 <= shape[1] <= size:
+                got = f"{key.format(module=number)} {dtype} {shape}"
+                raise BankError(f"{bases} does not hold bases of the layout", got=got[:120], expected=f"F32 or F16 ({size}, 1 to {size})")
+        found.append((held[0][1][1], held[1][1][1]))
+    if len(spec) != len(BASES) * len(whole):
+        raise BankError(f"{bases} holds more than bases", got=f"{len(spec)} tensors", expected=len(BASES) * len(whole))
+    return found
 
 
 def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: LoraLayout) -> None:
@@ -120,13 +162,13 @@ def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: Lora
         BankError: If it does not.
     """
     spec, _ = read_header(resolve_inside(folder, file))
-    shapes = {(expert.checkpoints, expert.rank) for expert in experts}
+    shapes = {(expert.checkpoints, expert.rank, expert.bases) for expert in experts}
     if len(shapes) != 1:
-        raise BankError(f"{file} mixes ranks or numbers of checkpoints")
-    checkpoints, rank = shapes.pop()
+        raise BankError(f"{file} mixes ranks, numbers of checkpoints or bases")
+    checkpoints, rank, bases = shapes.pop()
     count = spec.get("0.A", ("", (0,)))[1][:1]
     expected: TensorSpec = {}
-    for key, tail, scale in _sides(layout, rank):
+    for key, tail, scale in _sides(_sizes(folder, bases, layout), rank):
         dtype = spec.get(key, ("", ()))[0]
         expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, checkpoints, *tail))
         if dtype == "I8":
@@ -145,6 +187,7 @@ class ShardReader:
     def __init__(self, folder: Path, layout: LoraLayout) -> None:
         self._folder, self._layout = folder, layout
         self._places: dict[str, dict[str, tuple[torch.dtype, int]]] = {}  # file -> key -> precision, where it begins
+        self._sizes: dict[str, Sizes] = {}  # of the factors in a file of bases; "" is none
 
     def read(self, expert: Expert, checkpoint: int) -> Factors:
         """One checkpoint's factors, in fp32, their values checked; checkpoints are counted from either end.
@@ -155,8 +198,13 @@ class ShardReader:
         """
         number = range(expert.checkpoints)[checkpoint]
         with self._open(expert.file) as file:
-            values = iter([self._values(file, expert.file, side, [expert], number)[0] for side in _sides(self._layout, expert.rank)])
-        return Factors.with_alpha({name: (next(values), next(values)) for name in self._layout.names}, expert.alpha).check_values()
+            sides = _sides(self._held(expert.bases), expert.rank)
+            values = [self._values(file, expert.file, side, [expert], number)[0] for side in sides]
+        pairs = list(zip(values[::2], values[1::2], strict=True))
+        if expert.bases:
+            with self._open(expert.bases) as file:
+                pairs = [self._expanded(file, expert.bases, place, pair) for place, pair in enumerate(pairs)]
+        return Factors.with_alpha(dict(zip(self._layout.names, pairs, strict=True)), expert.alpha).check_values()
 
     def stacks(self, experts: Sequence[Expert], module: str) -> Iterator[Pair]:
         """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of the final checkpoints, in order, a few at a time.
@@ -165,16 +213,37 @@ class ShardReader:
             ArtifactError: If a shard ends before its tensors do.
             BankError: If one cannot be read.
         """
-        place = 2 * self._layout.names.index(module)
-        for (name, rank), group in groupby(experts, key=lambda expert: (expert.file, expert.rank)):
-            members, sides = list(group), list(_sides(self._layout, rank))[place : place + 2]
-            count = max(1, _MOST // max(math.prod(tail) for _, tail, _ in sides))
+        place = self._layout.names.index(module)
+        longest = max(self._layout.modules[place].in_features, self._layout.modules[place].out_features)
+        for (name, rank, bases), group in groupby(experts, key=lambda expert: (expert.file, expert.rank, expert.bases)):
+            members, sides = list(group), list(_sides(self._held(bases), rank))[2 * place : 2 * place + 2]
+            count = max(1, _MOST // (rank * longest))
             with self._open(name) as file:
                 for start in range(0, len(members), count):
                     part = members[start : start + count]
                     a, b = (self._values(file, name, side, part, part[0].checkpoints - 1).double() for side in sides)
+                    if bases:
+                        with self._open(bases) as shared:
+                            a, b = self._expanded(shared, bases, place, (a, b))
                     scaling = torch.tensor([expert.alpha / expert.rank for expert in part], dtype=torch.float64)
                     yield a, b * scaling[:, None, None]
+
+    def _held(self, bases: str) -> Sizes:
+        if bases not in self._sizes:
+            self._sizes[bases] = _sizes(self._folder, bases, self._layout)
+        return self._sizes[bases]
+
+    def _expanded(self, opened: BinaryIO, bases: str, place: int, pair: Pair) -> Pair:
+        """A (..., r, i) and B (..., o, r) of factors A' (..., r, k) and B' (..., k, r) in the bases of one module."""
+        module, shared = self._layout.modules[place], []
+        for key, size, count in zip(BASES, (module.in_features, module.out_features), self._held(bases)[place], strict=True):
+            dtype, start = self._places[bases][key.format(module=place)]
+            opened.seek(start)
+            data = bytearray(opened.read(size * count * dtype.itemsize))
+            if len(data) != size * count * dtype.itemsize:
+                raise ArtifactError(f"{opened.name} is cut short", remedy="Run lorag bank check.")
+            shared.append(torch.frombuffer(data, dtype=dtype).view(size, count).to(pair[0].dtype))
+        return pair[0] @ shared[0].T, shared[1] @ pair[1]
 
     @contextmanager
     def _open(self, file: str) -> Iterator[BinaryIO]:

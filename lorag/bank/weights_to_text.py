@@ -89,14 +89,14 @@ class WeightReader:
             dual = vectors @ (shrunk[:, None] * turned)
             # Each left out in closed form, from the mean of the others too: otherwise a mean without it gives it away.
             leverage = vectors.square() @ (values.clamp_min(0) * shrunk) + 1 / len(y)
-            left_out = y - (y - kernel @ dual) / (1 - leverage)[:, None] + y / (len(y) - 1)
-            cosine = F.cosine_similarity(left_out, y, dim=1).mean().item()
+            without_it = y - (y - kernel @ dual) / (1 - leverage)[:, None] + y / (len(y) - 1)
+            cosine = F.cosine_similarity(without_it, y, dim=1).mean().item()
             if best is None or cosine > best[0]:
-                best = cosine, penalty, dual, left_out
+                best = cosine, penalty, dual, without_it
         if best is None:
             raise AssertionError("no penalty was tried")
-        _, penalty, dual, left_out = best
-        cosines = F.normalize(left_out, dim=1) @ F.normalize(y, dim=1).T
+        _, penalty, dual, without_it = best
+        cosines = F.normalize(without_it, dim=1) @ F.normalize(y, dim=1).T
         own = cosines.diagonal()
         wrong = ~torch.eye(len(y), dtype=torch.bool)
         separation = (own[:, None] > cosines)[wrong].double().mean().item()

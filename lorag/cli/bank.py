@@ -1,4 +1,4 @@
-"""Commands on banks: build, add, remove, list, check, export."""
+"""Commands on banks: build, add, remove, list, check, export, compress."""
 
 from __future__ import annotations
 
@@ -277,3 +277,24 @@ def export(
     written = list(export_arrow(find_bank(bank), out, expert))
     typer.echo(f"{out}: {len(written)} adapters of one rank")
     typer.echo("next: create_arrow_model(base_model, [their folders], ArrowConfig(top_k=2))")
+
+
+@app.command("compress")
+def compress(
+    bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")],
+    out: Annotated[Path, typer.Option(help="A new folder, for the compressed bank.")],
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts' energy ‖ΔW‖² that is kept at each module.")] = 0.99,
+    precision: Annotated[str, typer.Option(help="float32, float16 or int8.")] = "float16",
+    quiet: Quiet = False,
+) -> None:
+    """Write a bank in less room: bases that its experts share, and a small core for each of them."""
+    from lorag.bank.bank import find_bank
+    from lorag.bank.compressing import compress_bank
+
+    made = compress_bank(find_bank(bank), out, keep=keep, precision=precision, quiet=quiet)
+    size = f"{made.after / 1e6:.3g} MB instead of {made.before / 1e6:.3g} MB ({made.plain / 1e6:.3g} MB as they are in {precision})"
+    typer.echo(f"{out}: {len(made.bank)} experts in {size}")
+    low, high = made.directions
+    typer.echo(f"modules keep {low} to {high} directions on a side")
+    typer.echo(f"energy kept {made.energy:.2%} on average, least {made.energies[made.worst]:.2%} ({made.worst})")
+    typer.echo(f"next: lorag bank check {out}")

@@ -33,9 +33,11 @@ def bank_bytes(bank: AdapterBank, names: Sequence[str]) -> int:
     """Bytes that a bank's files take for one adapter, the final checkpoint, of each of these experts."""
     members: dict[str, int] = {}
     for expert in bank.experts:
-        members[expert.file] = members.get(expert.file, 0) + 1
+        for file in filter(None, (expert.file, expert.bases)):
+            members[file] = members.get(file, 0) + 1
     sizes = {file: (bank.folder / file).stat().st_size / count for file, count in members.items()}
-    return round(sum(sizes[bank[name].file] / bank[name].checkpoints for name in names))
+    chosen = [bank[name] for name in names]
+    return round(sum(sizes[expert.file] / expert.checkpoints + (sizes[expert.bases] if expert.bases else 0) for expert in chosen))
 
 
 def generator_bytes(generator: LoraGenerator) -> int:
