@@ -1,6 +1,7 @@
 """Generators: every registered method, from a bank to the bytes of an adapter, on a world whose right answers are known."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError
 from lorag.files.artifacts import read_json, write_json
-from lorag.generator.generate import generate_loras
-from lorag.generator.lora_generator import LoraGenerator
+from lorag.generator.generate import generate_lora, generate_loras
+from lorag.generator.lora_generator import GenerateSettings, LoraGenerator
 from lorag.methods import METHODS, TrainingSet, method_type
 from lorag.methods.functional import mean_loss
 from lorag.methods.method import _distance
@@ -524,3 +525,10 @@ def test_weights_are_read_as_written_by_peft_name(fitted, tmp_path):
     """A generated folder holds PEFT's file names, where it came from, a card, and nothing else."""
     fitted("ridge").generate("red dog").save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", "adapter_config.json", WEIGHTS, "lorag.json"])
+
+
+def test_settings_of_generating_are_listed_once():
+    """`generate_lora` and `LoraGenerator.generate` take the same settings, with the same defaults."""
+    front, inner = (inspect.signature(one).parameters for one in (generate_lora, LoraGenerator.generate_each))
+    assert set(front) - {"description", "generator"} == set(inner) - {"self", "descriptions"} == set(GenerateSettings.__annotations__)
+    assert all(front[name].default == inner[name].default for name in GenerateSettings.__annotations__)

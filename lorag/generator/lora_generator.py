@@ -52,7 +52,22 @@ class _Plan:
 
 
 class GenerateSettings(TypedDict, total=False):
-    """What `LoraGenerator.generate` takes beside the description."""
+    """What `LoraGenerator.generate` takes beside the description.
+
+    Attributes:
+        seed: Seed of methods that sample; the same seed gives the same bytes. By default 0.
+        strength: Factor on ΔW, on top of the generator's own.
+        rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
+            singular values.
+        examples: (input, output) of the task, if there are some: they condition the methods that can use them.
+        refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
+            adapter that answers them all already (`info["refine_steps"]` says how many were taken).
+        on_unknown: What becomes of a description that the gate refuses: "warn", the default, generates and warns, "raise" raises,
+            "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
+        bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
+        details: More texts on the task, such as the pieces of a skill's file: those that are nearer to the description than the
+            bank's tasks are to each other are read with it, and stand in `info["details"]`.
+    """
 
     seed: int
     strength: float
@@ -133,35 +148,12 @@ class LoraGenerator:
         """
         return self._gather(check_description(description), seed, examples, (), ask=True)
 
-    def generate(
-        self,
-        description: str | Evidence,
-        *,
-        seed: int = 0,
-        strength: float = 1.0,
-        rank: int | None = None,
-        examples: Sequence[tuple[str, str]] = (),
-        refine_steps: int = 0,
-        on_unknown: str = "warn",
-        bank: AdapterBank | None = None,
-        details: Sequence[str] = (),
-    ) -> LoraAdapter:
+    def generate(self, description: str | Evidence, **settings: Unpack[GenerateSettings]) -> LoraAdapter:
         """Makes an adapter for a task that is only described.
 
         Args:
             description: What the adapter should do, at most 4,096 characters, or what `gather` gave for it with the same seed.
-            seed: Seed of methods that sample; the same seed gives the same bytes.
-            strength: Factor on ΔW, on top of the generator's own.
-            rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
-                singular values.
-            examples: (input, output) of the task, if there are some: they condition the methods that can use them.
-            refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
-                adapter that answers them all already (`info["refine_steps"]` says how many were taken).
-            on_unknown: What becomes of a description that the gate refuses: "warn" generates and warns, "raise" raises,
-                "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
-            bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
-            details: More texts on the task, such as the pieces of a skill's file: those that are nearer to the description than the
-                bank's tasks are to each other are read with it, and stand in `info["details"]`.
+            settings: `seed`, `strength`, `rank` and the others of `GenerateSettings`.
 
         Returns:
             The adapter; its `info` says how it came about, `info["gate"]` what the gate decided, by which evidence, and what was
@@ -174,24 +166,9 @@ class LoraGenerator:
             UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
             BankError: If the bank is not one of this generator's base model and experts.
         """
-        adapters = self.generate_many(
-            [description],
-            seed=seed,
-            strength=strength,
-            rank=rank,
-            examples=examples,
-            refine_steps=refine_steps,
-            on_unknown=on_unknown,
-            bank=bank,
-            details=details,
-        )
-        return next(adapters)
+        return next(self.generate_many([description], **settings))
 
-    def generate_many(
-        self,
-        descriptions: Sequence[str | Evidence],
-        **settings: Unpack[GenerateSettings],
-    ) -> Iterator[LoraAdapter]:
+    def generate_many(self, descriptions: Sequence[str | Evidence], **settings: Unpack[GenerateSettings]) -> Iterator[LoraAdapter]:
         """`generate` for one description after the other, decoded several at once; each adapter has the bytes it has alone."""
         checked = [text if isinstance(text, Evidence) else check_description(text) for text in descriptions]
         for one in self.generate_each(checked, **settings):
