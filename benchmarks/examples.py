@@ -21,8 +21,8 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import train_group
 from lorag.base.runner import Runner
-from lorag.files.artifacts import embedded, write_json
-from lorag.generator.generate import DEFAULT
+from lorag.files.artifacts import write_json
+from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine_tasks
 from lorag.tasks.finding import find_tasks
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=None, help="peak rate of refinement; its own by default")
     parser.add_argument("--json", type=Path, default=None, help="write the report here")
     given = parser.parse_args(arguments)
-    generator = LoraGenerator.from_pretrained(given.generator or embedded(DEFAULT))
+    generator = LoraGenerator.from_pretrained(given.generator or DEFAULT)
     torch.manual_seed(0)
     report = curve(
         generator,

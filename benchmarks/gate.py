@@ -19,7 +19,7 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.files.artifacts import embedded
 from lorag.generator.evidence import FEATURES
-from lorag.generator.generate import DEFAULT
+from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task
@@ -97,7 +97,7 @@ def wordings(generator: LoraGenerator, tasks: Sequence[Task], cells: Sequence[Ce
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def main(folder: Path, report_to: Path | None) -> None:
+def main(folder: str, report_to: Path | None) -> None:
     """Fits, measures and prints."""
     start = time.perf_counter()
     generator = LoraGenerator.from_pretrained(folder)
@@ -133,4 +133,4 @@ def main(folder: Path, report_to: Path | None) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    main(Path(arguments[0]) if arguments else embedded(DEFAULT), Path(arguments[1]) if len(arguments) > 1 else None)
+    main(arguments[0] if arguments else DEFAULT, Path(arguments[1]) if len(arguments) > 1 else None)

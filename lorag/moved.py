@@ -15,7 +15,7 @@ __all__ = ["follow_moves"]
 _MOVED = {
     "lorag.banks": "lorag.bank",
     "lorag.base_models": "lorag.base",
-    "lorag.batch": "lorag.generator.batch",
+    "lorag.batch": "lorag.generator.generate",
     "lorag.cards": "lorag.cli.info",
     "lorag.conditions": "lorag.text",
     "lorag.fusion": "lorag.training.fuse",

@@ -24,8 +24,7 @@ from lorag.bank.experts import ExpertConfig
 from lorag.bank.importing import ImportOptions, import_adapters
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDependencyError, UnknownTaskError
-from lorag.generator.batch import AdapterRequest, BatchSettings, read_requests, write_adapters
-from lorag.generator.generate import open_generator
+from lorag.generator.generate import AdapterRequest, BatchSettings, open_generator, read_requests, write_adapters
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop

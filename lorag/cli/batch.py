@@ -10,7 +10,7 @@ import typer
 from lorag.errors import GeneratorError
 
 if TYPE_CHECKING:
-    from lorag.generator.batch import AdapterResult, BatchSettings
+    from lorag.generator.generate import AdapterResult, BatchSettings
     from lorag.parallel import Backend
 
 __all__ = ["generate_from_file"]
@@ -22,7 +22,7 @@ def generate_from_file(file: Path, out: Path, settings: BatchSettings, backend: 
     Raises:
         GeneratorError: At the end, if some could not be made.
     """
-    from lorag.generator.batch import read_requests, write_adapters
+    from lorag.generator.generate import read_requests, write_adapters
 
     requests, failed = read_requests(file), []
     for number, one in enumerate(write_adapters(requests, out, settings, backend=backend), 1):

@@ -87,7 +87,7 @@ def generate(
     if sum(given is not None for given in (description, descriptions, file)) != 1:
         raise typer.BadParameter("give one description, a file of them with --descriptions, or a skill with --file")
     if descriptions is not None:
-        from lorag.generator.batch import BatchSettings
+        from lorag.generator.generate import BatchSettings
         from lorag.parallel import Backend
 
         if examples is not None or refine_steps or bank is not None:

@@ -15,8 +15,7 @@ from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
 from lorag.evaluation.ladder import BASELINES, evaluate
 from lorag.files.artifacts import embedded
-from lorag.generator.files import find_generator
-from lorag.generator.generate import DEFAULT
+from lorag.generator.files import DEFAULT, find_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop

@@ -24,11 +24,11 @@ from lorag.text.embedding import CachedEmbedder, Embedding, SentenceEmbedder, Te
 if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
 
-__all__ = ["MANIFEST", "find_generator", "read_parts", "write_generator"]
+__all__ = ["DEFAULT", "MANIFEST", "find_generator", "read_parts", "write_generator"]
 
 MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generator"
 
-
+DEFAULT = "sandbox"  # the generator that is used where none is named
 _SHIPPED = {"sandbox": "house", "house": "house", "multitask": "multitask", "smollm2": "smollm2"}  # name -> folder in checkpoints/
 
 

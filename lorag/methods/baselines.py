@@ -195,16 +195,10 @@ class TopK(_Stored):
         return prior.mean.expand(count, -1).clone()
 
 
-class SgMixture(_Stored):
+class SgMixture(TopK):
     """SG-LoRA's aggregator alone as a sampler: a Gaussian with the mixture's mean and total variance."""
 
     name = "sg_mixture"
-    settings_type = MixtureSettings
-    settings: MixtureSettings
-
-    def shares(self, condition: Condition) -> Tensor:
-        """The mixture's weights."""
-        return mixture_weights(condition.similarities, self.settings.top, self.settings.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Samples of N(μ*, σ*²)."""

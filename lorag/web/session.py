@@ -17,7 +17,7 @@ import torch
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import find_bank
 from lorag.errors import ConfigError, TaskError
-from lorag.generator.generate import DEFAULT
+from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.text.task_map import TaskMap
 from lorag.web.requests import MOST_INPUT, MOST_INPUTS, Answers, Preview, Request, Result
