@@ -86,13 +86,13 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: If one cannot be read.
     """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError("a setting cannot be read", got=repr(override)[:80], expected="KEY=VALUE")
-        _put(given, key.split("."), parse_yaml(text, f"the setting {key[:60]}"), key)
-    return given
+        _put(settings, key.split("."), parse_yaml(text, f"the setting {key[:60]}"), key)
+    return settings
 
 
 def from_plain(schema: type[T], values: Mapping[str, Any], outer: str = "") -> T:
@@ -139,10 +139,10 @@ def _merge(schema: type[T], *parts: Any, outer: str = "") -> T:  # noqa: ANN401 
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+        names = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{outer}{key}: {what}" if key else what, expected=f"settings among {known}") from error
+        raise ConfigError(f"{outer}{key}: {what}" if key else what, expected=f"settings among {names}") from error
 
 
 def to_plain(config: object) -> dict[str, Any]:

@@ -314,13 +314,13 @@ class LoraAdapter:
         """
         what, expected = f"{type(bare).__name__} is not the adapter's base model", self.base_model or "the model that it was made for"
         try:
-            found = LoraLayout.from_model(bare, self.layout.target_modules)
+            present = LoraLayout.from_model(bare, self.layout.target_modules)
         except LayoutError as error:
             raise BaseModelError(what, got=str(error)[:160], expected=expected) from error
-        strange = set(found.modules) ^ set(self.layout.modules)
+        strange = set(present.modules) ^ set(self.layout.modules)
         if strange:
             first = min(strange, key=lambda shape: shape.name)
-            own = "has" if first in found.modules else "lacks"
+            own = "has" if first in present.modules else "lacks"
             got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
             raise BaseModelError(what, got=got, expected=expected)
         for name, digest in self.copies.items():
@@ -333,7 +333,7 @@ class LoraAdapter:
                     expected=digest,
                     remedy=f"It was trained, or its vocabulary resized, beside the LoRA. {WHOLE}",
                 )
-        return found
+        return present
 
 
 def fused_error(module: str, fused: str, model: str) -> BaseModelError:

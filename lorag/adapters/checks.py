@@ -194,10 +194,10 @@ def match(
         new = {old: name for old, name in rename(strange).items() if name not in modules}
         modules = {new.get(name, name): keys for name, keys in modules.items()}
         copies = {new.get(name, name): key for name, key in copies.items()}
-    found = {name: modules[name] for name in layout.names if name in modules}
+    present = {name: modules[name] for name in layout.names if name in modules}
     extra = {name: keys for name, keys in sorted(modules.items()) if name not in shapes}
     missing = tuple(name for name in layout.names if name not in modules)
-    for name, keys in {**found, **extra}.items():
+    for name, keys in {**present, **extra}.items():
         _check_pair(spec, name, keys, shapes.get(name), scalings.of(name)[0], where)
     for name, key in copies.items():
         size = shapes.get(name)
@@ -208,7 +208,7 @@ def match(
                 expected=f"({size.out_features}, {size.in_features}), as the base model has it",
                 remedy=WHOLE,
             )
-    if not found:
+    if not present:
         raise BaseMismatchError(
             f"{where} belongs to a base model of other modules",
             got=f"factors of {min(extra)[:100]}",
@@ -223,7 +223,7 @@ def match(
         )
     if missing and not allow_missing:
         raise MissingTensorError(f"{where}: a tensor is missing", got=KEY.format(module=missing[0], factor="A")[:160])
-    return Match(found, missing, extra, {name: key for name, key in copies.items() if name in found})
+    return Match(present, missing, extra, {name: key for name, key in copies.items() if name in present})
 
 
 def _check_pair(spec: TensorSpec, name: str, keys: tuple[str, str], module: ModuleShape | None, rank: int, where: Path) -> None:

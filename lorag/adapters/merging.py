@@ -124,20 +124,20 @@ def _lego(module: _Module) -> Svd:
     A unit is a row of A beside a column of B. Which units an adapter has depends on its gauge, so they are taken from
     the SVD of its ΔW, whose units have no gauge but a sign; the sign is left out of distances.
     """
-    found = []
+    parts = []
     for (a, b), weight in zip(module.pairs, module.weights, strict=True):
         left, values, right = thin_svd(a, b * weight)
         real = values > _NEGLIGIBLE * values.max()
         root = values[real].sqrt()
-        found.append(torch.cat([left[:, real] * root, right[:, real] * root]).T)
-    units = torch.cat(found)
+        parts.append(torch.cat([left[:, real] * root, right[:, real] * root]).T)
+    units = torch.cat(parts)
     out = len(module.pairs[0][1])
     if not len(units):  # no expert changes this module
         return module.weighted(0.0)
     count = min(module.rank, len(units))
     centres = _cluster(units, count)
     # Variance expansion: each unit adds to the output's variance; an expert has len(units) / n of them.
-    centres = centres * (len(units) / len(found) / count) ** 0.25  # both halves: their product gets the square root
+    centres = centres * (len(units) / len(parts) / count) ** 0.25  # both halves: their product gets the square root
     return thin_svd(centres[:, out:], centres[:, :out].T)
 
 
@@ -307,12 +307,12 @@ def _weights(adapters: Sequence[LoraAdapter], rule: _Rule, given: Sequence[float
     count, modules = len(adapters), len(adapters[0].layout)
     if given is None:
         return torch.full((count, modules), 1 / count if rule.average else 1.0, dtype=torch.float64)
-    found = torch.as_tensor(given).detach().cpu().double()
-    if found.shape == (count,):
-        found = found[:, None].expand(-1, modules)
-    if found.shape != (count, modules):
-        raise AdapterError("weights do not fit the adapters", got=tuple(found.shape), expected=f"({count},) or ({count}, {modules})")
-    negative = rule.merge is not _sum and bool((found < 0).any() or (found.sum(0) <= 0).any())
-    if negative or not found.isfinite().all():
+    weights = torch.as_tensor(given).detach().cpu().double()
+    if weights.shape == (count,):
+        weights = weights[:, None].expand(-1, modules)
+    if weights.shape != (count, modules):
+        raise AdapterError("weights do not fit the adapters", got=tuple(weights.shape), expected=f"({count},) or ({count}, {modules})")
+    negative = rule.merge is not _sum and bool((weights < 0).any() or (weights.sum(0) <= 0).any())
+    if negative or not weights.isfinite().all():
         raise AdapterError("weights must be finite, and but for sums not negative", got=str(given)[:80])
-    return found
+    return weights

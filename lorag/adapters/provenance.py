@@ -91,15 +91,15 @@ def derive(licences: Iterable[object]) -> Derived:
         "unknown" if there is none, if one is unknown, if two of them demand their own name for what is made from them,
         or if one forbids derivatives; the reason says which.
     """
-    given = Counter(str(licence).strip() or UNKNOWN for licence in licences)
-    if not given:
+    counts = Counter(str(licence).strip() or UNKNOWN for licence in licences)
+    if not counts:
         return Derived(UNKNOWN, "nothing states what it was made from")
-    known = {text: known_licence(text) for text in given}
+    known = {text: known_licence(text) for text in counts}
     strange = sorted(text for text, name in known.items() if name is None)
     if strange:
-        count = sum(given[text] for text in strange)
+        count = sum(counts[text] for text in strange)
         named = ", ".join(repr(text[:40]) for text in strange[:3])
-        return Derived(UNKNOWN, f"{count} of {sum(given.values())} parents have no licence whose terms are known: {named}")
+        return Derived(UNKNOWN, f"{count} of {sum(counts.values())} parents have no licence whose terms are known: {named}")
     names = {name for name in known.values() if name is not None}
     strictest = max(names, key=lambda name: (_LEVEL[name], name))
     if _LEVEL[strictest] == _NO_DERIVATIVES:
@@ -183,11 +183,11 @@ def parents(names: Sequence[str], licences: Mapping[str, str], weights: Sequence
 
 def parents_of(infos: Iterable[Mapping[str, Any]], weights: Sequence[float]) -> list[dict[str, Any]]:
     """Parents of a merge of adapters, given what is known of each; an adapter of a bank is an expert, others are named by their task."""
-    found: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     for info, weight in zip(infos, weights, strict=True):
         name = info.get("expert") or info.get("description") or UNKNOWN
-        found.append({"name": str(name), "weight": round(float(weight), 6), "license": str(info.get("license") or UNKNOWN)})
-    return sorted(found, key=lambda parent: (-abs(parent["weight"]), parent["name"]))
+        listed.append({"name": str(name), "weight": round(float(weight), 6), "license": str(info.get("license") or UNKNOWN)})
+    return sorted(listed, key=lambda parent: (-abs(parent["weight"]), parent["name"]))
 
 
 def licence_of(info: Mapping[str, Any]) -> Derived:

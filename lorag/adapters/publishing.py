@@ -258,10 +258,10 @@ def push_files(
     Raises:
         StorageError: If the upload fails.
     """
-    own = readme if readme is not None else own_card(folder)
+    written = readme if readme is not None else own_card(folder)
     with tempfile.TemporaryDirectory(prefix="lorag-") as staging:
         path = Path(staging) / CARD
-        path.write_text(card.replace(PLACE, repository) if own is None else own, encoding="utf-8")
+        path.write_text(card.replace(PLACE, repository) if written is None else written, encoding="utf-8")
         files = {name: folder / name for name in names} | {CARD: path}
         return push(files, repository, message=f"Upload {kind}, lorag {__version__}", private=private)
 

@@ -120,8 +120,8 @@ def _text(path: Path, most: int) -> str:
 
 def _stated_licence(card: str) -> str | None:
     front, _ = split_front(card)
-    found = _LICENCE.search(front) if front else None
-    return found[1] if found else None
+    line = _LICENCE.search(front) if front else None
+    return line[1] if line else None
 
 
 def card_text(card: str) -> str | None:

@@ -63,21 +63,21 @@ def find_sources(places: Sequence[str]) -> list[Source]:
     Returns:
         The adapters, those of one folder sorted by path. A folder without any is listed itself, and refused when it is read.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     for place in places:
         root = Path(place)
         if root.is_file():
-            found.append(Source(place, root, safe_name(root.stem)))
+            sources.append(Source(place, root, safe_name(root.stem)))
             continue
         if not root.is_dir():
-            found.append(Source(place, place, safe_name(place.replace("/", "-"))))
+            sources.append(Source(place, place, safe_name(place.replace("/", "-"))))
             continue
         inside = list(_adapters(root))
         for one in inside or [root]:
             parts = one.relative_to(root).parts
             parts = (*parts[:-1], one.stem) if one.is_file() else parts
-            found.append(Source(str(one), one, safe_name("-".join(parts) or root.resolve().name)))
-    return found
+            sources.append(Source(str(one), one, safe_name("-".join(parts) or root.resolve().name)))
+    return sources
 
 
 def listed_sources(path: Path) -> list[Source]:

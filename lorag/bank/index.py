@@ -173,8 +173,8 @@ class BankIndex:
         sizes = torch.tensor([self.norms[name] for name in names]).clamp_min(1e-30)
         estimates = torch.stack([self._sketches[name] for name in names]) @ self.sketch(adapter) / (whole * sizes)
         candidates = [names[i] for i in estimates.topk(min(_CANDIDATES, len(names))).indices.tolist()]
-        found = [(name, adapter.factors.cosine(bank.adapter(name).factors)) for name in candidates if name in bank]
-        return sorted(found, key=lambda pair: -pair[1])
+        cosines = [(name, adapter.factors.cosine(bank.adapter(name).factors)) for name in candidates if name in bank]
+        return sorted(cosines, key=lambda pair: -pair[1])
 
     # --- its file ------------------------------------------------------------------------------------------------
 
@@ -270,9 +270,9 @@ class DescriptionIndex:
             self._forget(bank)
         new = [expert for expert in bank.experts if self._digests.get(expert.name) != _digest(expert)]
         texts = [expert.descriptions[:_WORDINGS] for expert in new]
-        flat = iter(self._embedder.embed([text for own in texts for text in own], quiet=quiet or sum(map(len, texts)) < 64))
-        for expert, own in zip(new, texts, strict=True):
-            mean = torch.stack([next(flat).pooled for _ in own]).mean(0)
+        flat = iter(self._embedder.embed([text for wordings in texts for text in wordings], quiet=quiet or sum(map(len, texts)) < 64))
+        for expert, wordings in zip(new, texts, strict=True):
+            mean = torch.stack([next(flat).pooled for _ in wordings]).mean(0)
             self._put(expert.name, torch.nn.functional.normalize(mean, dim=-1))
             self._digests[expert.name] = _digest(expert)
 

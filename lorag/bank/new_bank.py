@@ -131,21 +131,21 @@ def _is_filled(folder: Path, new: NewBank) -> bool:
     if not manifest.get("experts"):
         return False
     base = BankBase.from_dict(manifest.get("base", {}))
-    for what, own, wanted in (
+    for what, stated, wanted in (
         ("base model", base.model.name, new.base),
         ("kind", base.model.kind, new.kind),
         ("revision", base.model.revision, new.revision),
         ("objective", base.objective, new.objective),
     ):
-        if wanted is not None and own != wanted and not (what == "base model" and same_model(str(own), wanted)):
+        if wanted is not None and stated != wanted and not (what == "base model" and same_model(str(stated), wanted)):
             raise BankError(
-                f"{folder} is a bank of another {what}", got=wanted, expected=own, remedy="Leave it out, or start another bank."
+                f"{folder} is a bank of another {what}", got=wanted, expected=stated, remedy="Leave it out, or start another bank."
             )
     return True
 
 
 def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: BaseModel | None) -> list[_Seen]:
-    found, first = [], None
+    seen, first = [], None
     for source in progress_bar(sources, desc="looking at adapters", disable=quiet or len(sources) < 64, leave=False):
         try:
             folder = source.folder(revision, Base(base))
@@ -153,7 +153,7 @@ def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: Ba
             check_config(facts.config, folder / CONFIG)
             named, at, task = (facts.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))
             kinds = {of: kind for kind, of in TASK_TYPES.items() if of is not None}
-            found.append(
+            seen.append(
                 _Seen(
                     named if isinstance(named, str) and named else None,
                     at if isinstance(at, str) and at != "main" else None,
@@ -164,8 +164,8 @@ def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: Ba
         except LoragError as error:
             traceback.clear_frames(error.__traceback__)
             first = first or error
-    if found:
-        return found
+    if seen:
+        return seen
     if first is not None and len(sources) == 1:
         raise first
     raise BankError("no adapter can start a bank", got=f"{len(sources)}, the first with: {first}" if first else "none")
@@ -204,12 +204,12 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
     named = {name for name, _ in skeleton.named_modules()}
     wanted = {name for one in seen for name in one.layout.names}
     new = renamed_modules(skeleton, sorted(wanted - named))
-    there = {new.get(name, name) for name in wanted} & named
-    for name in sorted(wanted - there - new.keys()):
+    present = {new.get(name, name) for name in wanted} & named
+    for name in sorted(wanted - present - new.keys()):
         fused = fused_experts(skeleton, name)
-        if fused is not None and not there:
+        if fused is not None and not present:
             raise fused_error(name, fused, type(skeleton).__name__)
-    if not there:
+    if not present:
         raise BaseMismatchError(
             f"base model {model.name!r} has none of the modules that the adapters change",
             got=min(wanted)[:120],
@@ -218,9 +218,9 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
         )
     targets = sorted({target for one in seen for target in one.layout.target_modules})
     if new:
-        return LoraLayout.from_model(skeleton, sorted(there))
+        return LoraLayout.from_model(skeleton, sorted(present))
     layout = LoraLayout.from_model(skeleton, targets)
-    return layout if set(layout.names) == there else LoraLayout.from_model(skeleton, sorted(there))
+    return layout if set(layout.names) == present else LoraLayout.from_model(skeleton, sorted(present))
 
 
 def _objective(model: BaseModel, new: NewBank) -> tuple[str, dict[str, Any]]:

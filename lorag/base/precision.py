@@ -25,8 +25,8 @@ def require_plain_weights(base: BaseModel) -> None:
     remedy = "Merge into the model that it was quantised from: --base-model HUB_ID_OR_FOLDER."
     settings = getattr(stored_config(base.name, base.revision), "quantization_config", None)
     if settings:
-        known = settings if isinstance(settings, Mapping) else settings.to_dict()
-        method = str(known.get("quant_method", "unknown"))[:40]
+        values = settings if isinstance(settings, Mapping) else settings.to_dict()
+        method = str(values.get("quant_method", "unknown"))[:40]
         raise BaseModelError(f"base model {base.name!r} is quantised", got=method, expected="weights in 16 or 32 bits", remedy=remedy)
     types = stored_types(base)
     small = next((name for name, kind in sorted(types.items()) if kind.startswith(("F8", "F4", "F6"))), None)
@@ -55,9 +55,9 @@ def _files(base: BaseModel) -> list[Path]:
     folder = Path(locate(base.name))
     if not folder.is_dir():
         for name in ("model.safetensors.index.json", "model.safetensors", "config.json"):
-            found = try_to_load_from_cache(base.name, name, revision=base.revision or "main")
-            if isinstance(found, str):
-                folder = Path(found).parent
+            cached = try_to_load_from_cache(base.name, name, revision=base.revision or "main")
+            if isinstance(cached, str):
+                folder = Path(cached).parent
                 break
     return sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
 

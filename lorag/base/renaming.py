@@ -25,10 +25,10 @@ def renamed_modules(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     if not isinstance(model, PreTrainedModel):
         return {}
-    there = {name for name, _ in model.named_modules()}
-    found = {name: new for name in names if (new := _new_name(model, name)) in there and new != name}
-    taken = list(found.values())
-    return {old: new for old, new in found.items() if taken.count(new) == 1}
+    present = {name for name, _ in model.named_modules()}
+    renamed = {name: new for name in names if (new := _new_name(model, name)) in present and new != name}
+    taken = list(renamed.values())
+    return {old: new for old, new in renamed.items() if taken.count(new) == 1}
 
 
 def fused_experts(model: nn.Module, name: str) -> str | None:

@@ -56,12 +56,12 @@ class BankBase:
             ConfigError: If the objective is unknown, or not for such a base model.
             LayoutError: If the base model has none of the modules.
         """
-        made = make_objective(objective, model.tokenizer(), settings)
-        if made.kind != model.kind:
-            raise ConfigError("objective and base model do not fit", got=f"{objective} on a {model.kind}", expected=made.kind)
+        checked = make_objective(objective, model.tokenizer(), settings)
+        if checked.kind != model.kind:
+            raise ConfigError("objective and base model do not fit", got=f"{objective} on a {model.kind}", expected=checked.kind)
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         layout = LoraLayout.from_model(model.skeleton(), targets, None if layers is None else list(layers))
-        return cls(model, model.identity(), layout, objective, made.settings())
+        return cls(model, model.identity(), layout, objective, checked.settings())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

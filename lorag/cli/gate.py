@@ -32,10 +32,10 @@ def fit(
     from lorag.training.train import add_gate
 
     settings = GateSettings(wordings=wordings, limit=limit)
-    made = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=quiet)
-    if made.gate is not None:
-        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in made.gate.fitted.items())
-        typer.echo(f"{generator}: gate fitted, refuses above novelty {made.gate.refuse_above:.2f}; {facts}")
+    fitted = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=quiet)
+    if fitted.gate is not None:
+        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in fitted.gate.fitted.items())
+        typer.echo(f"{generator}: gate fitted, refuses above novelty {fitted.gate.refuse_above:.2f}; {facts}")
     typer.echo(f"next: lorag gate evaluate --generator {generator}")
 
 
@@ -62,12 +62,12 @@ def evaluate(
     from lorag.tasks.finding import find_tasks
     from lorag.tasks.unknown import read_unknown
 
-    made = open_generator(generator, device=device)
+    opened = open_generator(generator, device=device)
     suite = find_tasks(tasks, None if split == "all" else split)
     where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
     experts = None if where is None else find_bank(where)
     listed = None if unknown is None else read_unknown(unknown, "test")
-    report = measure_gate(made, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
+    report = measure_gate(opened, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
     typer.echo(format_gate(report))
     if json_file is not None:
         write_json(json_file, report)

@@ -61,12 +61,12 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
     ):
         if (path / marker).is_file():
             try:
-                found = describe(path)
+                described = describe(path)
             except LoragError:
                 raise
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ArtifactError(f"{path / marker} cannot be read", got=repr(error)[:120]) from error
-            return "\n".join([_shown(found), *(_starts(path) if marker == CONFIG else ())])
+            return "\n".join([_shown(described), *(_starts(path) if marker == CONFIG else ())])
     raise ArtifactError(
         f"{path} holds nothing that lorag knows", expected="a folder with bank.json, generator.json, adapter_config.json or tasks.jsonl"
     )

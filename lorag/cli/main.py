@@ -202,21 +202,21 @@ def evaluate(
         dtype=dtype,
         quiet=quiet,
     )
-    found = {}
+    reports = {}
     for name, one in ladder.each():
-        found[name] = one.evaluate(seeds=seeds, limit=limit, write=write, quiet=quiet)
+        reports[name] = one.evaluate(seeds=seeds, limit=limit, write=write, quiet=quiet)
         if len(ladder.splits) > 1:
             print(f"split {name}")
-        print_report(found[name])
+        print_report(reports[name])
         print()
         if json_file is not None:  # after each split, because all of them take long
-            write_json(json_file, found[name] if len(ladder.splits) == 1 else {"splits": found})
+            write_json(json_file, reports[name] if len(ladder.splits) == 1 else {"splits": reports})
         if report is not None:
             from lorag.evaluation.report.gathering import gather_findings
             from lorag.evaluation.report.writing import write_report
 
             folder = report if len(ladder.splits) == 1 else report / name
-            page = write_report(folder, gather_findings(one, found[name], quiet=quiet))
+            page = write_report(folder, gather_findings(one, reports[name], quiet=quiet))
             print(f"written to {folder}: {page.name}, which holds all, and its figures")
             print(f"next: open {page} in a browser")
     if json_file is not None:
@@ -242,10 +242,10 @@ def fuse(
     from lorag.training.fuse import fuse as run
     from lorag.training.fuse import read_weights
 
-    given = read_weights(names)
-    if bank is None and not all("/" in name or Path(name).exists() for name in given):
+    weights_of = read_weights(names)
+    if bank is None and not all("/" in name or Path(name).exists() for name in weights_of):
         bank = "sandbox"
-    adapter = run(given, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
+    adapter = run(weights_of, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
     folder = adapter.save_pretrained(out)
     parts = "adapters" if bank is None else "experts"
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} {parts} by {method}")

@@ -117,8 +117,8 @@ def open_ladder(
     """
     if not generators and bank not in (None, _SANDBOX):
         raise ConfigError("no generator to evaluate", remedy="Train one: lorag train bank=BANK out=DIR; then --generator DIR.")
-    given, places = _open_generators(list(generators) or [DEFAULT], device)
-    first = next(iter(given.values()))[0]
+    opened, places = _open_generators(list(generators) or [DEFAULT], device)
+    first = next(iter(opened.values()))[0]
     if bank is None and first.base.model.name == SANDBOX_LM:
         bank = _SANDBOX
     experts = AdapterBank(Path(), first.base, ()) if bank is None else find_bank(bank)
@@ -126,17 +126,17 @@ def open_ladder(
         name = list(generators or [DEFAULT])[0]
         raise ArtifactError(f"{name} was not trained on a bank of this base", got=first.base.model.name, expected=experts.base.model.name)
     tasks = embedded_suite(SANDBOX_LM if bank == _SANDBOX else first.base.model.name) if tasks is None else tasks
-    if bank == _SANDBOX and MULTITASK not in given:
+    if bank == _SANDBOX and MULTITASK not in opened:
         more, folder = _open_generators([MULTITASK], device, first)
-        given, places = given | more, places | folder
+        opened, places = opened | more, places | folder
     names = _SPLITS.get(tasks, ("test",)) if split is None else (split,) if isinstance(split, str) else tuple(split)
     splits = {name: find_tasks(tasks, None if name == _ALL else name) for name in names}
     seen = _TRAIN in names
-    everything = given | (_fit_baselines(first, experts, tasks, seen, given, methods, device, dtype, quiet) if len(experts) else {})
+    everything = opened | (_fit_baselines(first, experts, tasks, seen, opened, methods, device, dtype, quiet) if len(experts) else {})
     order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    found = _find_oracles(oracles, experts, tasks, seen)
-    return Ladder(experts, next(iter(splits.values())), found, ranked, places, methods, device, dtype, splits)
+    oracle_bank = _find_oracles(oracles, experts, tasks, seen)
+    return Ladder(experts, next(iter(splits.values())), oracle_bank, ranked, places, methods, device, dtype, splits)
 
 
 def embedded_suite(base: str) -> str:

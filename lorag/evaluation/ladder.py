@@ -98,12 +98,12 @@ def evaluate(
         if not any(task.key in oracles for task in tasks):
             raise BankError("the oracle bank lacks tasks", got=f"all {len(tasks)} such as {tasks.names[0]}")
     runner = Runner.open(base, device, dtype) if runner is None else runner
-    known = _names(tasks, generators, oracles, runner)
-    chosen = list(methods) if methods else known
-    unknown = [name for name in chosen if name not in known and not (_WITH_EXAMPLES.fullmatch(name) and "few_shot" in known)]
+    names = _names(tasks, generators, oracles, runner)
+    chosen = list(methods) if methods else names
+    unknown = [name for name in chosen if name not in names and not (_WITH_EXAMPLES.fullmatch(name) and "few_shot" in names)]
     if unknown:
-        raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join([*known, "few_shot_K", "fresh_K"]))
-    wanted = [name for name in ("base", "oracle") if name in known and name not in chosen] + chosen
+        raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join([*names, "few_shot_K", "fresh_K"]))
+    wanted = [name for name in ("base", "oracle") if name in names and name not in chosen] + chosen
     reproduction = None
     if reproduce and oracles is not None and all(task.key in oracles for task in tasks):
         reproduction = Reproduction(oracles, [task.key for task in tasks])
@@ -162,10 +162,10 @@ def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], 
 
 def _rivals(name: str, scores: Scores) -> list[str]:
     """What the score of a generator is compared with: its controls, and everything that is not learned from descriptions."""
-    own = [f"{name}_shuffled", f"{name}_junk", f"{name}_prompted"]
+    controls = [f"{name}_shuffled", f"{name}_junk", f"{name}_prompted"]
     others = ["base_prompted", "random_init", "mean", "top_k", "multitask", "multitask_prompted", "oracle"]
     numbered = [other for other in scores.rows if other == "few_shot" or _WITH_EXAMPLES.fullmatch(other)]
-    return [other for other in (*own, *others[:1], *numbered, *others[1:]) if other in scores.rows]
+    return [other for other in (*controls, *others[:1], *numbered, *others[1:]) if other in scores.rows]
 
 
 class _Rows:
@@ -204,8 +204,8 @@ class _Rows:
         if name == "base":
             return self.tasks, None, False
         if name == "oracle" and self.oracles is not None:
-            own = [task for task in self.tasks if task.key in self.oracles]
-            return own, [self.oracles.adapter(task.key) for task in own], False
+            with_oracle = [task for task in self.tasks if task.key in self.oracles]
+            return with_oracle, [self.oracles.adapter(task.key) for task in with_oracle], False
         if name == "base_prompted":
             return self._prompted(), None, True
         if name == "few_shot" or examples and examples[1] == "few_shot":

@@ -51,13 +51,13 @@ class Scorer:
             prompted: Whether inputs hold more than an input.
         """
         runner = self.prompted if prompted else self.runner
-        found: dict[int, dict[str, float]] = {}
+        scores: dict[int, dict[str, float]] = {}
         for chunk in _chunks(tasks, self.limit):
             stacked = None if adapters is None else Factors.stack([adapters[i].factors for i in chunk], runner.device)
-            own = [replace(tasks[i], free_text=tasks[i].free_text or self.write) for i in chunk]
-            found |= zip(chunk, runner.scores(stacked, own, limit=self.limit, seed=seed), strict=True)
+            of_chunk = [replace(tasks[i], free_text=tasks[i].free_text or self.write) for i in chunk]
+            scores |= zip(chunk, runner.scores(stacked, of_chunk, limit=self.limit, seed=seed), strict=True)
             self.bar.update(len(chunk))
-        return [found[i] for i in range(len(tasks))]
+        return [scores[i] for i in range(len(tasks))]
 
     def prompt_tokens(self, tasks: Sequence[Task], prompted: bool) -> float | None:
         """Mean number of tokens of a request; None if the objective's requests are not prompts."""
@@ -65,7 +65,7 @@ class Scorer:
         if not (objective.generates and objective.reads_texts):
             return None
         counts = [objective.prompt_tokens([example.input for example in task.split("test")[: self.limit]]) for task in tasks]
-        means = [sum(own) / len(own) for own in counts if own]
+        means = [sum(of_task) / len(of_task) for of_task in counts if of_task]
         return round(sum(means) / len(means), 1) if means else None
 
 

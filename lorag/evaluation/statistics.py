@@ -81,13 +81,13 @@ def summarise(scores: Scores, name: str) -> dict[str, Any]:
 
 def differences(scores: Scores, rivals: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Differences of rows to others, over the tasks that both have, with intervals."""
-    found = {}
+    rows = {}
     for name, others in rivals.items():
         for other in others:
             row: dict[str, Any] = _mean(scores.per_task(name) - scores.per_task(other), "difference")
             apart = _measures(scores, lambda m, a=name, b=other: scores.per_task(a, m) - scores.per_task(b, m), "difference")  # type: ignore[misc]
-            found[f"{name} - {other}"] = row | ({"measures": apart} if apart else {})
-    return found
+            rows[f"{name} - {other}"] = row | ({"measures": apart} if apart else {})
+    return rows
 
 
 def bootstrap(values: Tensor) -> list[float]:
@@ -100,9 +100,9 @@ def bootstrap(values: Tensor) -> list[float]:
 
 def _mean(values: Tensor, key: str) -> dict[str, Any]:
     """Mean over the tasks that have a value, its interval, and how many they are, if not all."""
-    there = values[~values.isnan()]
-    row = {key: round(there.mean().item(), 4), "ci95": bootstrap(there)}
-    return row if len(there) == len(values) else {**row, "tasks": len(there)}
+    present = values[~values.isnan()]
+    row = {key: round(present.mean().item(), 4), "ci95": bootstrap(present)}
+    return row if len(present) == len(values) else {**row, "tasks": len(present)}
 
 
 def _measures(scores: Scores, values_of: Any, key: str) -> dict[str, Any]:  # noqa: ANN401 - a function from measure to values
@@ -114,6 +114,6 @@ def _gap(scores: Scores, name: str) -> float | None:
     if "oracle" not in scores.rows:
         return None
     floor, values, ceiling = (scores.per_task(row) for row in ("base", name, "oracle"))
-    there = ~ceiling.isnan()
-    floor, values, ceiling = (one[there].mean() for one in (floor, values, ceiling))
+    present = ~ceiling.isnan()
+    floor, values, ceiling = (one[present].mean() for one in (floor, values, ceiling))
     return round(((values - floor) / (ceiling - floor)).item(), 4) if (ceiling - floor).abs() >= _LEAST_GAP else None

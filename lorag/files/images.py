@@ -47,9 +47,9 @@ class ImageFile(str):
         Raises:
             ArtifactError: If it is not.
         """
-        found = resolve_inside(self.folder, str(self))
-        require_plain(found, _MAX_BYTES)
-        return found
+        path = resolve_inside(self.folder, str(self))
+        require_plain(path, _MAX_BYTES)
+        return path
 
     def open(self) -> Image:
         """Decodes it to RGB as it is stored; a rotation in its EXIF data is not applied, as data sets' boxes are not rotated.

@@ -78,9 +78,9 @@ class Metrics:
         folder = self.folder
         if folder is None:
             return
-        known = {name: None if value is None or not math.isfinite(value) else round(value, 6) for name, value in values.items()}
-        self._append(folder, json.dumps({"stage": stage, "step": step, **known}, allow_nan=False))
-        measured = {f"{stage}/{name}": value for name, value in known.items() if value is not None}
+        rounded = {name: None if value is None or not math.isfinite(value) else round(value, 6) for name, value in values.items()}
+        self._append(folder, json.dumps({"stage": stage, "step": step, **rounded}, allow_nan=False))
+        measured = {f"{stage}/{name}": value for name, value in rounded.items() if value is not None}
         for tracker in self._trackers(folder):
             tracker.log(measured, step=step)
 
@@ -138,13 +138,13 @@ def _start(name: str, folder: Path, settings: Mapping[str, Any]) -> GeneralTrack
 
 def _flat(settings: Mapping[str, Any], head: str = "") -> dict[str, Any]:
     """Settings in groups as single ones, `experts.steps` and the like, each a plain value as trackers want them."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{head}{key}.")
+            flat |= _flat(value, f"{head}{key}.")
         else:
-            found[f"{head}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)[:_LONGEST]
-    return found
+            flat[f"{head}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)[:_LONGEST]
+    return flat
 
 
 def _torn(path: Path) -> bool:

@@ -77,8 +77,8 @@ def load_training_state(
     _, metadata = read_header(path)
     tensors = load_tensors(path)
     parameters = {name.removeprefix("parameter."): value for name, value in tensors.items() if name.startswith("parameter.")}
-    own = _named(module)
-    if {name: _form(value) for name, value in own.items()} != {name: _form(value) for name, value in parameters.items()}:
+    named = _named(module)
+    if {name: _form(value) for name, value in named.items()} != {name: _form(value) for name, value in parameters.items()}:
         raise ArtifactError(f"{path} belongs to another model or setting", remedy=_REMEDY)
     try:
         counters, stream = parse_json(metadata["counters"], path), tensors["rng"]
@@ -92,7 +92,7 @@ def load_training_state(
     except (KeyError, ValueError, RuntimeError, TypeError) as error:  # ArtifactError is a ValueError
         raise ArtifactError(f"{path} holds no complete training state", got=repr(error)[:120], remedy=_REMEDY) from error
     with torch.no_grad():  # only now, so that a refused file leaves everything as it was
-        for name, value in own.items():
+        for name, value in named.items():
             value.copy_(parameters[name])
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -122,7 +122,7 @@ def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.
     expected = next((keys for kind, keys in _STATE.items() if isinstance(wrapped, kind)), None)
     if expected is None:
         raise TypeError(f"{type(wrapped).__name__} is not an optimizer whose state lorag knows")
-    found: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):
             index, key = name.removeprefix(prefix).split(".", 1)
@@ -132,8 +132,8 @@ def _moments(tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.
                 raise ValueError(f"{name} {value.dtype} {tuple(value.shape)}")
             if key == "step" and not 0 <= value < 2**40:
                 raise ValueError(f"{name} {value}")
-            found.setdefault(int(index), {})[key] = value
-    for number, state in found.items():
+            moments.setdefault(int(index), {})[key] = value
+    for number, state in moments.items():
         if state.keys() != expected:
             raise ValueError(f"{prefix}{number} lacks {min(expected - state.keys())}")
-    return found
+    return moments

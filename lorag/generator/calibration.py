@@ -53,16 +53,16 @@ class Logistic:
         rows = torch.cat([_standard(features, mean, scale), torch.ones(len(features), 1, dtype=torch.float64)], 1)
         ridge = torch.full((rows.shape[1],), penalty, dtype=torch.float64)
         ridge[-1] = 1e-3  # one class alone would send a free bias to infinity
-        found = torch.zeros(rows.shape[1], dtype=torch.float64)
+        solution = torch.zeros(rows.shape[1], dtype=torch.float64)
         for _ in range(_NEWTON_STEPS):
-            guess = torch.sigmoid(rows @ found)
-            slope = rows.T @ (counted * (guess - targets)) + ridge * found
+            guess = torch.sigmoid(rows @ solution)
+            slope = rows.T @ (counted * (guess - targets)) + ridge * solution
             curvature = (rows * (counted * guess * (1 - guess))[:, None]).T @ rows + torch.diag(ridge)
             step = torch.linalg.solve(curvature, slope)
-            found = found - step * min(1.0, 4.0 / max(step.abs().max().item(), 1e-12))
+            solution = solution - step * min(1.0, 4.0 / max(step.abs().max().item(), 1e-12))
             if step.abs().max() < 1e-10:
                 break
-        return cls(tuple(mean.tolist()), tuple(scale.tolist()), tuple(found[:-1].tolist()), float(found[-1]))
+        return cls(tuple(mean.tolist()), tuple(scale.tolist()), tuple(solution[:-1].tolist()), float(solution[-1]))
 
     def __call__(self, features: Tensor) -> Tensor:
         """Probabilities (n,) of rows (n, f)."""
@@ -119,13 +119,13 @@ def cross_fitted(
     """
     group = torch.tensor(list(groups))
     counted = torch.ones(len(features)) if weights is None else weights
-    found = torch.zeros(len(features), dtype=torch.float64)
+    predicted = torch.zeros(len(features), dtype=torch.float64)
     for one in group.unique():
         rest = group != one
         rest = rest if rest.any() else ~rest
         fitted = Logistic.fit(features[rest], targets[rest], weights=counted[rest], penalty=penalty)
-        found[group == one] = fitted(features[group == one])
-    return found
+        predicted[group == one] = fitted(features[group == one])
+    return predicted
 
 
 def residual_interval(predicted: Tensor, actual: Tensor, level: float = 0.9) -> tuple[float, float]:

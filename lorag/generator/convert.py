@@ -66,9 +66,9 @@ def convert_generator(folder: Path, out: Path) -> str:
     manifest = check_manifest(folder, _MANIFEST, _KIND, _OLD)
     tensors = load_tensors(folder / _WEIGHTS)
     try:
-        own = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+        stored = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
         name, settings = _convert_settings(str(manifest["method"]), manifest["settings"])
-        own, shape = _convert_tensors(name, own)
+        stored, shape = _convert_tensors(name, stored)
         origin = dict(manifest.get("origin", {}))
         if isinstance(origin.get("config"), Mapping):
             config = dict(origin["config"])
@@ -79,13 +79,13 @@ def convert_generator(folder: Path, out: Path) -> str:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise GeneratorError(f"{folder} cannot be converted", got=repr(error)[:120]) from error
-    method_type(name).with_settings(settings).restore(own, shape)
+    method_type(name).with_settings(settings).restore(stored, shape)
     others = {key: value for key, value in tensors.items() if not key.startswith("method.")}
     fields = {key: value for key, value in manifest.items() if key != "files"}
     fields |= {"format": GENERATOR_FORMAT, "lorag": __version__, "method": name, "settings": settings, "shape": shape, "origin": origin}
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(
-        out / _WEIGHTS, others | {f"method.{key}": value for key, value in own.items()}, {"lorag": json.dumps(fields, sort_keys=True)}
+        out / _WEIGHTS, others | {f"method.{key}": value for key, value in stored.items()}, {"lorag": json.dumps(fields, sort_keys=True)}
     )
     write_manifest(out, _MANIFEST, fields, [_WEIGHTS])
     return name

@@ -53,11 +53,11 @@ def find_generator(name: str | Path, revision: str | None = None) -> Path:
 
 def _shipped() -> dict[str, Path]:
     """Folders of the generators that this installation has, by name."""
-    found = {}
+    folders = {}
     for name, folder in _SHIPPED.items():
         with contextlib.suppress(ArtifactError):  # it may be left out
-            found[name] = embedded(f"checkpoints/{folder}")
-    return found
+            folders[name] = embedded(f"checkpoints/{folder}")
+    return folders
 
 
 def write_generator(generator: LoraGenerator, folder: Path) -> str:
@@ -97,8 +97,8 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         tensors |= {"gate.wordings": generator.gate.wordings, "gate.owners": generator.gate.owners}
     save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
     write_manifest(folder, MANIFEST, fields, [_WEIGHTS])
-    own = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
-    generator.method.restore(own, state.shape)
+    stored = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+    generator.method.restore(stored, state.shape)
     return "sha256:" + sha256(folder / _WEIGHTS)[:16]
 
 

@@ -69,9 +69,9 @@ def refine(
     Raises:
         TaskError: If an encoder's examples hold too few classes to learn from.
     """
-    known = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
-    labels = tuple(dict.fromkeys(example.output for example in known)) if runner.objective.closed_labels else None
-    task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", known)
+    examples_once = tuple(Example(text, answer, "train") for text, answer in dict.fromkeys(examples))
+    labels = tuple(dict.fromkeys(example.output for example in examples_once)) if runner.objective.closed_labels else None
+    task = Task("examples", "user", ("a few examples",), labels, "unknown", "the user", examples_once)
     return refine_tasks(runner, [adapter], [task], steps, seed, learning_rate)[0]
 
 
@@ -93,12 +93,12 @@ def refine_tasks(
     for task in tasks:
         runner.objective.check_examples(task)
     left = [place for place, answered in enumerate(_answered(runner, adapters, tasks)) if not answered]
-    found = list(adapters)
+    refined = list(adapters)
     if left:
         trained = _train(runner, [adapters[i] for i in left], [tasks[i] for i in left], steps, seed, learning_rate)
         for place, adapter in zip(left, trained, strict=True):
-            found[place] = adapter
-    return found
+            refined[place] = adapter
+    return refined
 
 
 def _train(

@@ -231,7 +231,7 @@ class FusionTraining:
             raise AssertionError("sets are trained with directions")
         codes = network.directions(decoded).repeat_interleave(torch.tensor(lengths, device=decoded.device), 0)
         each = code_losses(runner, self.data, codes, tasks, count, seed)
-        return torch.stack([own.mean() for own in each.split(lengths)])
+        return torch.stack([of_set.mean() for of_set in each.split(lengths)])
 
 
 def _directions(coordinates: PrincipalCodes) -> nn.Linear:

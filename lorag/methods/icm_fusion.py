@@ -146,8 +146,8 @@ class IcmFusion(Method):
         self.network = network.requires_grad_(False).eval().cpu()
         posterior = self.encode(data.codes, self.vectors)
         self.latents, self.spreads = posterior.mean, (0.5 * posterior.log_variance).exp()
-        known = Gaussian(posterior.mean[experts], posterior.log_variance[experts])
-        self.diagnostics = self._diagnose(known, self.vectors[experts], data.space.zero.cpu())
+        posteriors = Gaussian(posterior.mean[experts], posterior.log_variance[experts])
+        self.diagnostics = self._diagnose(posteriors, self.vectors[experts], data.space.zero.cpu())
 
     def _diagnose(self, posterior: Gaussian, vectors: Tensor, zero: Tensor) -> Diagnostics:
         """Whether the latents are used; norms count from the code `zero` (c,) of no change."""
@@ -214,9 +214,9 @@ class IcmFusion(Method):
         """The network, the coordinates, diagnostics, and what is stored of each expert."""
         network = self._fitted()
         tensors = nested(network=network.state_dict(), coordinates=self.coordinates.tensors(), diagnostics=self.diagnostics.tensors())
-        own = {"latents": self.latents, "spreads": self.spreads, "vectors": self.vectors, "centre": self.centre, "scale": self.scale}
+        values = {"latents": self.latents, "spreads": self.spreads, "vectors": self.vectors, "centre": self.centre, "scale": self.scale}
         code = 0 if network.directions is None else network.directions.out_features
-        return State({**own, **tensors}, {"elements": self.coordinates.size, "vector": self.vectors.shape[1], "code": code})
+        return State({**values, **tensors}, {"elements": self.coordinates.size, "vector": self.vectors.shape[1], "code": code})
 
     def load(self, tensors: Mapping[str, Tensor], shape: Mapping[str, Any]) -> None:
         """Builds the network and puts everything back."""

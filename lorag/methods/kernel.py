@@ -126,8 +126,8 @@ class ExpertRegression:
             texts = draw(data, [*others, *asked], loop)
 
             def losses(share: slice) -> Tensor:
-                given, question = (kernel(*collate(some, device)) for some in (texts[: len(others)], texts[len(others) :][share]))
-                return F.mse_loss(kernel.weights(question, given) @ values[others], values[asked[share]])
+                features, question = (kernel(*collate(some, device)) for some in (texts[: len(others)], texts[len(others) :][share]))
+                return F.mse_loss(kernel.weights(question, features) @ values[others], values[asked[share]])
 
             return Batch(len(asked), losses)
 

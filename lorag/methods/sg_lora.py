@@ -157,8 +157,8 @@ class SgLora(VaeMethod[LearnedPriorVae]):
     def __init__(self, settings: SgLoraSettings | None = None) -> None:
         super().__init__(settings)
         s = self.settings
-        known = {"condition": ("merge", "both"), "decode": ("sample", "prior_mean", "zero")}
-        for key, values in known.items():
+        choices = {"condition": ("merge", "both"), "decode": ("sample", "prior_mean", "zero")}
+        for key, values in choices.items():
             if getattr(s, key) not in values:
                 raise ConfigError(f"settings.{key} is unknown", got=repr(getattr(s, key)), expected=", ".join(values))
 
@@ -181,8 +181,8 @@ class SgLora(VaeMethod[LearnedPriorVae]):
         data.require_experts(self.name)
         s, training, held = self.settings, data.training_experts, data.validation_experts
         self.coordinates = PrincipalCodes.fit(data.codes[training], s.components)
-        known = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
-        merges = known.leave_group_out(data, training)
+        neighbours = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
+        merges = neighbours.leave_group_out(data, training)
         coordinates = self.coordinates.size
         self.shape = {"merge": 2 * coordinates, "embedding": data.embedding_size if self.reads else 0, "elements": coordinates}
         network, device = self.start(loop), loop.accelerator.device
@@ -196,7 +196,7 @@ class SgLora(VaeMethod[LearnedPriorVae]):
             chosen = [(i, pick % len(merges[i])) for i, pick in zip(places, picks, strict=True)]
             merge = torch.stack([merges[i][text] for i, text in chosen])
             texts = [data.embeddings[training[i]][text] for i, text in chosen]
-            x = known.means[places] + known.deviations[places] * torch.randn(s.batch, coordinates, generator=loop.rng)
+            x = neighbours.means[places] + neighbours.deviations[places] * torch.randn(s.batch, coordinates, generator=loop.rng)
             x, noise = x.to(device), torch.randn(s.batch, s.latent, generator=loop.rng).to(device)
 
             def losses(share: slice) -> Tensor:
@@ -205,15 +205,15 @@ class SgLora(VaeMethod[LearnedPriorVae]):
 
             return Batch(s.batch, losses)
 
-        unseen = known.leave_group_out(data, held)
+        unseen = neighbours.leave_group_out(data, held)
         right = self.coordinates.to_coordinates(data.codes[held])
 
         def validate(_: nn.Module) -> float:
-            own = [merge[:_WORDINGS] for merge in unseen]
+            first = [merge[:_WORDINGS] for merge in unseen]
             texts = [one for i in held for one in data.embeddings[i][:_WORDINGS]]
-            wanted = right.repeat_interleave(torch.tensor([len(each) for each in own]), 0).to(device)
+            wanted = right.repeat_interleave(torch.tensor([len(each) for each in first]), 0).to(device)
             with torch.no_grad():
-                h = network.read(*inputs(torch.cat(own), texts))
+                h = network.read(*inputs(torch.cat(first), texts))
                 return squared_error(network.decode(network.prior(h).mean, h), wanted).mean().item()
 
         steps = LoopSettings(s.steps, s.learning_rate, validate_every=100)
@@ -221,7 +221,7 @@ class SgLora(VaeMethod[LearnedPriorVae]):
         network.eval()
         with torch.no_grad():
             h = network.read(*inputs(torch.stack([own[0] for own in merges]), [data.embeddings[i][0] for i in training]))
-        self.diagnostics = self.diagnose(known.means.to(device), h, data.space.zero.cpu())
+        self.diagnostics = self.diagnose(neighbours.means.to(device), h, data.space.zero.cpu())
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:

@@ -38,17 +38,17 @@ def tasks_of(suite: TaskSuite, names: Sequence[str]) -> list[Task]:
     Raises:
         ConfigError: If the suite lacks one.
     """
-    known = {task.key: task for task in suite}
-    missing = [name for name in names if name not in known]
+    by_key = {task.key: task for task in suite}
+    missing = [name for name in names if name not in by_key]
     if missing:
         raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-    return [known[name] for name in names]
+    return [by_key[name] for name in names]
 
 
 def few_examples(task: Task, most: int, seed: int) -> Task:
     """The task with at most so many of its training examples, and no others."""
-    found = training_examples(task)
-    return replace(task, examples=tuple(task_rng(task, f"support/{seed}").sample(found, min(most, len(found)))))
+    examples = training_examples(task)
+    return replace(task, examples=tuple(task_rng(task, f"support/{seed}").sample(examples, min(most, len(examples)))))
 
 
 def told_apart(runner: Runner, tasks: Sequence[Task]) -> Tensor:

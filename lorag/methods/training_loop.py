@@ -141,9 +141,9 @@ class TrainingLoop:
                     group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
                 module.train()
                 with shares.autocast():
-                    made = loss(module, step)
+                    batch = loss(module, step)
                 optimizer.zero_grad(set_to_none=True)
-                value = shares.backward(stage, _cut(stage, made, shares.count), seed, module.parameters())
+                value = shares.backward(stage, _cut(stage, batch, shares.count), seed, module.parameters())
                 self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 last = step + 1 == settings.steps

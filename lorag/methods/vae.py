@@ -157,12 +157,12 @@ class VaeMethod(Method, Generic[Vae]):
         network = self.fitted()
         prior = network.prior(h)
         if spread == 0.0:
-            made = network.decode(prior.mean, h)
+            decoded = network.decode(prior.mean, h)
         else:
             noise = torch.randn(count, network.latent, generator=rng).to(h.device)
             z = prior.mean + spread * (0.5 * prior.log_variance).exp() * noise
-            made = network.decode(z, h.expand(count, -1))
-        return self.coordinates.to_codes((made if start is None else made + start).cpu()).expand(count, -1).clone()
+            decoded = network.decode(z, h.expand(count, -1))
+        return self.coordinates.to_codes((decoded if start is None else decoded + start).cpu()).expand(count, -1).clone()
 
     def diagnose(self, x: Tensor, h: Tensor, zero: Tensor, start: Tensor | None = None) -> Diagnostics:
         """Measures the fitted VAE on the training experts' coordinates (n, p) and conditions (n, h).
@@ -175,8 +175,8 @@ class VaeMethod(Method, Generic[Vae]):
             moved = posterior.mean - prior.mean
             spreads = []
             for place, row in enumerate(h[:_CONDITIONS]):
-                own = None if start is None else start[place : place + 1]
-                codes = self.sample(row[None], rng, _SAMPLES, 1.0, own) - zero
+                started = None if start is None else start[place : place + 1]
+                codes = self.sample(row[None], rng, _SAMPLES, 1.0, started) - zero
                 norm = codes.mean(0).norm()
                 spreads.append(torch.pdist(codes).mean() / norm if norm > 0 else norm)
         kl = gaussian_kl(posterior, prior).mean(0).cpu()

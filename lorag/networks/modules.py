@@ -72,8 +72,10 @@ class ModuleDecoder(nn.Module):
         tokens = self.blocks(self.inward(z)[:, None] * (1 + gain) + shift)
         parts = tokens.new_empty(len(z), len(self.kinds), self.heads.shape[-1])
         for kind in range(len(self.heads)):
-            own = self.kinds == kind
-            parts[:, own] = torch.addmm(self.offsets[kind], tokens[:, own].flatten(0, 1), self.heads[kind]).unflatten(0, (len(z), -1))
+            of_kind = self.kinds == kind
+            parts[:, of_kind] = torch.addmm(self.offsets[kind], tokens[:, of_kind].flatten(0, 1), self.heads[kind]).unflatten(
+                0, (len(z), -1)
+            )
         return rearrange(parts, "b m v -> b (m v)")
 
 
@@ -112,6 +114,6 @@ class ModuleNetwork(nn.Module):
         written: dict[int, Tensor] = {}
         for length, head in self.heads.items():
             places = [place for place, part in enumerate(self.parts) if part == int(length)]
-            own = rearrange(head(states[:, places]), "b m v -> m b v")
-            written |= dict(zip(places, own, strict=True))
+            parts = rearrange(head(states[:, places]), "b m v -> m b v")
+            written |= dict(zip(places, parts, strict=True))
         return torch.cat([written[place] for place in range(count)], -1)

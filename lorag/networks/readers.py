@@ -74,8 +74,8 @@ def _first_of_layer(layer: nn.TransformerEncoderLayer, x: Tensor, count: int, ap
     Of the last layer no more is read, which in a reader of one layer is less than half of the work.
     """
     seen = layer.norm1(x)
-    found, _ = layer.self_attn(seen[:, :count], seen, seen, key_padding_mask=padding, attn_mask=apart[:count], need_weights=False)
-    x = x[:, :count] + layer.dropout1(found)
+    attended, _ = layer.self_attn(seen[:, :count], seen, seen, key_padding_mask=padding, attn_mask=apart[:count], need_weights=False)
+    x = x[:, :count] + layer.dropout1(attended)
     return x + layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))))
 
 

@@ -119,14 +119,14 @@ class LearnedPriorVae(nn.Module):
     ) -> None:
         super().__init__()
         self.latent = latent
-        known = merge + features
-        self.encoder = nn.Sequential(nn.Linear(elements + known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
-        self.prior_network = nn.Sequential(nn.Linear(known, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        size = merge + features
+        self.encoder = nn.Sequential(nn.Linear(elements + size, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.prior_network = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, 2 * latent))
         self.decoder = nn.Sequential(
-            nn.Linear(latent + known, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), linear_head(width, elements)
+            nn.Linear(latent + size, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), linear_head(width, elements)
         )
         self.reader = reader
-        self.head = None if reader is None else linear_head(known, elements)
+        self.head = None if reader is None else linear_head(size, elements)
 
     def read(self, merge: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What is known of the task (b, h), of the merge (b, 2 p) and, with a reader, the description's vectors."""
@@ -142,8 +142,8 @@ class LearnedPriorVae(nn.Module):
 
     def decode(self, z: Tensor, h: Tensor) -> Tensor:
         """Mean (b, p) of p(x|z, h)."""
-        made = self.decoder(torch.cat([z, h], -1))
-        return made if self.head is None else made + self.head(h)
+        decoded = self.decoder(torch.cat([z, h], -1))
+        return decoded if self.head is None else decoded + self.head(h)
 
     def forward(self, x: Tensor, noise: Tensor, merge: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
         """Reconstructs x (b, p) through a sample of the posterior made of noise (b, z)."""

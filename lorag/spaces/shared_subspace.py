@@ -127,12 +127,12 @@ class SharedSubspace(WeightSpace):
 
     def cores(self, factors: Factors) -> Tensor:
         """Cores (m, k, k) of an adapter's factors, in fp32."""
-        found = []
+        cores = []
         precise = torch.float64 if self.bases_in[0].dtype == torch.float32 else torch.float32  # bases in bf16 are not worth more
         for module, u_in, u_out in zip(self.layout.modules, self.bases_in, self.bases_out, strict=True):
             a, b = (factor.to(u_in.device) for factor in factors.pair(module.name, precise))
-            found.append((u_out.to(precise).T @ b) @ (a @ u_in.to(precise)))
-        return torch.stack(found).float()
+            cores.append((u_out.to(precise).T @ b) @ (a @ u_in.to(precise)))
+        return torch.stack(cores).float()
 
     def encode(self, factors: Factors) -> Tensor:
         """Code (c,) of an adapter's factors."""
@@ -164,12 +164,12 @@ class SharedSubspace(WeightSpace):
             left, values, right = torch.linalg.svd(self.restore(code))
             root = values[:, :rank].sqrt()
             halves.append((right[:, :rank] * root[:, :, None], left[:, :, :rank] * root[:, None, :]))
-        found: list[dict[int, Pair]] = [{} for _ in halves]
+        factors: list[dict[int, Pair]] = [{} for _ in halves]
         for places, u_in, u_out in self._pieces():
-            for pairs, (rows, columns) in zip(found, halves, strict=True):
+            for pairs, (rows, columns) in zip(factors, halves, strict=True):
                 both = zip(torch.bmm(rows[places], u_in.mT), torch.bmm(u_out, columns[places]), strict=True)
                 pairs.update(zip(places, both, strict=True))
-        return [Factors({name: pairs[place] for place, name in enumerate(self.layout.names)}) for pairs in found]
+        return [Factors({name: pairs[place] for place, name in enumerate(self.layout.names)}) for pairs in factors]
 
     def _pieces(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Numbers of g modules of one shape, with U_in (g, i, k) and U_out (g, o, k) in fp32: never all of a large space."""
@@ -215,8 +215,8 @@ class SharedSubspace(WeightSpace):
         """Puts back what `stored` gave. Bases are not copied, so that a file that is mapped stays on the disk until it is used."""
 
         def bases(side: str) -> tuple[Tensor, ...]:
-            found = [tensors[f"{side}.{index}"] for index in range(len(layout))]
-            return tuple(basis if basis.dtype == torch.bfloat16 else basis.float() for basis in found)
+            loaded = [tensors[f"{side}.{index}"] for index in range(len(layout))]
+            return tuple(basis if basis.dtype == torch.bfloat16 else basis.float() for basis in loaded)
 
         return cls(layout, bases("bases_in"), bases("bases_out"), tensors["mean"].float(), tensors["scale"].float())
 

@@ -175,10 +175,10 @@ class WeightSpace(ABC):
             GeneratorError: If a tensor does not fit, or the normaliser cannot be used.
         """
         tensors, _ = self.stored()
-        found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes()
-        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        shapes, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes()
+        odd = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
         if odd:
-            got, wanted = found.get(odd[0]), expected.get(odd[0])
+            got, wanted = shapes.get(odd[0]), expected.get(odd[0])
             raise GeneratorError(f"a stored weight space does not fit its layout: tensor {odd[0]}", got=got, expected=wanted)
         mean, scale = tensors.get("mean", torch.zeros(())), tensors.get("scale", torch.ones(()))
         if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):

@@ -57,11 +57,11 @@ def import_coco(
         TaskError: Naming what is missing from the file, or if nothing is left.
         ArtifactError: If a file is not JSON, or an image is missing or its path leaves the folder.
     """
-    found = _read(instances, ("images", "annotations", "categories"))
-    files = {one["id"]: one for one in _rows(found["images"], instances, ("id", "file_name", "width", "height"))}
-    names = {one["id"]: str(one["name"]) for one in _rows(found["categories"], instances, ("id", "name"))}
+    instances_of = _read(instances, ("images", "annotations", "categories"))
+    files = {one["id"]: one for one in _rows(instances_of["images"], instances, ("id", "file_name", "width", "height"))}
+    names = {one["id"]: str(one["name"]) for one in _rows(instances_of["categories"], instances, ("id", "name"))}
     boxes: dict[Any, dict[Any, list[list[float]]]] = {category: {} for category in names}
-    for one in _rows(found["annotations"], instances, ("image_id", "category_id", "bbox")):
+    for one in _rows(instances_of["annotations"], instances, ("image_id", "category_id", "bbox")):
         if one["image_id"] not in files or one["category_id"] not in names:
             raise TaskError(f"{instances}: an annotation names no image or category of the file", got=str(one["image_id"])[:40])
         if not one.get("iscrowd"):
@@ -104,26 +104,26 @@ def _examples(
 ) -> list[Example]:
     """Examples of one task; the side of an image depends on seed and file alone."""
     marks = {image: hashlib.sha256(f"{seed}/{files[image]['file_name']}".encode()).digest() for image in members}
-    found: list[Example] = []
+    examples: list[Example] = []
     for split, limit in zip(("train", "test"), most, strict=True):
         mine = sorted((mark, image) for image, mark in marks.items() if (mark[0] % _TEST_ONE_IN == 0) == (split == "test"))
         for _, image in mine[:limit]:
             path = ImageFile(f"images/{files[image]['file_name']}", out)
-            found += [Example(path, text, split) for text in outputs(image)]
-    return found
+            examples += [Example(path, text, split) for text in outputs(image)]
+    return examples
 
 
 def _places(boxes: list[list[float]], image: Mapping[str, Any], where: Path) -> list[str]:
     """Location tokens of boxes (x, y, width, height) in pixels."""
-    found = []
+    places = []
     for box in boxes:
         numbers = [*box, image["width"], image["height"]] if isinstance(box, list) else []
         if len(numbers) != 6 or not all(isinstance(value, int | float) for value in numbers) or min(numbers[4:]) < 1:
             raise TaskError(f"{where}: a box cannot be used", got=repr(box)[:80], expected="[x, y, width, height] in pixels")
         x, y, width, height = box
         edges = (x / image["width"], y / image["height"], (x + width) / image["width"], (y + height) / image["height"])
-        found.append([min(999, max(0, int(1000 * edge))) for edge in edges])
-    return [f"<loc_{place}>" for box in sorted(found, key=lambda b: (b[1], b[0])) for place in box]
+        places.append([min(999, max(0, int(1000 * edge))) for edge in edges])
+    return [f"<loc_{place}>" for box in sorted(places, key=lambda b: (b[1], b[0])) for place in box]
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _rows(rows: list[Any], path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     for row in rows:
-        known = isinstance(row, dict) and all(key in row for key in keys)
-        if not known or not all(isinstance(row[key], int | str) for key in keys if key.endswith("id")):
+        complete = isinstance(row, dict) and all(key in row for key in keys)
+        if not complete or not all(isinstance(row[key], int | str) for key in keys if key.endswith("id")):
             raise TaskError(f"{path} is not in COCO's format", got=repr(row)[:80], expected="fields " + ", ".join(keys))
     return rows

@@ -66,7 +66,7 @@ def derive(
         tasks.append(task)
         if len(task.labels) >= _LARGE:
             whole.append(task)
-            tasks += [made for _ in range(subsets) if (made := _subset(task, rng)) is not None]
+            tasks += [subset for _ in range(subsets) if (subset := _subset(task, rng)) is not None]
     if not tasks:
         raise TaskError(f"{source} has no task with labels and test examples")
     marks = [{task.source} if by == "source" else {example.input for example in task.examples} for task in tasks]
@@ -74,9 +74,9 @@ def derive(
     splits = {"train": [t.name for t in tasks if t.name not in chosen], "test": [t.name for t in tasks if t.name in chosen]}
     more: dict[str, Task] = {}
     for task in [one for one in whole if one.name not in chosen] * without_expert:
-        made = _subset(task, rng)
-        if made is not None and made.name not in splits["train"]:
-            more[made.name] = made
+        subset = _subset(task, rng)
+        if subset is not None and subset.name not in splits["train"]:
+            more[subset.name] = subset
     if more:
         splits["without_expert"] = sorted(more)
     TaskSuite([*tasks, *more.values()]).save(out)

@@ -70,9 +70,9 @@ def import_instructions(
         raise TaskError(f"{source} cannot be imported", got=f"{len(files)} JSON files", expected=f"1 to {_MOST_FILES}, one per task")
     found: list[tuple[Task, set[str]]] = []
     for file in files:
-        made = _task(file, limits, seed)
-        if made is not None:
-            found.append(made)
+        imported = _task(file, limits, seed)
+        if imported is not None:
+            found.append(imported)
     tasks = [task for task, _ in found]
     if test_tasks is None:
         test = hold_out_groups(tasks, [marks for _, marks in found], held_out, random.Random(seed))

@@ -131,10 +131,10 @@ class TaskSuite:
             return cls.from_folder(folder).select(names)
         if (folder / "tasks.jsonl").is_file():
             return cls(_read_suite(folder))
-        found = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
-        if not found:
+        suites = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
+        if not suites:
             raise TaskError(f"{folder} is not a task suite", got="no tasks.jsonl in it or below it")
-        return cls(task for child in found for task in _read_suite(child))
+        return cls(task for child in suites for task in _read_suite(child))
 
     def save(self, folder: str | Path) -> Path:
         """Writes tasks.jsonl and examples.jsonl.gz, and copies images; the same suite gives the same bytes."""
@@ -313,8 +313,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
 def connected(marks: Sequence[Set[str]]) -> list[list[int]]:
     """Groups of indices that share marks, directly or through others; of what tasks share, such as texts or a source."""
     groups: list[tuple[set[str], list[int]]] = []
-    for index, own in enumerate(marks):
-        near = [group for group in groups if not group[0].isdisjoint(own)]
+    for index, marked in enumerate(marks):
+        near = [group for group in groups if not group[0].isdisjoint(marked)]
         groups = [group for group in groups if group not in near]
-        groups.append((set(own).union(*(known for known, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
+        groups.append((set(marked).union(*(known for known, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
     return sorted(members for _, members in groups)

@@ -46,8 +46,8 @@ def read_unknown(path: str | Path, part: str) -> dict[str, list[str]]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError("there is no such file", got=path, expected="YAML: kind -> fit, test -> descriptions")
-    found = _checked(parse_yaml(path.read_bytes(), str(path)), str(path))
-    return {kind: list(parts[part]) for kind, parts in found.items() if part in PARTS}
+    kinds = _checked(parse_yaml(path.read_bytes(), str(path)), str(path))
+    return {kind: list(parts[part]) for kind, parts in kinds.items() if part in PARTS}
 
 
 def _checked(value: Any, origin: str) -> Mapping[str, Mapping[str, list[str]]]:  # noqa: ANN401 - YAML is any value

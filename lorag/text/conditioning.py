@@ -73,7 +73,7 @@ class Conditioner:
         """Averages the embeddings of each expert's descriptions; `size` is the length e of vectors where there may be no expert."""
         if not names and size is not None:
             return cls(names, torch.zeros(0, size))
-        means = torch.stack([torch.stack([one.pooled for one in own]).mean(0) for own in embeddings])
+        means = torch.stack([torch.stack([one.pooled for one in of_expert]).mean(0) for of_expert in embeddings])
         return cls(names, torch.nn.functional.normalize(means, dim=-1))
 
     def __call__(self, embedding: Embedding, *, masked: Tensor | None = None, keep: int = 8) -> Condition:
@@ -86,8 +86,8 @@ class Conditioner:
         """
         masked_places = [] if masked is None else masked.nonzero().flatten().tolist()
         count = min(len(self.names), max(1, min(keep, len(self.names) - len(masked_places))))
-        found = self._search_many(embedding.pooled, masked_places, count)
-        similarities, cosines, places = self._compare(embedding.pooled, masked_places, count) if found is None else found
+        compared = self._search_many(embedding.pooled, masked_places, count)
+        similarities, cosines, places = self._compare(embedding.pooled, masked_places, count) if compared is None else compared
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(cosines.tolist(), places.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()) if count else 1.0)
 

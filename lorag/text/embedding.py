@@ -122,7 +122,7 @@ class SentenceEmbedder:
 
     def embed(self, texts: Sequence[str], *, quiet: bool = True) -> list[Embedding]:
         """Embeds texts one length at a time, so that no text's vector depends on what stands beside it."""
-        found: dict[str, Embedding] = {}
+        vectors: dict[str, Embedding] = {}
         tokenized = {text: len(self._model.tokenizer(text)["input_ids"]) for text in dict.fromkeys(texts)}
         by_length: dict[int, list[str]] = {}
         for text, length in tokenized.items():
@@ -140,9 +140,9 @@ class SentenceEmbedder:
                     pooled = torch.nn.functional.normalize(output["sentence_embedding"].float(), dim=-1).cpu()
                     tokens = _states(output).float().cpu()
                     for index, text in enumerate(chunk):
-                        found[text] = Embedding(pooled[index].clone(), tokens[index].clone())
+                        vectors[text] = Embedding(pooled[index].clone(), tokens[index].clone())
                     bar.update(len(chunk))
-        return [found[text] for text in texts]
+        return [vectors[text] for text in texts]
 
 
 def _states(output: Mapping[str, Any]) -> Tensor:

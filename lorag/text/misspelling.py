@@ -24,8 +24,13 @@ def misspell(text: str, rng: random.Random) -> str:
     word = words[place]
     at = rng.randrange(len(word) - 1)
     letter, rest = word[at], word[at + 1 :]
-    made = {"left out": rest, "doubled": letter * 2 + rest, "exchanged": rest[0] + letter + rest[1:], "beside": _beside(letter, rng) + rest}
-    words[place] = word[:at] + made[rng.choice(sorted(made))]
+    variants = {
+        "left out": rest,
+        "doubled": letter * 2 + rest,
+        "exchanged": rest[0] + letter + rest[1:],
+        "beside": _beside(letter, rng) + rest,
+    }
+    words[place] = word[:at] + variants[rng.choice(sorted(variants))]
     return " ".join(words)
 
 
@@ -38,5 +43,5 @@ def _beside(letter: str, rng: random.Random) -> str:
     """A letter next to this one on a keyboard, in the same case."""
     row = next(row for row in _KEYS if letter.lower() in row)
     at = row.index(letter.lower())
-    found = rng.choice([row[near] for near in (at - 1, at + 1) if 0 <= near < len(row)])
-    return found.upper() if letter.isupper() else found
+    key = rng.choice([row[near] for near in (at - 1, at + 1) if 0 <= near < len(row)])
+    return key.upper() if letter.isupper() else key

@@ -43,27 +43,27 @@ def tune_strength(method: Method, data: TrainingSet, runner: Runner | None, rng:
         for i, mask, vector in zip(chosen, data.masked(chosen), vectors, strict=True)
     ]
     codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
-    found: dict[float, float] = {}
+    losses: dict[float, float] = {}
     for strength in _STRENGTHS:
         scaled = data.space.scaled(codes, strength).to(runner.device)
         asked = [mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
-        found[strength] = sum(asked) / len(asked)
-    return min(found, key=lambda strength: found[strength])
+        losses[strength] = sum(asked) / len(asked)
+    return min(losses, key=lambda strength: losses[strength])
 
 
 def score_codes(generator: LoraGenerator, codes: Tensor | None, tasks: Sequence[Task], limit: int, strengths: Sequence[float]) -> Tensor:
     """Scores (n,) of codes (n, c), each on its task and with its factor on ΔW; without codes, those of the bare base model."""
     runner = generator.runner()
-    found: list[float] = []
+    scores: list[float] = []
     for start in range(0, len(tasks), _CHUNK):
-        part, own = tasks[start : start + _CHUNK], None
+        part, stacked = tasks[start : start + _CHUNK], None
         if codes is not None:
             part_strengths = strengths[start : start + _CHUNK]
             decoded = generator.space.decode(codes[start : start + _CHUNK], generator.rank)
             scaled = [factors.scaled(strength) for factors, strength in zip(decoded, part_strengths, strict=True)]
-            own = Factors.stack(scaled, runner.device)
-        found += [score[runner.objective.metric] for score in runner.scores(own, part, limit=limit)]
-    return torch.tensor(found, dtype=torch.float64)
+            stacked = Factors.stack(scaled, runner.device)
+        scores += [score[runner.objective.metric] for score in runner.scores(stacked, part, limit=limit)]
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def gap_closed_by(
@@ -95,8 +95,8 @@ def gap_closed_by(
         experts = Factors.stack([bank.adapter(name).factors for name in distinct[start : start + _CHUNK]], runner.device)
         ceiling += [s[runner.objective.metric] for s in runner.scores(experts, mine[start : start + _CHUNK], limit=limit)]
     place = torch.tensor([distinct.index(name) for name in names])
-    made = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))
-    return gap_closed(made, floor[place], torch.tensor(ceiling, dtype=torch.float64)[place])
+    reached = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))
+    return gap_closed(reached, floor[place], torch.tensor(ceiling, dtype=torch.float64)[place])
 
 
 def gap_closed(scores: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:

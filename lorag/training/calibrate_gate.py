@@ -108,15 +108,15 @@ def fit_gate(
     gap_closed, gap_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
     if tasks:
         # Rows and first rows of the tasks that have an expert.
-        known = [place for place, (i, _) in enumerate(rows) if i < experts]
-        first = [next(place for place in known if rows[place][0] == i) for i in owned]
+        with_expert = [place for place, (i, _) in enumerate(rows) if i < experts]
+        first = [next(place for place in with_expert if rows[place][0] == i) for i in owned]
         fused = torch.cat([generator.fuse_nearest(bank, firsts[place])[1] for place in first])
-        owners = [names[rows[place][0]] for place in known] + [names[i] for i in owned]
-        strengths = [generator.strength] * len(known) + [1.0] * len(owned)
-        every = gap_closed_by(generator, torch.cat([codes[known], fused]), owners, bank, tasks, settings.limit, strengths)
+        owners = [names[rows[place][0]] for place in with_expert] + [names[i] for i in owned]
+        strengths = [generator.strength] * len(with_expert) + [1.0] * len(owned)
+        every = gap_closed_by(generator, torch.cat([codes[with_expert], fused]), owners, bank, tasks, settings.limit, strengths)
         closed = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-        closed[known] = every[: len(known)]
-        fuse_above = fusing_cosine(evidence[first, 0], every[len(known) :], closed[first])
+        closed[with_expert] = every[: len(with_expert)]
+        fuse_above = fusing_cosine(evidence[first, 0], every[len(with_expert) :], closed[first])
         sure = closed.isfinite()
         if sure.any():
             gap_range = min(0.0, closed[sure].min().item()), 1.0
@@ -263,10 +263,10 @@ def naming_cosine(generator: LoraGenerator, bank: AdapterBank, nearest: Tensor, 
     if not len(bank):
         return None
     texts = [bank[name].descriptions[: min(max(2, wordings), _COMPARED)] for name in conditioner.names]
-    flat = iter(generator.embedder.embed([text for own in texts for text in own]))
+    flat = iter(generator.embedder.embed([text for of_expert in texts for text in of_expert]))
     cosines, right = [], []
-    for index, own in enumerate(texts):
-        vectors = [next(flat) for _ in own]
+    for index, of_expert in enumerate(texts):
+        vectors = [next(flat) for _ in of_expert]
         for place, one in enumerate(vectors if len(vectors) > 1 else ()):
             cosine, best = _without(conditioner.centroids, index, vectors, place, one)
             cosines.append(cosine)
@@ -299,5 +299,5 @@ def task_wordings(names: Sequence[str], bank: AdapterBank) -> tuple[Tensor, Tens
     for index, name in enumerate(names):
         for text in bank[name].descriptions if name in bank else ():
             owners.setdefault(digest(text), set()).add(index)
-    sole = sorted((mark, next(iter(own))) for mark, own in owners.items() if len(own) == 1)
+    sole = sorted((mark, next(iter(places))) for mark, places in owners.items() if len(places) == 1)
     return torch.tensor([m for m, _ in sole], dtype=torch.int64), torch.tensor([o for _, o in sole], dtype=torch.int32)

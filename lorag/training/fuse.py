@@ -64,10 +64,10 @@ def _members(
     generator: LoraGenerator, method: IcmFusion, bank: AdapterBank, names: Sequence[str], adapters: Mapping[str, LoraAdapter]
 ) -> _Members:
     latents, vectors = [], []
-    known = {name: index for index, name in enumerate(generator.conditioner.names)}
+    place_of = {name: index for index, name in enumerate(generator.conditioner.names)}
     for name in names:
-        if name in known:
-            vector = method.vectors[known[name]]
+        if name in place_of:
+            vector = method.vectors[place_of[name]]
         elif method.settings.condition == "description":
             pooled = torch.stack([one.pooled for one in generator.embedder.embed(list(bank[name].descriptions))])
             vector = method.standardise(F.normalize(pooled.mean(0), dim=0))
@@ -76,8 +76,8 @@ def _members(
                 f"expert {name!r} is unknown to the generator, whose task vectors come from examples",
                 remedy="Fit the generator on a bank that has it, or with settings.condition=description.",
             )
-        if name in known and name not in adapters:
-            latents.append(method.latents[known[name]])
+        if name in place_of and name not in adapters:
+            latents.append(method.latents[place_of[name]])
         else:
             code = generator.space.encode((adapters.get(name) or bank.adapter(name)).factors)
             latents.append(method.encode(code[None], vector[None]).mean[0])
@@ -268,12 +268,12 @@ def fuse(
         base = experts.base
         base.check()
         runner = Runner.open(base, device)
-        own = tasks_of(suite, names)
-        warn_of_shared_inputs(runner, own)
+        their_tasks = tasks_of(suite, names)
+        warn_of_shared_inputs(runner, their_tasks)
         if method == "regmean":
-            return regmean(runner, list(experts.adapters(names)), own, weights=weights, rank=rank, seed=seed)
+            return regmean(runner, list(experts.adapters(names)), their_tasks, weights=weights, rank=rank, seed=seed)
         if method == "cat" and weights is None:
-            learned = learn_weights(runner, list(experts.adapters(names)), own, seed=seed)
+            learned = learn_weights(runner, list(experts.adapters(names)), their_tasks, seed=seed)
     return experts.fuse(names, method, rank=rank, weights=learned, rng=rng)
 
 

@@ -133,9 +133,9 @@ def prepare(
         codes.append(checkpoints[-1])
         deviations.append(checkpoints.std(0) if len(checkpoints) > 1 else torch.zeros_like(checkpoints[0]))
     described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in more)]
-    texts = [misspell_some(own[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, own in enumerate(described)]
-    flat = iter(embedder.embed([text for own in texts for text in own], quiet=quiet))
-    embeddings = [[next(flat) for _ in own] for own in texts]
+    texts = [misspell_some(of_task[: wordings or None], typos, random.Random(f"typos/{seed}/{i}")) for i, of_task in enumerate(described)]
+    flat = iter(embedder.embed([text for of_task in texts for text in of_task], quiet=quiet))
+    embeddings = [[next(flat) for _ in of_task] for of_task in texts]
     examples, near = [], space
     if suite is not None and runner is not None:
         tasks = {task.key: task for task in suite}
@@ -209,8 +209,8 @@ def hold_out(
         members.setdefault(group, []).append(task)
     held: set[int] = set()
     for whole in (False, True):
-        groups_of = [own for own in members.values() if (own[0] >= experts) == whole]
-        sizes = [len([i for i in own if whole or i < experts]) for own in groups_of]
+        groups_of = [group for group in members.values() if (group[0] >= experts) == whole]
+        sizes = [len([i for i in group if whole or i < experts]) for group in groups_of]
         most, count = int(validation * sum(sizes)), 0
         for place in torch.randperm(len(groups_of), generator=rng).tolist():
             if count + sizes[place] <= most:
@@ -224,11 +224,11 @@ def _groups(names: Sequence[str], suite: TaskSuite | None, rule: str) -> list[in
     tasks = {task.key: task for task in suite or ()}
     marks: list[set[str]] = []
     for name in names:
-        found = {name}
+        marks_of = {name}
         if rule == "source":
-            found = {tasks[name].source}
+            marks_of = {tasks[name].source}
         elif rule == "texts":
-            found |= {example.input for example in tasks[name].split("train")}
-        marks.append(found)
+            marks_of |= {example.input for example in tasks[name].split("train")}
+        marks.append(marks_of)
     of = {index: group[0] for group in connected(marks) for index in group}
     return [of[index] for index in range(len(names))]

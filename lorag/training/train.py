@@ -121,10 +121,10 @@ def fit_generator(
 
 def _licences(prepared: Prepared, method: Method) -> dict[str, str]:
     """Licences of all that a method learned from: the experts, and the tasks without one if it trained on their examples."""
-    data, found = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
+    data, licences = prepared.data, {expert.name: expert.license for expert in prepared.bank.experts}
     if method.learns_from_tasks:
-        found |= {data.tasks[i].key: data.tasks[i].license for i in data.training if i >= len(prepared.bank)}
-    return found
+        licences |= {data.tasks[i].key: data.tasks[i].license for i in data.training if i >= len(prepared.bank)}
+    return licences
 
 
 def _find_bank(config: TrainConfig) -> AdapterBank:

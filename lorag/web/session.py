@@ -144,19 +144,19 @@ class Session:
         Raises:
             LoragError: If a generator refuses the description, or cannot work from a description alone.
         """
-        found: list[Result] = []
+        results: list[Result] = []
         total = len(request.methods) * int(request.samples)
         for method in request.methods:
             several = len(self.generators) > 1 or request.samples > 1
             of_method: list[Result] = []
             for seed in range(int(request.seed), int(request.seed) + int(request.samples)):
                 label = f"{method}, seed {seed}" if several else method
-                progress((len(found) + len(of_method)) / total, f"generating: {label}")
+                progress((len(results) + len(of_method)) / total, f"generating: {label}")
                 adapter, seconds = self._adapter(request, method, seed)
                 twin = next((one.label for one in of_method if one.repeats is None and _same(one.adapter, adapter)), None)
                 of_method.append(Result(label, method, seed, adapter, seconds, twin))
-            found += of_method
-        return found
+            results += of_method
+        return results
 
     def answers(
         self,
@@ -248,10 +248,10 @@ def _same(one: LoraAdapter, other: LoraAdapter) -> bool:
 
 
 def _checked(what: str, texts: Sequence[str], least: int) -> list[str]:
-    found = [text.strip() for text in texts if text.strip()]
-    if not least <= len(found) <= MOST_INPUTS:
-        raise TaskError(f"{what} cannot be used", got=len(found), expected=f"{least} to {MOST_INPUTS}, one on each line")
-    longest = max(map(len, found))
+    lines = [text.strip() for text in texts if text.strip()]
+    if not least <= len(lines) <= MOST_INPUTS:
+        raise TaskError(f"{what} cannot be used", got=len(lines), expected=f"{least} to {MOST_INPUTS}, one on each line")
+    longest = max(map(len, lines))
     if longest > MOST_INPUT:
         raise TaskError(f"{what} cannot be used", got=f"a line of {longest} characters", expected=f"at most {MOST_INPUT}")
-    return found
+    return lines

@@ -149,15 +149,15 @@ def task_rng(task: Task, seed: str) -> random.Random:
 
 def training_examples(task: Task) -> tuple[Example, ...]:
     """Training examples of a task, of which there must be some."""
-    found = task.split("train")
-    if not found:
+    examples = task.split("train")
+    if not examples:
         raise TaskError(f"task {task.name!r} has no training examples")
-    return found
+    return examples
 
 
 def test_examples(task: Task, limit: int) -> list[Example]:
     """The first `limit` test examples of a task, of which there must be some."""
-    found = list(task.split("test")[:limit])
-    if not found:
+    examples = list(task.split("test")[:limit])
+    if not examples:
         raise TaskError(f"task {task.name!r} has no test examples")
-    return found
+    return examples

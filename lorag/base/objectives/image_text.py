@@ -102,13 +102,13 @@ class ImageText(Objective):
         self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
     ) -> list[dict[str, float]]:
         """Recall at each k from image to text, from text to image, and their mean."""
-        found = []
+        results = []
         for index, task in enumerate(tasks):
             examples = test_examples(task, limit)
             groups = _by_image(examples)
             texts = list(dict.fromkeys(example.output for example in examples))
-            own = take(adapters, index, index + 1)
-            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+            adapter = take(adapters, index, index + 1)
+            with nullcontext(rows.model) if adapter is None else rows.use(adapter) as model:
                 seen = torch.cat([_image_vectors(model, self._pixels(part)) for part in _parts(list(groups), self._rows_at_once)])
                 read = torch.cat([_text_vectors(model, self._tokens(part)) for part in _parts(texts, self._rows_at_once)])
             fits = torch.tensor([[any(e.output == text for e in group) for text in texts] for group in groups.values()])
@@ -117,8 +117,8 @@ class ImageText(Objective):
             for k in self.k:
                 there, back = recall(similarity, fits, k), recall(similarity.T, fits.T, k)
                 score |= {f"image_to_text_at_{k}": there, f"text_to_image_at_{k}": back, f"recall_at_{k}": (there + back) / 2}
-            found.append(score)
-        return found
+            results.append(score)
+        return results
 
     def _pixels(self, images: Sequence[str]) -> Tensor:
         return self.tokenizer.image_processor(open_images(images), return_tensors="pt")["pixel_values"]
@@ -135,7 +135,7 @@ def open_images(inputs: Sequence[str]) -> list[Image]:
         TaskError: If one is not an image of a suite.
         ArtifactError: If one cannot be decoded.
     """
-    found = []
+    opened = []
     for one in inputs:
         if not isinstance(one, ImageFile):
             raise TaskError(
@@ -143,8 +143,8 @@ def open_images(inputs: Sequence[str]) -> list[Image]:
                 got=repr(one)[:80],
                 remedy='Its task needs "inputs": "image" in tasks.jsonl.',
             )
-        found.append(one.open())
-    return found
+        opened.append(one.open())
+    return opened
 
 
 def recall(similarity: Tensor, fits: Tensor, k: int) -> float:
@@ -175,12 +175,12 @@ def _parts(rows: Sequence[str], most: int) -> list[Sequence[str]]:
 def _image_vectors(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     """Unit-length embeddings (b, e) of images."""
     towers: Any = model
-    found = towers.get_image_features(pixel_values=pixels.to(towers.device, towers.dtype))
-    return F.normalize(found.pooler_output.float(), dim=-1)
+    output = towers.get_image_features(pixel_values=pixels.to(towers.device, towers.dtype))
+    return F.normalize(output.pooler_output.float(), dim=-1)
 
 
 def _text_vectors(model: PreTrainedModel, texts: dict[str, Tensor]) -> Tensor:
     """Unit-length embeddings (b, e) of texts."""
     towers: Any = model
-    found = towers.get_text_features(**{key: value.to(towers.device) for key, value in texts.items()})
-    return F.normalize(found.pooler_output.float(), dim=-1)
+    output = towers.get_text_features(**{key: value.to(towers.device) for key, value in texts.items()})
+    return F.normalize(output.pooler_output.float(), dim=-1)

@@ -128,13 +128,13 @@ def _on(model: PreTrainedModel, arguments: dict[str, Tensor]) -> dict[str, Tenso
 
 def boxes_of(text: str) -> list[Box]:
     """Boxes of a written answer: label, x1, y1, x2, y2 in thousandths. A box without a label has that of the box before it."""
-    found: list[Box] = []
+    boxes: list[Box] = []
     label = ""
     for name, places in _OBJECT.findall(text):
         label = " ".join(name.lower().split()) or label
         x1, y1, x2, y2 = (float(place) for place in _PLACE.findall(places))
-        found.append((label, min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
-    return found
+        boxes.append((label, min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
 
 
 def box_f1(answers: Iterable[Sequence[Box]], references: Iterable[Sequence[Box]]) -> float:

@@ -149,10 +149,10 @@ class LanguageModel(Objective):
     def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Mean cross-entropy of the answers' tokens, one value per task."""
         logits = self._answer_logits(model, batch)
-        known = batch.targets != -100
-        each = F.cross_entropy(logits.float(), batch.targets[known].to(logits.device), reduction="none")
+        answered = batch.targets != -100
+        each = F.cross_entropy(logits.float(), batch.targets[answered].to(logits.device), reduction="none")
         run = torch.arange(batch.tasks).repeat_interleave(len(batch.targets) // batch.tasks)
-        run = run[:, None].expand_as(batch.targets)[known].to(logits.device)
+        run = run[:, None].expand_as(batch.targets)[answered].to(logits.device)
         total = torch.zeros(batch.tasks, device=logits.device, dtype=each.dtype)
         return total.index_add(0, run, each) / torch.bincount(run, minlength=batch.tasks)
 
@@ -174,24 +174,24 @@ class LanguageModel(Objective):
         """
         tests = [test_examples(task, limit) for task in tasks]
         encoded = [self._rows(task, [(e.input, e.output) for e in test]) for task, test in zip(tasks, tests, strict=True)]
-        sizes = [[self._size(row) for row in own] for own in encoded]
+        sizes = [[self._size(row) for row in chosen] for chosen in encoded]
         right: list[list[Tensor]] = [[torch.empty(0)] * len(test) for test in tests]
-        likely = [list(own) for own in right]
+        likely = [list(chosen) for chosen in right]
         for batch in _batches([range(len(test)) for test in tests], sizes, self._tokens_at_once):
             flat = [encoded[task][place] for task, places in batch for place in places]
             collated = self._collate(flat, len(batch))
-            own = select(adapters, [task for task, _ in batch])
-            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+            chosen = select(adapters, [task for task, _ in batch])
+            with nullcontext(rows.model) if chosen is None else rows.use(chosen) as model:
                 guessed, likelihood = self._judge(model, collated)
             lengths = (collated.targets != -100).sum(1).tolist()
             pairs = [(task, place) for task, places in batch for place in places]
             for (task, place), hit, logs in zip(pairs, guessed.split(lengths), likelihood.split(lengths), strict=True):
                 right[task][place], likely[task][place] = hit, logs
-        exact = [[bool(hit.all()) for hit in own] for own in right]
+        exact = [[bool(hit.all()) for hit in chosen] for chosen in right]
         writes = [self.writes or task.free_text for task in tasks]
-        answered = [own if write else [True] * len(own) for own, write in zip(exact, writes, strict=True)]
+        answered = [chosen if write else [True] * len(chosen) for chosen, write in zip(exact, writes, strict=True)]
         written = self._written(rows, adapters, tests, encoded, sizes, answered)
-        found = []
+        results = []
         for number, test in enumerate(tests):
             score = {
                 "exact_match": sum(exact[number]) / len(test),
@@ -207,8 +207,8 @@ class LanguageModel(Objective):
                 raise TaskError(f"task {tasks[number].name!r} has no text to measure", expected=f"outputs, for {self.metric}")
             if plain != self.metric:
                 score[self.metric] = -score[plain]
-            found.append(score)
-        return found
+            results.append(score)
+        return results
 
     def _judge(self, model: PreTrainedModel, batch: TokenRows) -> tuple[Tensor, Tensor]:
         """Whether each answer token (k,) is the likeliest, and its log-likelihood (k,)."""
@@ -232,12 +232,12 @@ class LanguageModel(Objective):
     ) -> list[list[str]]:
         """The greedy answer to every test example, written out unless it is known to be the reference."""
         answers = [[example.output for example in test] for test in tests]
-        left = [[place for place, known in enumerate(own) if not known] for own in answered]
+        left = [[place for place, known in enumerate(chosen) if not known] for chosen in answered]
         for batch in _batches(left, sizes, self._tokens_at_once):
             pairs = [(task, place) for task, places in batch for place in places]
             room = max(16, 2 * max(len(encoded[task][place][1]) for task, place in pairs))
-            own = select(adapters, [task for task, _ in batch])
-            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+            chosen = select(adapters, [task for task, _ in batch])
+            with nullcontext(rows.model) if chosen is None else rows.use(chosen) as model:
                 texts = self.generate(model, [tests[task][place].input for task, place in pairs], max_new_tokens=room)
             for (task, place), text in zip(pairs, texts, strict=True):
                 answers[task][place] = text
@@ -277,19 +277,19 @@ def _batches(places: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], mo
         (task, places) of equal numbers of places; where a task has too few left, its last one comes again.
     """
     runs = []
-    for task, own in enumerate(places):
-        order = sorted(own, key=lambda place: sizes[task][place])
+    for task, rows in enumerate(places):
+        order = sorted(rows, key=lambda place: sizes[task][place])
         runs += [(sizes[task][order[start : start + _RUN][-1]], task, order[start : start + _RUN]) for start in range(0, len(order), _RUN)]
     batch: list[tuple[int, list[int]]] = []
     width = 0
     for size, task, run in sorted(runs):
         if batch and (len(batch) + 1) * max(width, len(run)) * size > most:
-            yield [(one, [*own, *own[-1:] * (width - len(own))]) for one, own in batch]
+            yield [(one, [*rows, *rows[-1:] * (width - len(rows))]) for one, rows in batch]
             batch, width = [], 0
         batch.append((task, run))
         width = max(width, len(run))
     if batch:
-        yield [(one, [*own, *own[-1:] * (width - len(own))]) for one, own in batch]
+        yield [(one, [*rows, *rows[-1:] * (width - len(rows))]) for one, rows in batch]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:

@@ -154,13 +154,13 @@ class Written(Prompts):
     def prompts(self, inputs: Sequence[str]) -> list[list[int]]:
         """Prompts of at most `max_length` tokens and the bos token; long ones lose their beginning."""
         begin = self.tokenizer.bos_token_id
-        found = []
+        prompts = []
         for ids in self._ids(self.texts(inputs)):
             start = [] if begin is None else [begin]
             ids = ids[1:] if ids[:1] == start != [] else ids
             # A first token needs something before it: where a tokenizer begins texts with nothing, the end of another one.
-            found.append(start + ids[-self.max_length :] or [self.tokenizer.eos_token_id])
-        return found
+            prompts.append(start + ids[-self.max_length :] or [self.tokenizer.eos_token_id])
+        return prompts
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Prompt and answer of each (input, output), the answer with the token that ends it."""
@@ -226,7 +226,7 @@ class Chat(Prompts):
 
     def _fitted(self, inputs: Sequence[str]) -> list[tuple[str, list[int]]]:
         texts = self.texts(inputs)
-        found = []
+        fitting = []
         for given, text, ids in zip(inputs, texts, self._ids(texts), strict=True):
             while len(ids) > self.max_length and given:
                 if isinstance(given, Conversation):
@@ -236,8 +236,8 @@ class Chat(Prompts):
                     given = str(self.tokenizer.decode(pieces)) if pieces else ""
                 text = self._render(self._turns(given), True)
                 ids = self._ids([text])[0]
-            found.append((text, ids))
-        return found
+            fitting.append((text, ids))
+        return fitting
 
     def _probe(self) -> str:
         """A prompt that the template takes; decides where the system text goes."""

@@ -86,19 +86,19 @@ class _Encoder(Objective):
 
     def _embed_all(self, rows: RowAdapters, adapters: Stacked | Cores | None, groups: Sequence[Sequence[str]]) -> list[Tensor]:
         """Embeds a list of texts for each adapter: n lists of any lengths to n matrices."""
-        found = []
+        vectors = []
         for index, texts in enumerate(groups):
-            own = take(adapters, index, index + 1)
+            adapter = take(adapters, index, index + 1)
             # Sorted by length, a batch has little padding.
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
             parts = []
-            with nullcontext(rows.model) if own is None else rows.use(own) as model:
+            with nullcontext(rows.model) if adapter is None else rows.use(adapter) as model:
                 for start in range(0, len(order), self._rows_at_once):
                     chunk = [texts[i] for i in order[start : start + self._rows_at_once]]
                     parts.append(self._embed(model, self._arguments(chunk)))
             embedded = torch.cat(parts)
-            found.append(embedded[torch.tensor(order, device=embedded.device).argsort()])
-        return found
+            vectors.append(embedded[torch.tensor(order, device=embedded.device).argsort()])
+        return vectors
 
 
 def _labels(task: Task) -> tuple[str, ...]:
@@ -151,13 +151,13 @@ class LabelMatching(_Encoder):
         """Accuracy and macro-F1 over all labels of each task."""
         tests = [test_examples(task, limit) for task in tasks]
         groups = [[e.input for e in test] + list(_labels(task)) for test, task in zip(tests, tasks, strict=True)]
-        found = []
+        results = []
         for embedded, test, task in zip(self._embed_all(rows, adapters, groups), tests, tasks, strict=True):
             texts, labels = embedded[: len(test)], embedded[len(test) :]
             guessed = (texts @ labels.T).argmax(-1).tolist()
             right = [_labels(task).index(example.output) for example in test]
-            found.append({"accuracy": _accuracy(guessed, right), "macro_f1": _macro_f1(guessed, right)})
-        return found
+            results.append({"accuracy": _accuracy(guessed, right), "macro_f1": _macro_f1(guessed, right)})
+        return results
 
 
 class Prototypes(_Encoder):
@@ -232,8 +232,8 @@ class Prototypes(_Encoder):
             draws = [[rng.sample(groups[n], min(self.shots, len(groups[n]))) for n in names] for _ in range(self.draws)]
             supports = list(dict.fromkeys(text for draw in draws for group in draw for text in group))
             place = {text: number for number, text in enumerate(supports)}
-            own = take(adapters, index, index + 1)
-            (embedded,) = self._embed_all(rows, own, [[e.input for e in test] + supports])
+            adapter = take(adapters, index, index + 1)
+            (embedded,) = self._embed_all(rows, adapter, [[e.input for e in test] + supports])
             texts, labelled = embedded[: len(test)], embedded[len(test) :]
             right = [names.index(example.output) for example in test]
             results = []
@@ -252,9 +252,9 @@ def _class_losses(queries: Tensor, classes: Tensor, batch: _Texts, temperature: 
     padding = torch.arange(classes.shape[1], device=logits.device)[None] >= batch.ways.to(logits.device)[:, None]
     logits = logits.masked_fill(padding[:, None], float("-inf"))
     target = batch.target.to(logits.device)
-    known = target != -100
+    real = target != -100
     each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=-100).view_as(target)
-    return (each * known).sum(1) / known.sum(1)
+    return (each * real).sum(1) / real.sum(1)
 
 
 def _accuracy(guessed: Sequence[int], right: Sequence[int]) -> float:

@@ -41,10 +41,10 @@ def _core(text: str) -> str:
 
 def balanced_accuracy(right: Sequence[bool], labels: Sequence[str]) -> float:
     """Mean over the labels that occur of the share of their examples that are answered right; always yes of yes and no has 0.5."""
-    own: dict[str, list[bool]] = {}
+    by_label: dict[str, list[bool]] = {}
     for hit, label in zip(right, labels, strict=True):
-        own.setdefault(label, []).append(hit)
-    return sum(sum(hits) / len(hits) for hits in own.values()) / len(own)
+        by_label.setdefault(label, []).append(hit)
+    return sum(sum(hits) / len(hits) for hits in by_label.values()) / len(by_label)
 
 
 def density(likelihood: Tensor, examples: Sequence[str]) -> dict[str, float]:

@@ -58,10 +58,10 @@ def _number(value: float | None) -> str:
 def _ladder(found: Findings) -> Chapter:
     question, methods = "How far does each method get from a description alone?", found.ladder
     rows = tuple((r.name, r.role, _number(r.score), f"{r.low:.3f} to {r.high:.3f}", _number(r.gap)) for r in methods)
-    own = next((r for r in methods if r.name == found.subject), methods[-1])
+    subject = next((r for r in methods if r.name == found.subject), methods[-1])
     rivals = sorted((r for r in methods if r.role == "baseline"), key=lambda r: -r.score)
-    answer = f"{own.name} reaches {own.score:.3f} ({own.low:.3f} to {own.high:.3f})"
-    answer += "" if own.gap is None else f" and closes {own.gap:.1%} of the gap between the base model and the oracle"
+    answer = f"{subject.name} reaches {subject.score:.3f} ({subject.low:.3f} to {subject.high:.3f})"
+    answer += "" if subject.gap is None else f" and closes {subject.gap:.1%} of the gap between the base model and the oracle"
     answer += f"; the best baseline, {rivals[0].name}, reaches {rivals[0].score:.3f}." if rivals else "."
     return Chapter(
         "ladder",

@@ -164,12 +164,12 @@ def draw_map(theme: Theme, title: str, found: Tasks, note: str) -> Figure:
     )
     for label, colour, marker, low, high in kinds:
         rows = zip(found.points, found.gap_closed, strict=True)
-        own = [point for point, closed in rows if (math.isnan(low) if closed is None else low <= closed < high)]
-        if own:
-            xs, ys = zip(*own, strict=True)
+        inside = [point for point, closed in rows if (math.isnan(low) if closed is None else low <= closed < high)]
+        if inside:
+            xs, ys = zip(*inside, strict=True)
             axes.scatter(
                 xs, ys, s=_DOT * 1.2, marker=marker, facecolor=theme.colour(colour), edgecolor=theme.paper, linewidth=0.8,
-                label=f"{label} ({len(own)})",
+                label=f"{label} ({len(inside)})",
             )  # fmt: skip
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"first principal direction of the descriptions ({note})")

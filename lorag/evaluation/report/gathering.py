@@ -45,7 +45,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         quiet: No progress bar.
     """
     subject = next((name for name in ladder.generators if is_learned(name)), next(iter(ladder.generators)))
-    made = ladder.generators[subject][0]
+    generator = ladder.generators[subject][0]
     tasks, seeds = list(ladder.suite), int(report["seeds"])
     shown = [list(texts) for texts in zip(*(shown_descriptions(tasks, seed) for seed in range(seeds)), strict=True)]
     shown = [list(dict.fromkeys(texts)) for texts in shown]  # of each task, each once
@@ -53,7 +53,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
     with progress_bar(total=len(tasks), desc="gathering", disable=quiet, leave=False) as bar:
         distances, places, evidence = [], [], []
         for texts in shown:
-            evidence.append([made.gather(text) for text in texts])
+            evidence.append([generator.gather(text) for text in texts])
             conditions = [one.condition for one in evidence[-1]]
             distances.append(sum(condition.distance for condition in conditions) / len(texts))
             places.append(torch.stack([condition.embedding.pooled for condition in conditions]).mean(0))
@@ -69,20 +69,21 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         ladder=_method_scores(report),
         pairs=_pairs(report),
         distances=_distances(names, distances, shares),
-        map=_map(made, names, torch.stack(places), shares),
-        selective=_selective(made, evidence, shares, quiet),
-        norms=_norms(ladder.bank, made, [of_task[0] for of_task in evidence], quiet),
+        map=_map(generator, names, torch.stack(places), shares),
+        selective=_selective(generator, evidence, shares, quiet),
+        norms=_norms(ladder.bank, generator, [of_task[0] for of_task in evidence], quiet),
         curves=_curves(ladder, subject),
     )
 
 
 def _facts(ladder: Ladder, report: Mapping[str, Any], subject: str) -> dict[str, str]:
-    made = ladder.generators[subject]
-    model, layout = made[0].base.model, made[0].base.layout
+    generators = ladder.generators[subject]
+    model, layout = generators[0].base.model, generators[0].base.layout
     seen = sum(task.key in ladder.bank for task in ladder.suite)
     known = f"{seen} of which have an expert" if seen else "none of which has an expert"
     return {
-        "Generator": f"{subject}, revision {made[0].revision[:16]}" + (f", and {len(made) - 1} more seeds" if len(made) > 1 else ""),
+        "Generator": f"{subject}, revision {generators[0].revision[:16]}"
+        + (f", and {len(generators) - 1} more seeds" if len(generators) > 1 else ""),
         "Base model": f"{public_name(model.name)}; {len(layout)} modules: {', '.join(layout.target_modules[:8])}",
         "Bank": f"{len(ladder.bank)} experts",
         "Tasks": f"{len(report['tasks'])} of {report['suite']}, {known} in the bank",
@@ -97,11 +98,11 @@ def _seeds(report: Mapping[str, Any]) -> str:
 
 
 def _method_scores(report: Mapping[str, Any]) -> tuple[MethodScore, ...]:
-    found = []
+    scores = []
     for name, row in report["methods"].items():
         low, high = row["ci95"]
-        found.append(MethodScore(name, _role(name), row["score"], low, high, row["gap_closed"]))
-    return tuple(found)
+        scores.append(MethodScore(name, _role(name), row["score"], low, high, row["gap_closed"]))
+    return tuple(scores)
 
 
 def _role(name: str) -> str:
@@ -113,15 +114,15 @@ def _role(name: str) -> str:
 
 
 def _pairs(report: Mapping[str, Any]) -> tuple[Pairs, ...] | Absent:
-    found = []
+    pairs = []
     for name, row in report["methods"].items():
         other, apart = report["methods"].get(f"{name}_shuffled"), report["differences"].get(f"{name} - {name}_shuffled")
         if other is None or apart is None:
             continue
         tasks = tuple(row["per_task"])
         matched, shuffled = (tuple(one["per_task"][task] for task in tasks) for one in (row, other))
-        found.append(Pairs(name, tasks, matched, shuffled, apart["difference"], *apart["ci95"]))
-    return tuple(found) or Absent("No generator was scored beside its shuffled control, which needs at least two tasks.")
+        pairs.append(Pairs(name, tasks, matched, shuffled, apart["difference"], *apart["ci95"]))
+    return tuple(pairs) or Absent("No generator was scored beside its shuffled control, which needs at least two tasks.")
 
 
 def _gaps_closed(report: Mapping[str, Any], subject: str) -> list[float | None] | None:
@@ -134,8 +135,8 @@ def _gaps_closed(report: Mapping[str, Any], subject: str) -> list[float | None] 
         for row in rows
         if row is not None
     )
-    found = [None if math.isnan(share) else share for share in gap_closed(scores, floor, ceiling).tolist()]
-    return found if any(share is not None for share in found) else None
+    shares = [None if math.isnan(share) else share for share in gap_closed(scores, floor, ceiling).tolist()]
+    return shares if any(share is not None for share in shares) else None
 
 
 def _distances(names: Sequence[str], novelty: Sequence[float], shares: Sequence[float | None] | None) -> Distances | Absent:
@@ -144,9 +145,9 @@ def _distances(names: Sequence[str], novelty: Sequence[float], shares: Sequence[
     rows = sorted((far, name, share) for far, name, share in zip(novelty, names, shares, strict=True) if share is not None)
     bins = []
     for part in torch.arange(len(rows)).tensor_split(min(_BINS, max(1, len(rows) // _LEAST_BIN))):
-        own = [rows[i] for i in part.tolist()]
-        low, high = bootstrap(torch.tensor([share for _, _, share in own]))
-        bins.append((_mean([far for far, _, _ in own]), _mean([share for _, _, share in own]), low, high))
+        group = [rows[i] for i in part.tolist()]
+        low, high = bootstrap(torch.tensor([share for _, _, share in group]))
+        bins.append((_mean([far for far, _, _ in group]), _mean([share for _, _, share in group]), low, high))
     far, named, gained = zip(*rows, strict=True)
     return Distances(named, far, gained, tuple(bins))
 
@@ -201,7 +202,7 @@ def _norms(bank: AdapterBank, generator: LoraGenerator, evidence: Sequence[Evide
     step = -(-len(bank) // _MOST_EXPERTS)
     chosen = bank.names[::step]
     experts = [bank.adapter(name).norms() for name in progress_bar(chosen, desc="measuring experts", disable=quiet, leave=False)]
-    made = [
+    adapters = [
         generator.space.decode(one.code, generator.rank)[0].scaled(generator.strength).norms()
         for one in progress_bar(evidence, desc="measuring adapters", disable=quiet, leave=False)
     ]
@@ -212,9 +213,9 @@ def _norms(bank: AdapterBank, generator: LoraGenerator, evidence: Sequence[Evide
         members.setdefault(module.rpartition(".")[2] if grouped else label, []).append(module)
     real, generated = (
         tuple(_percentiles([_root_mean_square([one[m] for m in own]) for one in rows]) for own in members.values())
-        for rows in (experts, made)
+        for rows in (experts, adapters)
     )
-    return Norms(tuple(members), real, generated, len(experts), len(made), grouped)
+    return Norms(tuple(members), real, generated, len(experts), len(adapters), grouped)
 
 
 def _root_mean_square(values: Sequence[float]) -> float:
@@ -245,10 +246,10 @@ def _curves(ladder: Ladder, subject: str) -> Curves | Absent:
         return Absent(f"The generator's {METRICS} cannot be read as rows of metrics.")
     stages = []
     for name in dict.fromkeys(row["stage"] for row in rows):
-        own = [row for row in rows if row["stage"] == name and row.get("loss") is not None]
-        seen = [row for row in own if row.get("validation") is not None]
-        if own:
-            steps, loss = ([row[key] for row in own] for key in ("step", "loss"))
+        of_stage = [row for row in rows if row["stage"] == name and row.get("loss") is not None]
+        seen = [row for row in of_stage if row.get("validation") is not None]
+        if of_stage:
+            steps, loss = ([row[key] for row in of_stage] for key in ("step", "loss"))
             validated, validation = ([row[key] for row in seen] for key in ("step", "validation"))
             stages.append(Stage(str(name), tuple(steps), tuple(loss), tuple(validated), tuple(validation)))
     return Curves(tuple(stages)) if stages else Absent(f"The generator's {METRICS} holds no losses.")

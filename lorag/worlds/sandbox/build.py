@@ -100,9 +100,9 @@ def _write_tasks(folder: Path, config: SandboxConfig) -> None:
     """The suite that ships: training tasks, with or without an expert, to learn from; held-out tasks to be scored on."""
     held = splits()["test"] + splits()["hard"]
     taught = splits()["train"] + splits()["without_expert"]
-    known = build_suite(taught, train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed)
+    taught_tasks = build_suite(taught, train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed)
     unseen = build_suite(held, train=0, test=config.test_examples, descriptions=config.eval_descriptions, wording="eval", seed=config.seed)
-    TaskSuite([*known, *unseen]).save(folder)
+    TaskSuite([*taught_tasks, *unseen]).save(folder)
     write_json(folder / "splits.json", {name: [cell.name for cell in splits()[name]] for name in splits()})
 
 

@@ -86,11 +86,11 @@ def splits() -> dict[str, tuple[Cell, ...]]:
 def _examples(cell: Cell, count: int, split: str) -> tuple[Example, ...]:
     """Distinct examples of one cell; a task's texts do not depend on its skill or style."""
     rng = random.Random(zlib.crc32(f"{cell.domain}/{split}/{cell.skill}".encode()))
-    found: dict[str, str] = {}
-    while len(found) < count:
+    answers: dict[str, str] = {}
+    while len(answers) < count:
         text = world.write_text(cell.domain, rng)
-        found[text.text] = world.answer(text, cell.skill, cell.style, cell.domain)
-    return tuple(Example(text, output, split) for text, output in found.items())
+        answers[text.text] = world.answer(text, cell.skill, cell.style, cell.domain)
+    return tuple(Example(text, output, split) for text, output in answers.items())
 
 
 def build_suite(chosen: tuple[Cell, ...], *, train: int, test: int, descriptions: int, wording: str, seed: int = 0) -> TaskSuite:

@@ -32,11 +32,11 @@ def describe(skill: str, domain: str, style: str, split: str, rng: random.Random
         rng: Source of every choice.
         count: How many.
     """
-    found: dict[str, None] = {}
-    while len(found) < count:
+    texts: dict[str, None] = {}
+    while len(texts) < count:
         if rng.random() < _FUSED_SHARE:
             task = rng.choice(read("fused")[domain][skill][split])
         else:
             task = rng.choice(read("skills")[skill][split]).format(domain=rng.choice(read("domains")[domain][split]))
-        found[rng.choice(read("styles")[style][split]).format(task=task)] = None
-    return list(found)
+        texts[rng.choice(read("styles")[style][split]).format(task=task)] = None
+    return list(texts)
