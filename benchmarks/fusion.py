@@ -82,7 +82,7 @@ def held_out(world: World) -> list[str]:
     """The bank's tasks that taught the generator nothing, for they chose when its training stopped."""
     config = world.generator.origin["config"]
     more = find_split("sandbox", WITHOUT_EXPERT)
-    rule = str(config.get("groups", config.get("kin", "task")))
+    rule = str(config.get("groups", "task"))
     split = hold_out(world.bank, world.suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
     return [world.bank.names[row] for row in split.validation if row < len(world.bank)]
 

@@ -103,7 +103,7 @@ def main(folder: str, report_to: Path | None) -> None:
     generator = LoraGenerator.from_pretrained(folder)
     config = generator.origin["config"]
     bank, suite, more = find_bank("sandbox"), find_tasks("sandbox"), find_split("sandbox", WITHOUT_EXPERT)
-    rule = str(config.get("groups", config.get("kin", "task")))
+    rule = str(config.get("groups", "task"))
     split = hold_out(bank, suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
     held, groups = [i for i in split.validation if i < len(bank)], split.groups[: len(bank)]
     opened = time.perf_counter()

@@ -249,7 +249,7 @@ def add_gate(
     share, seed, groups = (
         float(config.get("validation", 0.1)),
         int(config.get("seed", 0)),
-        str(config.get("groups", config.get("kin", "task"))),
+        str(config.get("groups", "task")),
     )
     split = hold_out(experts, **run, groups=groups, validation=share, seed=seed)
     others = [*(run["without_expert"] or ()), *(run["held_out"] or ())]

@@ -130,8 +130,8 @@ def _mention(source: Source, about: Mapping[str, Any], label: str) -> Label:
 def _unite(group: Label, labels: Mapping[tuple[str, str], Label]) -> Label:
     """Gives a group the texts of its members on its own side, if those are all of them or, of a large group, most."""
     members = [labels[group.set, name] for name in group.members if labels[group.set, name].side == group.side]
-    left_out = len(group.members) - len(members)
-    if left_out == 0 or len(group.members) >= _LARGE and 2 * left_out <= len(group.members):
+    dropped = len(group.members) - len(members)
+    if dropped == 0 or len(group.members) >= _LARGE and 2 * dropped <= len(group.members):
         for split in group.texts:
             for member in members:
                 group.texts[split] += [text for text in member.texts[split] if text not in group.texts[split]]
