@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -28,6 +28,7 @@ class StandIn(ThreadingHTTPServer):
         self.objects = {}  # sha256 -> bytes
         self.log = []  # (method, path)
         self.private = {}
+        self.tags = {}  # name -> tags, such as base_model:adapter:user/name
         self.broken_commits = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -127,6 +128,19 @@ class _Handler(BaseHTTPRequestHandler):
             etag = hashlib.sha256(data).hexdigest()
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit[0], "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
             return self._answer(body=data, headers=headers, head=head)
+        if path == "/api/models":
+            query = parse_qs(urlsplit(self.path).query)
+            wanted, limit = query["filter"][0], int(query.get("limit", ["1000"])[0])
+            names = [name for name in self.server.repositories if wanted in self.server.tags.get(name, ())]
+            return self._answer(body=[{"id": name} for name in names[:limit]])
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            commit = self._find(found[1], "main")
+            if commit is None:
+                return self._missing("RepoNotFound", status=401 if found[1] in self.server.tags else 404, head=head)
+            card = commit[1].get("README.md", b"").decode(errors="replace").split("---\n")
+            siblings = [{"rfilename": file, "size": len(data)} for file, data in commit[1].items()]
+            body = {"id": found[1], "sha": commit[0], "siblings": siblings}
+            return self._answer(body=body | ({"cardData": yaml.safe_load(card[1])} if len(card) > 2 else {}))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
             name, what, revision = found.groups()
             commit = self._find(name, revision)

@@ -68,6 +68,12 @@ def add(
     listed: Annotated[
         Path | None, typer.Option("--from", help="File with a folder or hub id a line, and by tabs a name and a description.")
     ] = None,
+    hub_base: Annotated[
+        str | None, typer.Option(help="Hub id of a base model: all its adapters on the hub; says what there is, and with --yes adds it.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Of --hub-base: most adapters, the most downloaded first.")] = 100,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Of --hub-base: most bytes of weights to fetch.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Of --hub-base: fetch and add what was found.")] = False,
     config: Annotated[str | None, typer.Option(help="Recipe for a new bank (recipes/NAME), or a YAML file.", rich_help_panel=_NEW)] = None,
     description: Annotated[
         list[str] | None,
@@ -110,8 +116,20 @@ def add(
     from lorag.parallel import Backend
 
     sources = find_sources(places or []) + ([] if listed is None else listed_sources(listed))
+    if hub_base is not None:
+        from lorag.bank.model_tree import chosen, survey, survey_lines
+
+        listed_there = survey(hub_base, limit=limit, quiet=quiet)
+        typer.echo("\n".join(survey_lines(listed_there, max_bytes)))
+        found = chosen(listed_there, max_bytes)
+        if not found:
+            raise BankError(f"no adapter of {hub_base} can be added", got=f"{len(listed_there)} listed")
+        if not yes:
+            typer.echo("nothing was fetched or added; the same command with --yes does, and skips what the bank has")
+            return
+        sources, base = [*sources, *found], base or hub_base
     if not sources:
-        raise typer.BadParameter("no adapter is named: give folders, hub ids or --from FILE")
+        raise typer.BadParameter("no adapter is named: give folders, hub ids, --from FILE or --hub-base ID")
     if (name is not None or description) and len(sources) > 1:
         raise typer.BadParameter(f"--name and --description are for a single adapter; these are {len(sources)}")
     planned = load_config(NewBank, config, [], "add")

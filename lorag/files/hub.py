@@ -16,12 +16,13 @@ from pathlib import Path
 from lorag.errors import ArtifactError, StorageError
 from lorag.files.artifacts import read_json, resolve_inside
 
-__all__ = ["fetch", "push"]
+__all__ = ["fetch", "fetch_small", "list_adapters", "push"]
 
 # What is fetched of an adapter. Of banks and generators it is the manifest, then what the manifest lists. A repository may
 # hold anything else, such as pickles or a whole model; it stays there.
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "lorag.json", "README.md", "description.txt"]
 _ADAPTER_FILES += ["adapters.safetensors", "pytorch_lora_weights.safetensors"]  # as mlx-lm and diffusers call theirs
+_LARGEST_SMALL = 4 * 2**20
 _MANIFESTS = {"bank": "bank.json", "generator": "generator.json"}
 # Tokens of the hub, what follows "Bearer", and JSON web tokens.
 _SECRET = re.compile(r"hf_\w{8,}|(?<=Bearer )\S+|\bey[\w-]{10,}\.[\w-]+\.[\w-]*")
@@ -73,6 +74,45 @@ def _snapshot(repository: str, kind: str, revision: str | None, patterns: list[s
             got=f"no such folder, and from the hub: {_reason(error)}",
             remedy="Check the name, the network and HF_HUB_OFFLINE; for a private repository log in with `hf auth login`.",
         ) from _cause(error)
+
+
+def list_adapters(base: str, limit: int) -> list[str]:
+    """Hub ids of the adapters in the tree of a base model, those with the most downloads first.
+
+    Raises:
+        ArtifactError: If the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return [str(one.id) for one in HfApi().list_models(filter=f"base_model:adapter:{base}", sort="downloads", limit=limit)]
+    except _failures() as error:
+        remedy = "Check the name, the network and HF_HUB_OFFLINE."
+        raise ArtifactError(f"the adapters of {base} cannot be listed", got=_reason(error), remedy=remedy) from _cause(error)
+
+
+def fetch_small(repository: str, names: Sequence[str]) -> tuple[Path, dict[str, int], str]:
+    """Fetches some small files of a repository, where it has them, and says how large all of its files are.
+
+    Returns:
+        The snapshot's folder, bytes by file name, and the licence that the repository states, or "unknown".
+
+    Raises:
+        ArtifactError: If it cannot be had, or one of the files is larger than 4 MiB.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repository, files_metadata=True)
+    except _failures() as error:
+        raise ArtifactError(f"{repository} cannot be looked at", got=_reason(error), remedy="Is it public?") from _cause(error)
+    sizes = {one.rfilename: int(one.size or 0) for one in info.siblings or ()}
+    large = next((name for name in names if sizes.get(name, 0) > _LARGEST_SMALL), None)
+    if large is not None:
+        raise ArtifactError(f"{large} of {repository} is too large for what it is", got=f"{sizes[large]} bytes")
+    stated = getattr(info.card_data, "license", None) if info.card_data is not None else None
+    licence = stated if isinstance(stated, str) and stated else "unknown"
+    return _snapshot(repository, "adapter", info.sha, [*names]), sizes, licence[:60]
 
 
 def push(files: Mapping[str, Path], repository: str, *, message: str, private: bool = True) -> str:
