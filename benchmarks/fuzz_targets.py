@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
+from lorag.adapters.formats import FORMATS, Base, adapter_files, format_of
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.importing import ImportOptions, import_adapters
@@ -21,8 +23,9 @@ from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.cli.info import describe_path
 from lorag.config import from_plain, load_config, preset_names
-from lorag.errors import LoragError
+from lorag.errors import ArtifactError, LoragError
 from lorag.files.artifacts import read_json, require_name, resolve_inside, write_json
+from lorag.files.tensors import save_tensors
 from lorag.files.training_state import load_training_state, save_training_state
 from lorag.files.yaml_values import parse_yaml
 from lorag.generator.lora_generator import LoraGenerator
@@ -91,7 +94,7 @@ def adapter(seed: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> Lor
 
 def make_seeds(folder: Path) -> dict[str, list[Files]]:
     """Writes valid folders of every kind once, and returns their files."""
-    made: dict[str, list[Path]] = {kind: [] for kind in ("adapter", "bank", "filled", "generator", "suite", "config", "state")}
+    made: dict[str, list[Path]] = {kind: [] for kind in ("adapter", "format", "bank", "filled", "generator", "suite", "config", "state")}
 
     def new(kind: str) -> Path:
         made[kind].append(folder / f"{kind}-{len(made[kind])}")
@@ -104,6 +107,7 @@ def make_seeds(folder: Path) -> dict[str, list[Files]]:
     config.update(use_rslora=True, alpha_pattern={"q_proj": 3, "model.layers.1.mlp.down_proj": 5.5}, rank_pattern={"down_proj": 4})
     write_json(mixed / "adapter_config.json", config)
 
+    _write_formats(new)
     banks = []
     for precision in ("float32", "int8", "float16"):
         bank = AdapterBank.create(new("bank"), BASE)
@@ -138,6 +142,28 @@ def make_seeds(folder: Path) -> dict[str, list[Files]]:
     optimizer.step()
     save_training_state(new("state") / "run.state.safetensors", module, [optimizer], rng, {"step": 3, "best": None, "waited": 1})
     return {kind: [_files(path) for path in paths] for kind, paths in made.items()}
+
+
+def _write_formats(new: Callable[[str], Path]) -> None:
+    """An adapter as GGUF, as MLX, and under kohya's and diffusers' names."""
+    base = new("format") / "base"
+    base.mkdir(parents=True)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    write_json(base / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes})
+    FORMATS["gguf"].write(adapter(4), base.parent / "adapter.gguf", Base(BaseModel(str(base), "causal_lm")))
+    shutil.rmtree(base)
+    mlx = new("format")
+    mlx.mkdir()
+    FORMATS["mlx"].write(adapter(5), mlx, Base())
+    for names in ("lora_te_{flat}.lora_{down}.weight", "text_encoder.{name}.lora_{side}.weight"):
+        folder = new("format")
+        folder.mkdir()
+        tensors = {
+            names.format(flat=name.replace(".", "_"), name=name, side=side, down="down" if side == "A" else "up"): value
+            for name, pair in adapter(6).factors.items()
+            for side, value in zip("AB", pair, strict=True)
+        }
+        save_tensors(folder / "style.safetensors", tensors)
 
 
 def _files(folder: Path) -> Files:
@@ -186,6 +212,18 @@ def read_adapter(folder: Path, rng: random.Random) -> None:
     """Reads an adapter on its layout, strictly or leniently, or on its own tensors alone."""
     layout = None if rng.random() < 0.2 else LAYOUT
     _whole(LoraAdapter.from_pretrained(folder, layout, allow_missing=rng.random() < 0.5, ignore_extra=rng.random() < 0.3))
+
+
+def read_format(folder: Path, rng: random.Random) -> None:
+    """Reads an adapter in another format than PEFT's, and then as what it became."""
+    for file in adapter_files(folder) or [path for path in folder.iterdir() if path.suffix in (".gguf", ".safetensors")]:
+        known = format_of(file)
+        if known is None:
+            raise ArtifactError(f"{file} is not an adapter")
+        form = known.read(file, Base(None, LAYOUT.modules if rng.random() < 0.7 else ()))
+        save_tensors(folder / "peft" / "adapter_model.safetensors", form.tensors)
+        write_json(folder / "peft" / "adapter_config.json", form.config)
+        _whole(LoraAdapter.from_pretrained(folder / "peft"))
 
 
 def read_bank(folder: Path, rng: random.Random) -> None:
@@ -251,7 +289,8 @@ def describe(folder: Path, rng: random.Random) -> None:
 
 
 TARGETS = {
-    "adapter": Target("adapter", 0.46, read_adapter),
+    "adapter": Target("adapter", 0.40, read_adapter),
+    "format": Target("format", 0.06, read_format),
     "bank": Target("bank", 0.26, read_bank),
     "import": Target("adapter", 0.01, add_to_bank),
     "index": Target("filled", 0.01, add_to_spoiled),

@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForCondi
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, WEIGHTS
-from lorag.adapters.export import export_portable, merge_into
+from lorag.adapters.export import export_portable
 from lorag.adapters.factors import Factors
+from lorag.adapters.merged import merge_into
 from lorag.adapters.patterns import Patterns
 from lorag.adapters.purpose import card_text
 from lorag.adapters.sources import find_sources

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from toy_world import save_base, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.export import export_merged, export_portable, merge_into
+from lorag.adapters.export import export_portable
 from lorag.adapters.factors import Factors
+from lorag.adapters.merged import export_merged, merge_into
 from lorag.base.base_model import BaseModel, kind_of
 from lorag.base.layout import LoraLayout
 from lorag.cli import main as cli
@@ -139,7 +140,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
     for export in (export_merged, export_portable):
         with pytest.raises(StorageError, match="not empty"):
             export(folder, tmp_path / "full")
-    monkeypatch.setattr("lorag.adapters.export.write_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("lorag.adapters.merged.write_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageError, match="No space left"):
         export_merged(folder, tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "full"}

@@ -6,6 +6,7 @@ import logging
 import shutil
 
 import gguf
+import peft
 import pytest
 import torch
 import transformers
@@ -519,7 +520,7 @@ def test_the_part_of_the_base_model_is_taken(clip, random_adapter, tmp_path, cap
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale", "plain LoRA.*DoRA"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale", "plain LoRA.*dora_scale"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "plain LoRA"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1", "plain LoRA"),
         ("something.else", "not known"),
@@ -659,3 +660,120 @@ def test_impossible_ranks_are_refused(bases, random_adapter, tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be written.*gguf, mlx"):
         export_as(saved, tmp_path / "x", "diffusers")
     assert not (tmp_path / "x").exists()
+
+
+# --- PEFT's other methods ---------------------------------------------------------------------------------------------
+
+
+def _random_peft(config, model, folder, seed=0):
+    """An adapter of a method with random values, as PEFT saves it, and the outputs that it gives."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config)
+        for name, value in wrapped.named_parameters():
+            if value.requires_grad:
+                value.data.add_(torch.randn_like(value) * (0.3 if "magnitude" in name else 0.1))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = wrapped.eval()(input_ids=ids).logits
+    wrapped.save_pretrained(folder)
+    return logits
+
+
+METHODS = {
+    "dora": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False),
+    "loha": peft.LoHaConfig(r=3, alpha=3, target_modules=["q_proj", "down_proj"], init_weights=False),
+    "lokr": peft.LoKrConfig(r=3, alpha=3, target_modules=["q_proj", "down_proj"], init_weights=False),
+    "oft": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]),
+    "miss": peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_become_lora_exactly_where_all_is_kept(bases, tmp_path, name):
+    """DoRA with its magnitudes, LoHa, LoKr, OFT, MiSS and IA³: logits as PEFT's own; refused without being asked for."""
+    folder, _ = bases["Llama"]
+    expected = _random_peft(METHODS[name], _fresh(folder), tmp_path / "a")
+    for config in (tmp_path / "a").glob("adapter_config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": folder}))
+    with pytest.raises(AdapterError, match=r"(use_dora is set|peft_type cannot be used)"):
+        LoraAdapter.from_pretrained(tmp_path / "a")
+    done = export_portable(tmp_path / "a", tmp_path / "lora", keep=1.0, convert=True)
+    with torch.no_grad():
+        logits = LoraAdapter.from_pretrained(tmp_path / "lora").apply_to(_fresh(folder))(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+        assert torch.allclose(logits, expected, atol=1e-4)
+        assert not torch.allclose(logits, _fresh(folder)(torch.tensor([[5, 6, 7, 8]])).logits, atol=1e-2)
+    assert done.error < 1e-4
+
+
+def test_peft_s_own_conversion_agrees_but_for_dora(bases, tmp_path):
+    """convert_to_lora and lorag give one ΔW for LoHa; of DoRA it leaves out what the magnitudes do, which lorag keeps."""
+    folder, _ = bases["Llama"]
+    found = {}
+    for name in ("loha", "dora"):
+        _random_peft(METHODS[name], _fresh(folder), tmp_path / name)
+        wrapped = peft.PeftModel.from_pretrained(_fresh(folder), tmp_path / name)
+        _, theirs = peft.convert_to_lora(wrapped, 1.0)
+        ours = export_portable(tmp_path / name, tmp_path / f"{name}-lora", keep=1.0, convert=True, base_model=folder).adapter
+        key, module = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight", "model.layers.1.self_attn.q_proj"
+        delta = theirs[key.format("B")] @ theirs[key.format("A")]
+        found[name] = ((delta - ours.delta(module)).norm() / ours.delta(module).norm()).item()
+    assert found["loha"] < 1e-4 and found["dora"] > 0.1
+
+
+def test_a_bank_takes_them_on_request(bases, tmp_path, capsys):
+    """`bank add --convert`: with the share that is kept and its error said; without it the name of what cannot be taken."""
+    folder, _ = bases["Llama"]
+    for name in ("dora", "loha"):
+        _random_peft(METHODS[name], _fresh(folder), tmp_path / "in" / name)
+        config = tmp_path / "in" / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": folder, "task_type": "CAUSAL_LM"}))
+        (tmp_path / "in" / name / "description.txt").write_text(f"answer in the manner of {name}\n")
+    command = ["bank", "add", str(tmp_path / "in"), "--bank", str(tmp_path / "bank"), "--embedder", "none", "--quiet"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 1 and "use_dora" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--convert", "--keep", "0.9"])
+    assert stopped.value.code == 0, capsys.readouterr()
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert sorted(bank.names) == ["dora", "loha"]
+    whole = export_portable(tmp_path / "in" / "dora", tmp_path / "whole", keep=1.0, convert=True).adapter
+    for module in bank.base.layout.names:
+        lost = (whole.delta(module) - bank.adapter("dora").delta(module)).norm() / whole.delta(module).norm()
+        assert 0.01 < lost <= 0.1**0.5 + 1e-4
+
+
+def test_a_dora_is_merged_exactly(bases, tmp_path):
+    """`export --merge --convert`: the model computes what PEFT computes with the DoRA."""
+    folder, _ = bases["Llama"]
+    expected = _random_peft(METHODS["dora"], _fresh(folder), tmp_path / "a")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(tmp_path / "a"), "--merge", "--convert", "--base-model", folder, "--out", str(tmp_path / "m")])
+    assert stopped.value.code == 0
+    with torch.no_grad():
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")(torch.tensor([[5, 6, 7, 8]])).logits
+    assert torch.allclose(merged, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "error", "message"),
+    [
+        ({"base_model_name_or_path": None}, None, BaseModelError, "base model's weights"),
+        ({"r": 10**7}, True, AdapterError, "r is too large"),
+        ({"peft_type": "PROMPT_TUNING"}, True, AdapterError, "PEFT cannot merge|cannot become"),
+        ({"peft_type": "MARTIAN"}, True, AdapterError, "PEFT cannot merge"),
+        ({"target_modules": ["no_such"]}, True, AdapterError, "PEFT cannot merge"),
+        ({"target_modules": "(" * 2000}, True, AdapterError, "too large"),
+    ],
+)
+def test_what_cannot_become_a_lora_is_said_so(bases, tmp_path, config, base, error, message):
+    """No base model, sizes that nobody trains, other kinds of methods, modules that are not there."""
+    folder, _ = bases["Llama"]
+    _random_peft(METHODS["loha"], _fresh(folder), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(error, match=message):
+        export_portable(tmp_path / "a", tmp_path / "out", convert=True, base_model=folder if base else None)
+    assert not (tmp_path / "out").exists()

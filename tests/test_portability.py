@@ -18,6 +18,7 @@ from lorag.cli.info import describe_path
 from lorag.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READERS = {"PEFT", "transformers", "vLLM", "SGLang", "llama.cpp", "MLX"}
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "portability.md"
 
 
@@ -39,8 +40,10 @@ def saved(llama_layout, random_adapter, tmp_path):
 
 
 def test_the_portable_profile_fits_everywhere(saved):
-    """No finding at all for an adapter of rank 4 as lorag writes it."""
-    assert [verdict.line() for verdict in check_portability(read_facts(saved))] == ["yes", "yes", "yes"]
+    """No finding for an adapter of rank 4 as lorag writes it, wherever PEFT's folder is read; the others say what to write first."""
+    lines = {target: verdict.line() for target, verdict in _by_target(read_facts(saved)).items()}
+    assert {target for target, line in lines.items() if line == "yes"} == {"PEFT", "transformers", "vLLM", "SGLang", "llama.cpp"}
+    assert lines["MLX"].startswith("yes, if exported first") and re.match(r"no: `ollama create` refuses ADAPTER.*--merge", lines["Ollama"])
 
 
 @pytest.mark.parametrize(
@@ -62,19 +65,19 @@ def test_vllm_has_a_largest_rank(saved):
 @pytest.mark.parametrize(
     ("changes", "misfits"),
     [
-        ({"use_rslora": True}, {"llama.cpp"}),
-        ({"alpha_pattern": {"q_proj": 4}}, {"vLLM", "llama.cpp"}),
-        ({"rank_pattern": {"q_proj": 4}}, {"vLLM"}),
-        ({"bias": "all"}, {"vLLM"}),
-        ({"use_dora": True}, {"vLLM"}),
-        ({"modules_to_save": ["lm_head"]}, {"vLLM"}),
-        ({"init_lora_weights": "pissa_niter_4"}, {"vLLM", "llama.cpp"}),
-        ({"layer_replication": [[0, 2]]}, {"vLLM", "llama.cpp"}),
+        ({"use_rslora": True}, {"llama.cpp", "SGLang"}),
+        ({"alpha_pattern": {"q_proj": 4}}, {"vLLM", "SGLang", "llama.cpp"}),
+        ({"rank_pattern": {"q_proj": 4}}, {"vLLM", "SGLang"}),
+        ({"bias": "all"}, {"vLLM", "SGLang"}),
+        ({"use_dora": True}, {"vLLM", "SGLang"}),
+        ({"modules_to_save": ["lm_head"]}, {"vLLM", "SGLang"}),
+        ({"init_lora_weights": "pissa_niter_4"}, {"vLLM", "SGLang", "llama.cpp", "MLX"}),
+        ({"layer_replication": [[0, 2]]}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"fan_in_fan_out": True}, {"vLLM", "llama.cpp"}),
         ({"task_type": "SEQ_2_SEQ_LM"}, {"vLLM"}),
-        ({"peft_type": "IA3"}, {"PEFT", "vLLM", "llama.cpp"}),
+        ({"peft_type": "IA3"}, {"PEFT", "transformers", "vLLM", "SGLang", "llama.cpp", "MLX"}),
         ({"lora_alpha": 0}, {"llama.cpp"}),
-        ({"r": 8}, {"PEFT"}),
+        ({"r": 8}, {"PEFT", "transformers"}),
         ({}, set()),
     ],
 )
@@ -82,7 +85,7 @@ def test_settings_fit_where_they_fit(saved, changes, misfits):
     """A setting keeps an adapter out of just those programs that refuse it or would compute something else."""
     _change(saved, **changes)
     verdicts = _by_target(read_facts(saved))
-    assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits
+    assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits | {"Ollama"}
     for target in misfits:
         assert verdicts[target].line().startswith("no: ")
 
@@ -90,22 +93,22 @@ def test_settings_fit_where_they_fit(saved, changes, misfits):
 @pytest.mark.parametrize(
     ("change", "misfits", "named"),
     [
-        (lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, {"vLLM", "llama.cpp"}, "lm_head.weight"),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, {"vLLM", "SGLang", "llama.cpp", "MLX"}, "lm_head.weight"),
         (
             lambda t: t | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.zeros(2)},
-            {"vLLM", "llama.cpp"},
+            {"vLLM", "SGLang", "llama.cpp", "MLX"},
             "magnitude",
         ),
-        (lambda t: dict(list(t.items())[1:]), {"PEFT", "vLLM", "llama.cpp"}, "has no lora_A"),
+        (lambda t: dict(list(t.items())[1:]), _READERS, "has no lora_A"),
         (lambda t: {key.removeprefix("base_model.model."): value for key, value in t.items()}, {"PEFT"}, "prefix"),
-        (lambda t: t | {min(t): t[min(t)] * float("nan")}, {"PEFT", "vLLM", "llama.cpp"}, "NaN"),
+        (lambda t: t | {min(t): t[min(t)] * float("nan")}, _READERS, "NaN"),
     ],
 )
 def test_tensors_fit_where_they_fit(saved, change, misfits, named):
     """The same for tensors: extra ones, half pairs, names without the prefix, values that are no numbers."""
     _spoil(saved, change)
     verdicts = _by_target(read_facts(saved))
-    assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits
+    assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits | {"Ollama"}
     assert all(named in verdicts[target].line() for target in misfits)
 
 
@@ -126,16 +129,17 @@ def test_outer_modules_are_a_condition(saved, module):
 def test_a_base_model_off_the_hub_is_a_condition(llama_layout, random_adapter, tmp_path):
     """llama.cpp's converter must be told where the base model's config lies."""
     random_adapter(llama_layout).save_pretrained(tmp_path)
-    assert "--base DIR" in _by_target(read_facts(tmp_path))["llama.cpp"].line()
+    assert "--base-model" in _by_target(read_facts(tmp_path))["llama.cpp"].line()
 
 
 def test_what_peft_writes_for_plain_lora_fits(tiny_models, tmp_path):
-    """No false alarm: a folder that PEFT itself wrote fits all three."""
+    """No false alarm: a folder that PEFT itself wrote fits all that read PEFT's."""
     model = tiny_models["llama"].build()
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="toys/base-lm")
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     _change(tmp_path, base_model_name_or_path="toys/base-lm")
-    assert [verdict.line() for verdict in check_portability(read_facts(tmp_path))] == ["yes", "yes", "yes"]
+    verdicts = _by_target(read_facts(tmp_path))
+    assert all(verdicts[target].line() == "yes" for target in _READERS - {"MLX"})
 
 
 def _spoil(folder, change):
@@ -181,6 +185,11 @@ def test_every_rule_stands_in_the_docs_with_a_source():
         rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.M))
         assert set(rows) == {rule.name for rule in rules}, target
         assert all("https://" in row or "`peft/" in row for row in rows.values()), target
+        for name, row in rows.items():  # what ran the program, or that nothing did
+            runs = re.findall(r"run in `(tests/[\w/]+\.py)::(\w+)`", row)
+            assert bool(runs) != ("read, not run" in row), f"{target} {name}"
+            for file, test in runs:
+                assert f"def {test}(" in (DOCS.parent.parent / file).read_text(encoding="utf-8"), test
 
 
 def test_info_says_where_an_adapter_fits(saved):
@@ -188,7 +197,7 @@ def test_info_says_where_an_adapter_fits(saved):
     text = describe_path(saved)
     assert re.search(r"^in PEFT: +yes$", text, re.M) and re.search(r"^in llama.cpp: +yes$", text, re.M)
     _change(saved, use_rslora=True)
-    assert re.search(r"^in llama.cpp: +no: use_rslora is ignored", describe_path(saved), re.M)
+    assert re.search(r"^in llama.cpp: +no: its converter ignores use_rslora", describe_path(saved), re.M)
 
 
 # --- an adapter's own layout --------------------------------------------------------------------------------------------
@@ -234,3 +243,41 @@ def test_tensors_that_are_no_adapter(spec):
     """No factors, half of a pair, or vectors: AdapterError."""
     with pytest.raises(AdapterError):
         own_layout({}, spec, Path("x"))
+
+
+# --- transformers' own way, and wrappers ----------------------------------------------------------------------------------
+
+
+def test_transformers_loads_it_without_peft_s_model(saved, tiny_models):
+    """`load_adapter` computes what PeftModel does, and takes names without the prefix too; half a pair it loads without a word."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(tiny_models["llama"].build(), saved)(input_ids=ids).logits
+        model = tiny_models["llama"].build()
+        model.load_adapter(str(saved))
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    _spoil(saved, lambda t: dict(list(t.items())[1:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_models["llama"].build().load_adapter(str(saved))
+    assert not _by_target(read_facts(saved))["transformers"].fits
+
+
+def test_an_adapter_of_the_text_class_does_nothing_in_a_wrapper(saved, tmp_path):
+    """vLLM: "no" where the base model's own config says that it reads images, a condition where its name does, nothing otherwise."""
+    assert _by_target(read_facts(saved))["vLLM"].line() == "yes"
+    for name in ("google/gemma-3-4b-it", "Qwen/Qwen2.5-VL-7B-Instruct", "meta-llama/Llama-4-Scout-17B-16E"):
+        _change(saved, base_model_name_or_path=name)
+        line = _by_target(read_facts(saved))["vLLM"].line()
+        assert line.startswith("yes, if") and "text-only class" in line
+    for name in ("google/gemma-3-1b-it", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.2-3B", "toys/base"):
+        _change(saved, base_model_name_or_path=name)
+        assert _by_target(read_facts(saved))["vLLM"].line() == "yes"
+    (tmp_path / "wrapper").mkdir()
+    _change(saved, base_model_name_or_path=str(tmp_path / "wrapper"))
+    (tmp_path / "wrapper" / "config.json").write_text('{"model_type": "gemma3", "vision_config": {}, "text_config": {}}')
+    assert re.search("no: .*matches nothing and does nothing", _by_target(read_facts(saved))["vLLM"].line())
+    (tmp_path / "wrapper" / "config.json").write_text('{"model_type": "gemma3_text"}')
+    assert _by_target(read_facts(saved))["vLLM"].fits
+    (tmp_path / "wrapper" / "config.json").write_text("not JSON")
+    assert _by_target(read_facts(saved))["vLLM"].fits

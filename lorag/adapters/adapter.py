@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorag import __version__
-from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, check_config
 from lorag.adapters.factors import Factors, check_alpha
 from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.formats import Base, peft_folder
@@ -206,6 +206,7 @@ class LoraAdapter:
         folder = peft_folder(path, Base(base, () if layout is None else layout.modules), revision)
         if layout is None:
             facts = read_facts(folder, values=False)
+            check_config(facts.config, folder / CONFIG)
             layout = own_layout(facts.config, facts.spec, folder, repair=repair)
         return cls.from_parts(read_folder(folder, layout, allow_missing=allow_missing, ignore_extra=ignore_extra, repair=repair), layout)
 

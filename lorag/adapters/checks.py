@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.factors import MAX_RANK, check_alpha
 from lorag.adapters.patterns import Patterns
-from lorag.adapters.tensor_names import DORA, KEY, WHOLE, read_names
+from lorag.adapters.tensor_names import CONVERT, DORA, KEY, WHOLE, read_names
 from lorag.errors import (
     BaseMismatchError,
     ExtraTensorError,
@@ -114,7 +114,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
         FormatVersionError: If a newer PEFT wrote it and set what lorag does not know.
     """
     if config.get("peft_type") != "LORA":
-        raise PeftTypeError(f"{where}: peft_type cannot be used", got=repr(config.get("peft_type"))[:40], expected="LORA")
+        got = repr(config.get("peft_type"))[:40]
+        raise PeftTypeError(f"{where}: peft_type cannot be used", got=got, expected="LORA", remedy=CONVERT)
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             remedy = DORA if key == "use_dora" else WHOLE if key in _WHOLE else "Train or convert it without."

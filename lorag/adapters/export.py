@@ -1,8 +1,7 @@
-"""Export: an adapter in the portable profile, in another format, or merged into its base model's weights."""
+"""Export: an adapter in the portable profile, in a smaller rank, or in another format."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
@@ -10,44 +9,45 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
 from lorag.adapters.factors import MAX_RANK
 from lorag.adapters.formats import FORMATS, Base, peft_folder
-from lorag.adapters.provenance import base_fields, licence_of, versions
-from lorag.adapters.publishing import merged_card, write_card
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.tensor_names import KEY, PREFIX
-from lorag.base.base_model import DTYPES, BaseModel, is_trusted, kind_of, stored_config
-from lorag.base.precision import cast_files, require_plain_weights, stored_types
-from lorag.errors import AdapterError, BaseModelError, ConfigError, MissingDependencyError, StorageError, UndescribedError
+from lorag.base.base_model import BaseModel, is_trusted, kind_of
+from lorag.errors import AdapterError, ConfigError, StorageError, UndescribedError
 from lorag.files.artifacts import require_plain, write_json
 from lorag.files.atomic import write_atomically, writing
-from lorag.progress import quiet_loading
 
 if TYPE_CHECKING:
     from lorag.adapters.formats.format import PeftForm
 
-__all__ = ["Exported", "export_as", "export_merged", "export_portable", "merge_into"]
-
-logger = logging.getLogger(__name__)
-
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
+__all__ = [
+    "BESIDE",
+    "LARGEST_BESIDE",
+    "TOKENIZER",
+    "Exported",
+    "export_as",
+    "export_portable",
+    "into_new_folder",
+    "open_adapter",
+    "require_empty",
+]
 
 # What trainers write beside an adapter and others need to use it: the tokenizer with its chat template, and the licence's text.
-_TOKENIZER = (
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
-_BESIDE = (*_TOKENIZER, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "description.txt")
-_LARGEST_BESIDE = 2**28
+BESIDE = (*TOKENIZER, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "description.txt")
+LARGEST_BESIDE = 2**28
+_KEEP = 0.99  # of ‖ΔW‖², where nothing else is said
 
 
 def export_portable(
@@ -59,6 +59,7 @@ def export_portable(
     strength: float = 1.0,
     rank: int | None = None,
     keep: float | None = None,
+    convert: bool = False,
 ) -> Exported:
     """Writes an adapter anew as a PEFT folder with one rank and one lora_alpha; ΔW stays the same, unless a rank is asked for.
 
@@ -73,20 +74,21 @@ def export_portable(
         strength: Factor on ΔW.
         rank: Rank of the nearest ΔW that is written.
         keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
+        convert: Also take DoRA and adapters of PEFT's other methods, as the nearest LoRA; the base model's weights are read for it.
 
     Raises:
         AdapterError: If it is not a plain, whole and finite LoRA.
         ConfigError: If rank or keep cannot be used.
         StorageError: If `out` is not empty, or writing fails.
     """
-    adapter, source, _ = _opened(path, base_model, kind, strength)
-    done = _truncated(adapter, rank, keep)
+    adapter, source, _ = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
+    done = _truncated(adapter, rank, None if convert else keep)
 
     def write(folder: Path) -> None:
         done.adapter.save_pretrained(folder)
         _copy_beside(source, folder)
 
-    _into_new_folder(Path(out), write)
+    into_new_folder(Path(out), write)
     return done
 
 
@@ -100,6 +102,7 @@ def export_as(
     strength: float = 1.0,
     rank: int | None = None,
     keep: float | None = None,
+    convert: bool = False,
 ) -> Exported:
     """Writes an adapter in another format than PEFT's, reads it back, and compares before it is moved into place.
 
@@ -112,6 +115,7 @@ def export_as(
         strength: Factor on ΔW.
         rank: Rank of the nearest ΔW that is written.
         keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
+        convert: Also take DoRA and adapters of PEFT's other methods, as the nearest LoRA; the base model's weights are read for it.
 
     Raises:
         AdapterError: If it is not a plain, whole and finite LoRA, or the format cannot hold it.
@@ -124,9 +128,9 @@ def export_as(
     if known is None or known.writes is None:
         written = ", ".join(one.name for one in FORMATS.values() if one.writes)
         raise ConfigError("format of adapters cannot be written", got=repr(name)[:40], expected=written)
-    adapter, source, base = _opened(path, base_model, kind, strength)
+    adapter, source, base = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
     adapter.factors.check_values()
-    done = _truncated(adapter, rank, keep)
+    done = _truncated(adapter, rank, None if convert else keep)
     place = Path(out)
 
     def write(into: Path) -> None:
@@ -138,7 +142,7 @@ def export_as(
             _copy_beside(source, into)
 
     if known.writes == "folder":
-        _into_new_folder(place, write)
+        into_new_folder(place, write)
         return done
     if place.exists() and not place.is_file() or place.is_file() and place.stat().st_size:
         raise StorageError(f"{place} is there already", remedy="Choose a new file.")
@@ -159,12 +163,19 @@ class Exported:
     error: float = 0.0
 
 
-def _opened(path: str | Path, base_model: str | None, kind: str | None, strength: float) -> tuple[LoraAdapter, Path, BaseModel | None]:
+def _share(rank: int | None, keep: float | None) -> float:
+    """The share of ‖ΔW‖² that is kept of an adapter of another method: all of it where a rank cuts it afterwards."""
+    return 1.0 if rank is not None else _KEEP if keep is None else keep
+
+
+def open_adapter(
+    path: str | Path, base_model: str | None, kind: str | None, strength: float, convert: float | None = None
+) -> tuple[LoraAdapter, Path, BaseModel | None]:
     """The adapter with what its folder says, times the strength; its folder in PEFT's format; the base model that was named."""
     base = None
     if base_model is not None:
         base = BaseModel(base_model, kind or kind_of(base_model), None, is_trusted(base_model))
-    source = peft_folder(path, Base(base), more=_BESIDE)
+    source = peft_folder(path, Base(base), more=BESIDE, convert=convert)
     adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
     if adapter.base_model is None and base is not None:
         adapter = replace(adapter, base_model=base.name)
@@ -174,7 +185,9 @@ def _opened(path: str | Path, base_model: str | None, kind: str | None, strength
 def _truncated(adapter: LoraAdapter, rank: int | None, keep: float | None) -> Exported:
     """The adapter in a rank, or in the smallest one that keeps a share of ‖ΔW‖²."""
     if rank is None and keep is None:
-        return Exported(adapter)
+        converted = adapter.info.get("converted")
+        error = converted.get("error") if isinstance(converted, dict) else None
+        return Exported(adapter, float(error) if isinstance(error, int | float) else 0.0)
     if rank is not None and keep is not None:
         raise ConfigError("rank and keep exclude each other", got=f"rank {rank}, keep {keep}", remedy="Give one of them.")
     if keep is not None and not 0 < keep <= 1:
@@ -216,170 +229,21 @@ def _with_purpose(adapter: LoraAdapter, folder: Path) -> LoraAdapter:
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
-    for name in _BESIDE:
+    for name in BESIDE:
         if (source / name).is_file():
-            require_plain(source / name, _LARGEST_BESIDE)
+            require_plain(source / name, LARGEST_BESIDE)
             shutil.copyfile(source / name, folder / name)
 
 
-def export_merged(
-    path: str | Path,
-    out: str | Path,
-    *,
-    base_model: str | None = None,
-    kind: str | None = None,
-    strength: float = 1.0,
-    dtype: str = "auto",
-) -> LoraAdapter:
-    """Adds an adapter's ΔW to its base model's weights and writes the model, its tokenizer and where they came from.
-
-    Args:
-        path: Adapter folder or file in any format, or hub id.
-        out: A new folder.
-        base_model: The base model, if not the one that the adapter names.
-        kind: Its kind, such as "causal_lm"; by default what the adapter and the base model's config say.
-        strength: Factor on ΔW.
-        dtype: Precision of the written weights; "auto" is the base model's own, tensor by tensor. Sums are taken in fp32 and
-            rounded once.
-
-    Raises:
-        AdapterError: If a sum is not finite; nothing is written then.
-        BaseModelError: If the base model cannot be had, is another one, is quantised, or holds a weight in several places.
-        StorageError: If `out` is not empty, or writing fails.
-    """
-    adapter, source, _ = _opened(path, base_model, kind, strength)
-    if dtype not in DTYPES:
-        raise BaseModelError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
-    _require_empty(Path(out))
-    base = adapter.stated_base(base_model, kind)
-    require_plain_weights(base)
-    identity = base.identity()
-    _check_identity(adapter, base, identity)
-    types = stored_types(base) if dtype == "auto" else {}
-    floats = {name for name in types.values() if name in _FLOATS}
-    loaded = dtype if dtype != "auto" else _FLOATS[floats.pop()] if len(floats) == 1 else "float32" if floats else _config_dtype(base)
-    model: Any = base.load("cpu", loaded)
-    adapter = adapter.fitted(model)
-    merge_into(model, adapter)
-    info = {key: value for key, value in adapter.info.items() if key not in ("kind", "lorag")}
-    info |= {
-        "kind": "merged",
-        "base_model": base_fields(base, identity, adapter.layout),
-        "merged_strength": strength,
-        "license": licence_of(adapter.info).name,
-        "versions": versions(),
-    }
-
-    def write(folder: Path) -> None:
-        with quiet_loading():
-            model.save_pretrained(folder)
-        if len(floats) > 1:
-            cast_files(folder, types)
-        _write_tokenizer(base, source, folder, model.get_input_embeddings().weight.shape[0])
-        write_json(folder / PROVENANCE, info)
-        write_card(folder, merged_card(info, base_model=base.name))
-
-    _into_new_folder(Path(out), write)
-    return adapter
-
-
-def _write_tokenizer(base: BaseModel, source: Path, folder: Path, vocabulary: int) -> None:
-    """Writes the base model's tokenizer or processor, and over it the adapter's own, with the chat template it was trained with."""
-    try:
-        base.tokenizer().save_pretrained(folder)
-    except (BaseModelError, MissingDependencyError) as error:
-        logger.warning("the base model has no tokenizer that could be written beside the weights: %s", error)
-    if not any((source / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")):
-        return
-    if (source / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        require_plain(source / "tokenizer.json", _LARGEST_BESIDE)
-        try:
-            size = Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size()
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            logger.warning("the adapter's tokenizer.json cannot be read, so that the base model's stands: %s", str(error)[:160])
-            return
-        if size > vocabulary:
-            logger.warning("the adapter's tokenizer has %d tokens, the base model %d: the base model's was written", size, vocabulary)
-            return
-    for name in _TOKENIZER:
-        if (source / name).is_file():
-            require_plain(source / name, _LARGEST_BESIDE)
-            shutil.copyfile(source / name, folder / name)
-
-
-@torch.no_grad()
-def merge_into(model: nn.Module, adapter: LoraAdapter) -> None:
-    """Adds ΔW (o, i) to the weights of a bare base model, in place.
-
-    All sums are checked before the first weight is changed, so that a refused model is as it was.
-
-    Raises:
-        AdapterError: If a sum is NaN, infinite, or overflows the weight's precision.
-        BaseModelError: If a weight is quantised, or is used in another place too.
-    """
-    places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-    weights: dict[str, nn.Parameter] = {}
-    for module in adapter.layout.modules:
-        weight: Any = model.get_submodule(module.name).weight
-        if not weight.is_floating_point():
-            raise BaseModelError(
-                f"the weight of {module.name} is quantised", got=weight.dtype, remedy="Merge into the base model that it was made from."
-            )
-        also = [name for name in places.get(id(weight), []) if name != f"{module.name}.weight"]
-        if also:
-            raise BaseModelError(
-                f"the weight of {module.name} is that of {also[0]} too",
-                remedy="Use the adapter unmerged: merging would change both places.",
-            )
-        weights[module.name] = weight
-    for name, weight in weights.items():
-        if not torch.isfinite(_sum(model, weight, adapter, name)).all():
-            raise AdapterError(
-                f"the merged weight of {name} is not finite in {str(weight.dtype).removeprefix('torch.')}",
-                remedy="Merge with --dtype float32, or with a smaller --strength; an adapter this large is probably broken.",
-            )
-    for name, weight in weights.items():
-        weight.copy_(_sum(model, weight, adapter, name))
-
-
-def _sum(model: nn.Module, weight: Tensor, adapter: LoraAdapter, module: str) -> Tensor:
-    """W + ΔW, added in fp32 and rounded once; the layer's own class says which way round it stores W."""
-    from transformers.pytorch_utils import Conv1D
-
-    delta = adapter.delta(module)
-    transposed = isinstance(model.get_submodule(module), Conv1D)
-    return (weight.float() + (delta.T if transposed else delta).to(weight.device)).to(weight.dtype)
-
-
-def _check_identity(adapter: LoraAdapter, base: BaseModel, now: str) -> None:
-    """The digest of the weights that the adapter was made for, if one is known, must be that of the weights at hand."""
-    stated = adapter.info.get("base_model")
-    then = stated.get("identity") if isinstance(stated, dict) else None
-    local = not now.startswith("revision:")
-    if local and isinstance(then, str) and then.startswith(("sha256:", "tensors:")) and not base.has_identity(then):
-        raise BaseModelError(
-            f"{base.name} is not the base model that the adapter was made for", got=now, expected=then[:40], remedy="Give the right one."
-        )
-
-
-def _config_dtype(base: BaseModel) -> str:
-    """The precision of a base model as its config has it; fp32 if that says nothing."""
-    name = str(getattr(stored_config(base.name, base.revision), "dtype", None)).removeprefix("torch.")
-    return name if name in DTYPES and name != "auto" else "float32"
-
-
-def _require_empty(out: Path) -> None:
+def require_empty(out: Path) -> None:
+    """Raises StorageError if there is something at `out` already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} is there already and not empty", remedy="Choose a new folder.")
 
 
-def _into_new_folder(out: Path, write: Callable[[Path], None]) -> None:
+def into_new_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a sibling and renames it, so that `out` is whole or absent."""
-    _require_empty(out)
+    require_empty(out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}.", suffix=".tmp"))

@@ -44,7 +44,18 @@ def read_facts(folder: Path, *, values: bool = True) -> Facts:
         raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
     require_plain(folder / WEIGHTS)
     spec, _ = read_header(folder / WEIGHTS)
-    return Facts(config, spec, _first_broken(folder / WEIGHTS, spec) if values else None)
+    return Facts(config, spec, _first_broken(folder / WEIGHTS, spec) if values else None, _is_wrapper(config))
+
+
+def _is_wrapper(config: Mapping[str, Any]) -> bool | None:
+    """Whether the base model wraps a language model, if it is a folder here whose config says it."""
+    name = config.get("base_model_name_or_path")
+    path = Path(name, "config.json") if isinstance(name, str) and name and not name.startswith(("\\\\", "//")) else None
+    try:
+        own = read_json(path, _MAX_CONFIG) if path is not None and path.is_file() else None
+    except (ArtifactError, OSError, ValueError):  # of a base model that others judge
+        return None
+    return None if own is None else any(key in own for key in ("vision_config", "audio_config"))
 
 
 def _first_broken(path: Path, spec: TensorSpec) -> str | None:

@@ -1,11 +1,13 @@
-"""Where an adapter can be loaded: rule tables for PEFT, vLLM and llama.cpp's converter, read from its config and its header.
+"""Where an adapter can be loaded: rule tables for the programs that people serve adapters with, read from its config and its header.
 
-Each rule stands in docs/portability.md with its source. A rule sees what the adapter's files state, never the base
-model: whether a program knows the base model's architecture is not asked here.
+Each rule stands in docs/portability.md with its source, and with the test that ran the program, if one did. A rule sees what the
+adapter's files state, and no more of the base model than whether it reads images too: whether a program knows its architecture is
+not asked here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,13 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embe
 _OUTER = ("lm_head", "embed_tokens", "wte", "shared")
 _ONE_SCALING = "`lorag export ADAPTER --out DIR` writes the same ΔW with one rank and one alpha"
 _MERGE = "merge it into the base model instead"
+_OF_TEXT_CLASS = re.compile(r"model\.layers\.\d+\.")
+# Base models whose usual class reads images too, by name: their text-only classes call modules otherwise.
+_WRAPPED = re.compile(
+    r"gemma-3-(4|12|27)b|gemma-3n|gemma-4|qwen-?[23](\.\d+)?-?(vl|omni)|qwen3\.[56]|llama-4|llama-3\.2-(11|90)b|mistral-small-3\.[12]|"
+    r"ministral-3|llava|pixtral|internvl|glm-4\.\dv|smolvlm",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +44,13 @@ class Facts:
         config: adapter_config.json.
         spec: Types and shapes in adapter_model.safetensors.
         broken: The first tensor with NaN or infinite values, if one has been found.
+        wrapper: Whether the base model wraps a language model with what reads images or sounds; None if that is not known.
     """
 
     config: Mapping[str, Any]
     spec: TensorSpec
     broken: str | None = None
+    wrapper: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -207,13 +218,74 @@ def _vllm_task(facts: Facts) -> Finding | None:
     return None
 
 
+def _vllm_wrapper(facts: Facts) -> Finding | None:
+    """Names of the text-only class, of a base model that vLLM may load in a wrapper for images."""
+    text_alone = sorted(name for name in _modules(facts) if _OF_TEXT_CLASS.match(name))
+    base = str(facts.config.get("base_model_name_or_path"))
+    if not text_alone or facts.wrapper is False or (facts.wrapper is None and not _WRAPPED.search(base)):
+        return None
+    text = (
+        f"{text_alone[0][:80]} is a name of the text-only class: in vLLM's wrapper for images it matches nothing and does nothing, silently"
+    )
+    if facts.wrapper:
+        return Finding(False, text, _MERGE)
+    return Finding(True, f"{base[:60]} is served as its text-only class", text)
+
+
+# --- SGLang -----------------------------------------------------------------------------------------------------------
+
+
+def _sglang_settings(facts: Facts) -> Finding | None:
+    if facts.config.get("bias") not in (None, "none"):
+        return Finding(False, f"bias is {str(facts.config['bias'])[:20]}, and biases of adapters are not served", _MERGE)
+    keys = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+    found = _set(facts.config, *keys)
+    return Finding(False, f"{found} is set, which SGLang does not serve", _MERGE) if found else None
+
+
+def _sglang_scaling(facts: Facts) -> Finding | None:
+    found = _set(facts.config, "use_rslora", "rank_pattern", "alpha_pattern")
+    return Finding(False, f"{found} is set, but every module is scaled by the one lora_alpha / r", _ONE_SCALING) if found else None
+
+
+def _sglang_outer(facts: Facts) -> Finding | None:
+    outer = sorted({name for name in _modules(facts) if name.rsplit(".", 1)[-1] in _OUTER})
+    return Finding(True, f"started with --lora-target-modules that name {outer[0].rsplit('.', 1)[-1]}") if outer else None
+
+
+# --- Ollama and MLX ---------------------------------------------------------------------------------------------------
+
+
+def _ollama_adapter(facts: Facts) -> Finding:
+    return Finding(
+        False,
+        "`ollama create` refuses ADAPTER since 0.34.1",
+        "`lorag export ADAPTER --merge --out DIR`, and `ollama create` from the model; older versions take what --gguf writes",
+    )
+
+
+def _mlx_format(facts: Facts) -> Finding:
+    return Finding(True, "exported first", "`lorag export ADAPTER --mlx --out DIR`: mlx-lm reads a format of its own")
+
+
+def _mlx_names(facts: Facts) -> Finding | None:
+    odd = sorted(name for name in _modules(facts) if not _OF_TEXT_CLASS.match(name) and name != "lm_head")
+    return Finding(False, f"mlx-lm has no module {odd[0][:80]}, and would pass over it", _MERGE) if odd else None
+
+
+def _mlx_tensors(facts: Facts) -> Finding | None:
+    odd = _odd_tensors(facts, ".base_layer.weight")
+    return Finding(False, f"{odd[:100]} is no LoRA factor", _MERGE) if odd else None
+
+
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
 def _gguf_scaling(facts: Facts) -> Finding | None:
     found = _set(facts.config, "use_rslora", "alpha_pattern")
     if found:
-        return Finding(False, f"{found} is ignored: every module is scaled by lora_alpha / r", _ONE_SCALING)
+        remedy = "`lorag export ADAPTER --gguf --out FILE` folds it into the factors"
+        return Finding(False, f"its converter ignores {found}: every module is scaled by lora_alpha / r", remedy)
     if facts.config.get("lora_alpha") == 0:
         return Finding(False, "lora_alpha is 0, which is taken for a scaling of 1", "delete the adapter: it changes nothing")
     return None
@@ -244,13 +316,22 @@ def _gguf_base(facts: Facts) -> Finding | None:
     name = facts.config.get("base_model_name_or_path")
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return None
-    return Finding(True, "given --base DIR with the base model's config", "the adapter names no base model of the hub")
+    return Finding(
+        True, "given the base model: `lorag export --gguf --base-model`, or the converter's --base DIR", "the adapter names none of the hub"
+    )
 
 
 TARGETS: Mapping[str, Sequence[Rule]] = {
     "PEFT": (
         Rule("type", _type),
         Rule("prefix", _peft_prefix),
+        Rule("pairs", _pairs),
+        Rule("shapes", _peft_shapes),
+        Rule("finite", _finite),
+        Rule("start", _peft_start),
+    ),
+    "transformers": (
+        Rule("type", _type),
         Rule("pairs", _pairs),
         Rule("shapes", _peft_shapes),
         Rule("finite", _finite),
@@ -266,6 +347,17 @@ TARGETS: Mapping[str, Sequence[Rule]] = {
         Rule("outer", _vllm_outer),
         Rule("start", _foreign_start),
         Rule("task", _vllm_task),
+        Rule("wrapper", _vllm_wrapper),
+        Rule("finite", _finite),
+    ),
+    "SGLang": (
+        Rule("type", _type),
+        Rule("settings", _sglang_settings),
+        Rule("scaling", _sglang_scaling),
+        Rule("tensors", _vllm_tensors),
+        Rule("pairs", _pairs),
+        Rule("outer", _sglang_outer),
+        Rule("start", _foreign_start),
         Rule("finite", _finite),
     ),
     "llama.cpp": (
@@ -278,6 +370,16 @@ TARGETS: Mapping[str, Sequence[Rule]] = {
         Rule("start", _foreign_start),
         Rule("layers", _gguf_layers),
         Rule("base", _gguf_base),
+        Rule("finite", _finite),
+    ),
+    "Ollama": (Rule("adapter", _ollama_adapter),),
+    "MLX": (
+        Rule("type", _type),
+        Rule("format", _mlx_format),
+        Rule("names", _mlx_names),
+        Rule("tensors", _mlx_tensors),
+        Rule("pairs", _pairs),
+        Rule("start", _foreign_start),
         Rule("finite", _finite),
     ),
 }

@@ -40,18 +40,19 @@ class Source:
     name: str
     descriptions: tuple[str, ...] = ()
 
-    def folder(self, revision: str | None = None, base: Base | None = None) -> Path:
+    def folder(self, revision: str | None = None, base: Base | None = None, convert: float | None = None) -> Path:
         """Its folder in PEFT's format: fetched from the hub where it is a hub id, made from another format where it is in one.
 
         Args:
             revision: Revision on the hub.
             base: What is known of its base model.
+            convert: Share of ‖ΔW‖² that is kept of an adapter of another of PEFT's methods; without it such are left as they are.
 
         Raises:
             AdapterError, BaseModelError: If it is in another format, and cannot be read.
             ArtifactError: If there is no such folder or repository.
         """
-        return peft_folder(self.place, base, revision)
+        return peft_folder(self.place, base, revision, convert=convert)
 
 
 def find_sources(places: Sequence[str]) -> list[Source]:

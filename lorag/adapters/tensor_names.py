@@ -14,7 +14,7 @@ from lorag.errors import ExtraTensorError, MissingPrefixError, MissingTensorErro
 if TYPE_CHECKING:
     from lorag.files.tensors import TensorSpec
 
-__all__ = ["DORA", "KEY", "PREFIX", "WHOLE", "Names", "read_names", "repaired"]
+__all__ = ["CONVERT", "DORA", "KEY", "PREFIX", "WHOLE", "Names", "read_names", "repaired"]
 
 PREFIX = "base_model.model."
 KEY = "base_model.model.{module}.lora_{factor}.weight"
@@ -25,9 +25,10 @@ _WRAPPERS = re.compile(r"(?<![\w])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _PARALLEL = re.compile(r"^(base_model\.model\.)?module\.")
 _ADAPTER = re.compile(r"\.lora_([AB])\.([\w-]+)\.weight$")
 _VOCABULARY = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings)\.weight$")
+CONVERT = "`lorag export --convert` and `lorag bank add --convert` make a LoRA of it, where it adds to the base model's weights."
 DORA = (
-    "Train it without DoRA: its magnitudes rescale the rows of W + ΔW, so that folding them takes the base model's weights "
-    "and gives a ΔW of full rank, which no LoRA holds."
+    "Its magnitudes rescale the rows of W + ΔW, which takes the base model's weights: `lorag export --convert` and `lorag bank add "
+    "--convert` read them and make the nearest LoRA, and `lorag export --merge --convert` a whole model, exactly."
 )
 WHOLE = (
     "Let PEFT merge it, which writes a whole model: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(DIR), the "

@@ -53,6 +53,7 @@ class ImportOptions:
         any_norm: Take norms far outside of the bank's too.
         base_aliases: Other names of the bank's base model, which adapters may give, under any revision.
         revision: Revision of adapters on the hub.
+        convert: Share of ‖ΔW‖² that is kept of adapters of PEFT's other methods; without it these are refused.
     """
 
     descriptions: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class ImportOptions:
     any_norm: bool = False
     base_aliases: tuple[str, ...] = ()
     revision: str | None = None
+    convert: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
     where: Path | str = source.label
     adapter: LoraAdapter | None = None
     try:
-        where = folder = source.folder(options.revision, Base(base.model, base.layout.modules))
+        where = folder = source.folder(options.revision, Base(base.model, base.layout.modules), options.convert)
         check = partial(check_base, base, folder, options.base_aliases)
         check_size = partial(check_norm, others=(), where=folder)
         parts = read_folder(

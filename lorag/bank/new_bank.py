@@ -67,7 +67,13 @@ class _Seen:
 
 
 def start_bank(
-    folder: Path, sources: Sequence[Source], new: NewBank, *, revision: str | None = None, quiet: bool = True
+    folder: Path,
+    sources: Sequence[Source],
+    new: NewBank,
+    *,
+    revision: str | None = None,
+    convert: float | None = None,
+    quiet: bool = True,
 ) -> AdapterBank | None:
     """Starts an empty bank that adapters fit, without adding them; None if there is a bank with experts already.
 
@@ -76,6 +82,7 @@ def start_bank(
         sources: The adapters. Those that cannot be read, or are of another base model, have no say.
         new: What is known of the bank.
         revision: Revision of adapters on the hub.
+        convert: Share of ‖ΔW‖² that is kept of adapters of PEFT's other methods; without it these have no say.
         quiet: No progress bar.
 
     Raises:
@@ -90,7 +97,7 @@ def start_bank(
     given = (
         None if new.base is None else BaseModel(new.base, new.kind or kind_of(new.base, new.revision), new.revision, is_trusted(new.base))
     )
-    seen = _look(sources, revision, quiet, given)
+    seen = _look(sources, revision, quiet, given, convert)
     name = known_name(new.base or _agreed_name(seen, new.aliases))
     fitting = [one for one in seen if one.name is None or one.name in new.aliases or same_model(one.name, name)]
     if not fitting:
@@ -144,11 +151,11 @@ def _is_filled(folder: Path, new: NewBank) -> bool:
     return True
 
 
-def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: BaseModel | None) -> list[_Seen]:
+def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: BaseModel | None, convert: float | None) -> list[_Seen]:
     seen, first = [], None
     for source in progress_bar(sources, desc="looking at adapters", disable=quiet or len(sources) < 64, leave=False):
         try:
-            folder = source.folder(revision, Base(base))
+            folder = source.folder(revision, Base(base), convert)
             facts = read_facts(folder, values=False)
             check_config(facts.config, folder / CONFIG)
             named, at, task = (facts.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))

@@ -85,6 +85,10 @@ def add(
     any_norm: Annotated[bool, typer.Option("--any-norm", help="Take adapters far larger or smaller than the bank's too.")] = False,
     base_alias: Annotated[list[str] | None, typer.Option(help="Another name of the bank's base model; may be repeated.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Also take DoRA and PEFT's other methods, as LoRA; the base model's weights are read for it.")
+    ] = False,
+    keep: Annotated[float, typer.Option(help="Share of ‖ΔW‖² that --convert keeps of each module.")] = 0.99,
     embedder: Annotated[str | None, typer.Option(help="Compares descriptions; 'none' compares none.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Of a new bank: a hub id, folder, GGUF file or short name of the base model.", rich_help_panel=_NEW)
@@ -141,12 +145,14 @@ def add(
         {**planned.settings, **read_settings(objective_setting or [])},
         (*planned.aliases, *(base_alias or ())),
     )
-    started = start_bank(bank, sources, new, revision=revision, quiet=quiet)
+    started = start_bank(bank, sources, new, revision=revision, convert=keep if convert else None, quiet=quiet)
     if started is not None:
         model, layout = started.base.model, started.base.layout
         typer.echo(f"started {bank}: base model {model.name} ({model.kind}, {started.base.identity}), objective {started.base.objective}")
         typer.echo(f"  {len(layout)} modules: {', '.join(layout.target_modules[:8])}{' …' if len(layout.target_modules) > 8 else ''}")
-    options = ImportOptions(tuple(description or ()), name, licence, ignore_extra, any_norm, new.aliases, revision)
+    options = ImportOptions(
+        tuple(description or ()), name, licence, ignore_extra, any_norm, new.aliases, revision, keep if convert else None
+    )
     refused: list[Imported] = []
     where = Backend(backend, address, cpus, gpus)
     with closing(import_adapters(bank, sources, options, embedder=_embedder(embedder), backend=where, quiet=quiet)) as done:

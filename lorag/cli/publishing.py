@@ -33,10 +33,14 @@ def export(
     strength: Annotated[float, typer.Option(help="Factor on ΔW.")] = 1.0,
     rank: Annotated[int | None, typer.Option(min=1, help="Write the nearest ΔW of this rank.")] = None,
     keep: Annotated[float | None, typer.Option(help="Write the smallest rank that keeps this share of ‖ΔW‖², such as .95.")] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Also take DoRA and PEFT's other methods: as the nearest LoRA, or with --merge exactly.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Precision of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write an adapter as a PEFT folder of one rank and one alpha, which every program reads, in another format, or merged."""
-    from lorag.adapters.export import export_as, export_merged, export_portable
+    from lorag.adapters.export import export_as, export_portable
+    from lorag.adapters.merged import export_merged
 
     if merge + gguf + mlx > 1:
         raise typer.BadParameter("--merge, --gguf and --mlx exclude each other")
@@ -45,17 +49,17 @@ def export(
     if not merge and dtype != "auto":
         raise typer.BadParameter("--dtype needs --merge")
     if merge:
-        merged = export_merged(adapter, out, base_model=base_model, kind=kind, strength=strength, dtype=dtype)
+        merged = export_merged(adapter, out, base_model=base_model, kind=kind, strength=strength, dtype=dtype, convert=convert)
         typer.echo(f"{out}: {base_model or merged.base_model} with the adapter merged into {len(merged.layout)} weights")
         typer.echo(f'next: AutoModel….from_pretrained("{out}")')
         return
     if gguf or mlx:
         name = "gguf" if gguf else "mlx"
-        done = export_as(adapter, out, name, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep)
+        done = export_as(adapter, out, name, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
     else:
-        done = export_portable(adapter, out, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep)
+        done = export_portable(adapter, out, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
     typer.echo(f"{out}: rank {done.adapter.rank} adapter of {base_model or done.adapter.base_model}, one lora_alpha for all modules")
-    if rank is not None or keep is not None:
+    if rank is not None or keep is not None or convert:
         typer.echo(f"relative error of ΔW: {done.error:.3g}")
     following = f"llama-cli -m BASE.gguf --lora {out}" if gguf else f"mlx_lm.generate --model BASE --adapter-path {out}"
     typer.echo(f"next: {following if gguf or mlx else f'lorag info {out}'}")

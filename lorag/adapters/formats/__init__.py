@@ -17,6 +17,7 @@ from lorag.adapters.formats.diffusion import Diffusion
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm
 from lorag.adapters.formats.gguf import Gguf
 from lorag.adapters.formats.mlx import Mlx
+from lorag.adapters.formats.other_methods import OtherMethods
 from lorag.base.names import locate
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import is_foreign_link, read_bounded, sha256, write_json
@@ -50,7 +51,9 @@ def adapter_files(folder: Path) -> list[Path]:
     return sorted({path for one in FORMATS.values() for path in one.weights(folder)})
 
 
-def peft_folder(path: str | Path, base: Base | None = None, revision: str | None = None, *, more: Sequence[str] = ()) -> Path:
+def peft_folder(
+    path: str | Path, base: Base | None = None, revision: str | None = None, *, more: Sequence[str] = (), convert: float | None = None
+) -> Path:
     """A folder in PEFT's format with the adapter at a path: the one that is there, or one made from another format.
 
     Args:
@@ -58,6 +61,8 @@ def peft_folder(path: str | Path, base: Base | None = None, revision: str | None
         base: What is known of the base model; formats that write less down than PEFT ask for it.
         revision: Revision on the hub.
         more: Further files that are taken along where they lie beside the adapter.
+        convert: Also brings adapters of PEFT's other methods, and DoRA, to LoRA, keeping this share of ‖ΔW‖² of each module; without it
+            they are left as they are, which PEFT's reader refuses.
 
     Raises:
         AdapterError: If there are several adapters, or one that is not a plain LoRA.
@@ -74,6 +79,9 @@ def peft_folder(path: str | Path, base: Base | None = None, revision: str | None
             )
     else:
         folder = fetch(path, "adapter", revision, more=more)
+        other = None if convert is None else OtherMethods(convert)
+        if other is not None and other.weights(folder):
+            return _converted(folder / WEIGHTS, other, other.stated(folder / WEIGHTS, base or Base()), more)
         files = adapter_files(folder)
         if not files:
             return folder  # PEFT's, or nothing at all, which its reader says best
@@ -93,7 +101,7 @@ def _expected() -> str:
 
 def _converted(file: Path, known: AdapterFormat, base: Base, more: Sequence[str]) -> Path:
     sides = dict(_beside(file, more))
-    digest = hashlib.sha256(repr([known.name, known.version, sha256(file), sorted(sides.items()), *_stated(base)]).encode())
+    digest = hashlib.sha256(repr([known, sha256(file), sorted(sides.items()), *_stated(base, known)]).encode())
     if (file.parent / CONFIG).is_file():
         digest.update(sha256(file.parent / CONFIG).encode())
     name = f"adapters/{known.name}-{digest.hexdigest()[:24]}"
@@ -128,8 +136,14 @@ def _beside(file: Path, more: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, sha256(path)
 
 
-def _stated(base: Base) -> list[object]:
+def _stated(base: Base, known: AdapterFormat) -> list[object]:
     """What tells one base model from another, as far as reading an adapter depends on it."""
     config = None if base.model is None else Path(locate(base.model.name, base.model.revision)) / "config.json"
     local = sha256(config) if config is not None and config.is_file() else None
-    return [base.model and (base.model.name, base.model.revision), local, [(m.name, m.in_features, m.out_features) for m in base.modules]]
+    weights = base.model.identity() if base.model is not None and isinstance(known, OtherMethods) else None
+    return [
+        weights,
+        base.model and (base.model.name, base.model.revision),
+        local,
+        [(m.name, m.in_features, m.out_features) for m in base.modules],
+    ]

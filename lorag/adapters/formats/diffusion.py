@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lorag.adapters.checks import Scalings, check_config
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
-from lorag.adapters.tensor_names import DORA
 from lorag.errors import AdapterError, BaseModelError, FactorShapeError, MissingTensorError, UnsupportedLoraError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header
@@ -101,7 +100,7 @@ def _parts(file: Path, spec: Mapping[str, Any]) -> dict[str, _Part]:
         place = _place(key)
         if place is None:
             other = next((end for end in _OTHERS if end in key), None)
-            remedy = DORA if other in (".dora_scale", ".lora_magnitude_vector") else "Train or convert it as plain LoRA."
+            remedy = "Train or convert it as plain LoRA."
             what = f"{file} holds more than plain LoRA" if other else f"{file}: a name is not known"
             raise UnsupportedLoraError(what, got=key[:120], expected="lora_A and lora_B, or lora_down and lora_up", remedy=remedy)
         name, module, side, flat = place

@@ -93,6 +93,10 @@ class AdapterFormat(ABC):
     writes: ClassVar[str | None] = None
     version: ClassVar[int] = 1
 
+    def __repr__(self) -> str:
+        """What the result of reading a file depends on, beside the file and its base model."""
+        return f"{self.name} {self.version}"
+
     @abstractmethod
     def weights(self, folder: Path) -> list[Path]:
         """Files of a folder that hold an adapter each, judged by their content."""

@@ -20,8 +20,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _LIST = 8, 9
 # An adapter has no vocabulary: its header is small, and one that claims more is not read on.
 _MOST_FIELDS, _MOST_ITEMS, _MOST_TENSORS = 2048, 65_536, 40_000
-_LONGEST_KEY, _LONGEST_TEXT = 1024, 4 * 2**20
+_LONGEST_KEY, _LONGEST_TEXT = 1024, 8 * 2**20
 _MOST_AXES, _MOST_VALUES = 4, 2**40
+_LARGEST_HEADER = 16 * 2**20  # bytes of all fields and names together
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
+        self._bytes_left, self._items_left = _LARGEST_HEADER, _MOST_ITEMS
 
     def header(self) -> GgufHeader:
         version = self._number("I")
@@ -95,6 +97,9 @@ class _Reader:
         return ArtifactError(f"GGUF file {self._path} is cut short or damaged", got=got, remedy="Download it again.")
 
     def _bytes(self, count: int) -> bytes:
+        self._bytes_left -= count
+        if self._bytes_left < 0:
+            raise self._too_large(f"a header above {_LARGEST_HEADER} bytes")
         data = self._file.read(count)
         if len(data) != count:
             raise self._damaged(f"an end after {len(data)} of {count} bytes")
@@ -106,8 +111,11 @@ class _Reader:
     def _count(self, most: int, what: str) -> int:
         count = int(self._number("Q"))
         if count > most:
-            raise ArtifactError(f"GGUF file {self._path} is larger than an adapter is", got=f"{count} {what}", expected=f"at most {most}")
+            raise self._too_large(f"{count} {what}", f"at most {most}")
         return count
+
+    def _too_large(self, got: str, expected: str | None = None) -> ArtifactError:
+        return ArtifactError(f"GGUF file {self._path} is larger than an adapter is", got=got, expected=expected)
 
     def _text(self, longest: int) -> str:
         data = self._bytes(self._count(longest, "bytes of a text"))
@@ -123,7 +131,8 @@ class _Reader:
             return self._text(_LONGEST_TEXT)
         if kind != _LIST:
             raise self._damaged(f"type {kind} of {key[:60]!r}")
-        inner, count = self._number("I"), self._count(_MOST_ITEMS, f"values of {key[:60]!r}")
+        inner, count = self._number("I"), self._count(self._items_left, f"values of {key[:60]!r}")
+        self._items_left -= count
         if inner in _SCALARS:
             self._bytes(count * struct.calcsize(f"<{_SCALARS[inner]}"))
         elif inner == _TEXT:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
-from lorag.adapters.tensor_names import DORA
 from lorag.errors import AdapterError, AlphaRangeError, ArtifactError, FactorShapeError, MissingTensorError, UnsupportedLoraError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
@@ -55,9 +54,8 @@ class Mlx(AdapterFormat):
         config = read_json(path, _MAX_CONFIG)
         kind = config.get("fine_tune_type", "lora")
         if kind != "lora":
-            remedy = DORA if kind == "dora" else "Train a LoRA: --fine-tune-type lora."
-            got = repr(kind)[:40]
-            raise UnsupportedLoraError(f"{path}: fine_tune_type cannot be used", got=got, expected="lora", remedy=remedy)
+            remedy = "Train a LoRA: --fine-tune-type lora."
+            raise UnsupportedLoraError(f"{path}: fine_tune_type cannot be used", got=repr(kind)[:40], expected="lora", remedy=remedy)
         scale = _scale(config, path)
         spec, _ = read_header(file)
         tensors = load_tensors(file)
