@@ -49,7 +49,8 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
         ArtifactError: If it holds nothing that lorag knows, or what it holds cannot be read.
         BaseModelError: If an adapter's format asks for the base model.
     """
-    files = [path] if path.is_file() else adapter_files(path) if path.is_dir() else []
+    own = any((path / marker).is_file() for marker in ("bank.json", "generator.json", "tasks.jsonl"))
+    files = [path] if path.is_file() else adapter_files(path) if path.is_dir() and not own else []
     if files:
         return _shown(_foreign(path, files[0], base_model))
     for marker, describe in (

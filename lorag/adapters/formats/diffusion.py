@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorag.adapters.checks import Scalings, check_config
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
-from lorag.errors import AdapterError, BaseModelError, FactorShapeError, MissingTensorError, UnsupportedLoraError
+from lorag.errors import AdapterError, ArtifactError, BaseModelError, FactorShapeError, MissingTensorError, UnsupportedLoraError
 from lorag.files.artifacts import parse_json
 from lorag.files.tensors import load_tensors, read_header
 
@@ -57,8 +57,14 @@ class Diffusion(AdapterFormat):
     title = "diffusers or kohya"
 
     def weights(self, folder: Path) -> list[Path]:
-        """Safetensors files of such names."""
-        return [path for path in sorted(folder.glob("*.safetensors")) if path.is_file() and self.recognises(path)]
+        """Safetensors files of such names; one that cannot be read is passed over, and said."""
+        found = []
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                found += [path] if path.is_file() and self.recognises(path) else []
+            except ArtifactError as error:
+                logger.warning("passed over %s: %s", path, error)
+        return found
 
     def recognises(self, file: Path) -> bool:
         """By any name that starts and ends so."""

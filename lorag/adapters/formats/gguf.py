@@ -103,7 +103,11 @@ class Gguf(AdapterFormat):
                 remedy="Name it: --base-model ID_OR_FOLDER, or --base for a new bank.",
             )
         name, revision = (str(stated), None) if base.model is None else (base.model.name, base.model.revision)
-        return _config_heads(_text_config(name, revision))
+        config = _text_config(name, revision)
+        if _ARCHITECTURES.get(str(config.model_type)) not in _PERMUTED:
+            got = f"{name} of type {config.model_type}"
+            raise BaseModelError(f"GGUF file {file} belongs to a base model of another architecture", got=got, expected="llama or mistral")
+        return _config_heads(config)
 
     def write(self, adapter: LoraAdapter, out: Path, base: Base) -> None:
         """Writes fp32, which is exact, with the architecture's own order of rows; lora_alpha states the scaling."""
