@@ -63,7 +63,7 @@ class Diffusion(AdapterFormat):
             try:
                 found += [path] if path.is_file() and self.recognises(path) else []
             except ArtifactError as error:
-                logger.warning("passed over %s: %s", path, error)
+                logger.warning("passed over a file: %s", error)
         return found
 
     def recognises(self, file: Path) -> bool:

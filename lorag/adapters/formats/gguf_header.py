@@ -39,9 +39,17 @@ class GgufHeader:
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file starts as GGUF does."""
-    with file.open("rb") as opened:
-        return opened.read(4) == _MAGIC
+    """Whether a file starts as GGUF does.
+
+    Raises:
+        ArtifactError: If it is not a plain file, or cannot be read.
+    """
+    require_plain(file)
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == _MAGIC
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read", got=error.strerror or error) from error
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
