@@ -275,7 +275,7 @@ def _mlx_names(facts: Facts) -> Finding | None:
 
 def _mlx_tensors(facts: Facts) -> Finding | None:
     odd = _odd_tensors(facts, ".base_layer.weight")
-    return Finding(False, f"{odd[:100]} is no LoRA factor", _MERGE) if odd else None
+    return Finding(False, f"{odd[:100]} is not a LoRA factor", _MERGE) if odd else None
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
