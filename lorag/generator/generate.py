@@ -19,6 +19,7 @@ from lorag.generator.files import DEFAULT, MANIFEST, find_generator
 from lorag.generator.lora_generator import ON_UNKNOWN, LoraGenerator
 from lorag.parallel import Backend
 from lorag.tasks.descriptions import check_description
+from lorag.text.vectors import vector_text
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
@@ -70,8 +71,9 @@ def default_generator() -> LoraGenerator:
 
 
 def generate_lora(
-    description: str,
+    description: str | None = None,
     *,
+    vector: Sequence[float] | None = None,
     generator: LoraGenerator | str | Path | None = None,
     seed: int = 0,
     strength: float = 1.0,
@@ -86,6 +88,7 @@ def generate_lora(
 
     Args:
         description: What the adapter should do, such as "summarise legal text".
+        vector: Instead of a description, for a generator of a bank whose entries carry vectors (`lorag.text.vectors`).
         generator: A generator, its folder or hub id, or the name of a shipped one, such as "sandbox"; by default the shipped one.
         seed: Seed of methods that sample.
         strength: Factor on ΔW.
@@ -103,11 +106,17 @@ def generate_lora(
         to trust it, and by which evidence.
 
     Raises:
-        DescriptionError: If the description is empty, too long or not text.
+        DescriptionError: If the description is empty, too long or not text, the vector cannot be used, or both or neither are given.
         GeneratorError: If the generator has no adapters of the rank.
         TaskError: If the examples are not pairs of texts, or are missing where `refine_steps` needs them.
         UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
     """
+    if vector is not None:
+        if description is not None:
+            raise DescriptionError("an adapter is made from a description or from a vector", got="both")
+        description = vector_text(vector)
+    if description is None:
+        raise DescriptionError("an adapter is made from a description or from a vector", got="neither")
     return _open(generator).generate(
         description,
         seed=seed,

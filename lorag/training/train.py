@@ -23,7 +23,8 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Method, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
 from lorag.tasks.unknown import read_unknown
-from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
+from lorag.text.embedding import CachedEmbedder
+from lorag.text.vectors import open_embedder, reads_vectors
 from lorag.training.calibrate import tune_strength
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.preparation import Prepared, hold_out, prepare, tasks_of_run
@@ -49,7 +50,7 @@ class TrainConfig:
         settings: The method's own settings.
         tasks: Suite with the experts' examples, for functional training and for choosing the strength; "sandbox" is the
             embedded one, null leaves both out.
-        embedder: Text embedder.
+        embedder: Text embedder, or `vectors:N` for a bank whose entries carry vectors of N values (`lorag.text.vectors`): without gate.
         space: "shared_subspace", "flat_factors", or, which needs no bank, "activation_bases".
         k: Dimensions of a shared subspace on each side; input directions of activation bases.
         rank: Rank of generated adapters.
@@ -173,7 +174,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     method = method_type(config.method).with_settings(config.settings)
     bank = _find_bank(config)
     tasks = tasks_of_run(config.tasks, len(bank))
-    embedder = CachedEmbedder(SentenceEmbedder.from_pretrained(config.embedder, config.device))
+    embedder = CachedEmbedder(open_embedder(config.embedder, config.device))
     if accelerator.is_main_process:
         write_json(out / "run.json", plain)
     quiet = quiet or not accelerator.is_local_main_process
@@ -183,7 +184,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         space_name=config.space,
         k=config.k,
         wordings=config.wordings,
-        typos=config.typos,
+        typos=0.0 if reads_vectors(config.embedder) else config.typos,
         validation=config.validation,
         groups=config.groups,
         seed=config.seed,
@@ -204,7 +205,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if not accelerator.is_main_process:
         return generator
     data = prepared.data
-    if data.validation and not method.needs_task_vectors:
+    if data.validation and not method.needs_task_vectors and not reads_vectors(config.embedder):
         others = data.tasks[len(bank) :]
         generator.gate = fit_gate(generator, bank, tasks["suite"], data.validation, data.groups, others=others, quiet=quiet)
     generator.save_pretrained(out)
