@@ -201,7 +201,7 @@ def test_debug_shows_the_traceback(tmp_path, lorag):
 def test_interruption_says_what_is_kept(lorag, monkeypatch, tmp_path):
     """Exit code 130, one line, no traceback."""
 
-    def interrupted(path):
+    def interrupted(path, base_model):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cards, "describe_path", interrupted)
@@ -212,7 +212,7 @@ def test_interruption_says_what_is_kept(lorag, monkeypatch, tmp_path):
 def test_a_full_disk_is_one_line(refused, monkeypatch, tmp_path):
     """Errors of the system name the file."""
 
-    def full(path):
+    def full(path, base_model):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(cards, "describe_path", full)
