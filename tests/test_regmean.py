@@ -1,6 +1,7 @@
-"""RegMean: which positions count, the regression against its own optimality, and that one adapter then serves several tasks."""
+"""RegMean: which positions count, the regression against its own optimality, that one adapter then serves several tasks; and controls."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lorag.methods.support_examples import few_examples
 from lorag.tasks.suite import Example
 from lorag.training import fuse as fusion
 from lorag.training import regmean as regression
+from lorag.training.controls import compare_with_fresh
 from lorag.training.regmean import regmean
 
 CELLS = (("blue", "cat"), ("green", "horse"), ("red", "bird"))
@@ -130,3 +132,21 @@ def test_what_cannot_be_merged_so_is_refused(runner, tasks, experts):
     for wrong in ({"rounds": 0}, {"examples": 0}, {"ridge": 0.0}):
         with pytest.raises(ConfigError, match="regmean"):
             regmean(runner, experts, tasks, **wrong)
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_that_does_better_is_told_of(bank, runner, tasks, monkeypatch, caplog):
+    """Experts that were never trained for these answers are merged in vain: `cat` says so, with both losses on other examples."""
+    monkeypatch.setattr(fusion, "find_tasks", lambda name: tasks)
+    with caplog.at_level(logging.WARNING):
+        merged = fusion.fuse(NAMES, bank=str(bank.folder), method="cat", tasks="toy", device="cpu")
+    losses = merged.info["controls"]
+    assert losses["fresh"] < losses["merged"] and "does better than the merge" in caplog.text
+    support = [few_examples(task, 8, 0) for task in tasks]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # one step is not enough to do better
+        again = compare_with_fresh(runner, merged, tasks, support, rank=2, steps=1)
+    assert again["merged"] == losses["merged"] < again["fresh"] and not caplog.records
+    assert compare_with_fresh(runner, merged, tasks, tasks, rank=2, steps=1) is None  # nothing is left to score on

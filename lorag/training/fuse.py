@@ -26,6 +26,7 @@ from lorag.methods.icm_fusion import IcmFusion
 from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, tasks_of, warn_of_shared_inputs
 from lorag.networks.vae import resolve_conflicts
 from lorag.tasks.finding import find_tasks
+from lorag.training.controls import compare_with_fresh
 from lorag.training.regmean import regmean
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = ["RULES", "fuse", "fuse_experts", "read_weights"]
 
 RULES = ("uniform", "conflict", "learned")
 _METHODS = (*MERGES, "regmean", "icm_fusion")
+_LEARNED_FROM = 8  # examples of each task that `cat` learns its weights from
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -225,7 +227,8 @@ def fuse(
         method: A rule of `merging`; "regmean", which needs the tasks; or "icm_fusion".
         generator: Folder of an `icm_fusion` generator, for that method only.
         rule: Its rule.
-        tasks: Suite of the experts' tasks: tasks that share inputs are warned of, `cat` learns its weights, and
+        tasks: Suite of the experts' tasks: tasks that share inputs are warned of, `cat` learns its weights and warns where an adapter
+            trained from nothing on the same examples does better (`info["controls"]`), and
             `icm_fusion` may learn; `regmean` looks at what flows through the base model on their examples.
         rank: Rank of the result.
         seed: Seed of `dare_ties`, and of the choice of examples.
@@ -273,7 +276,11 @@ def fuse(
         if method == "regmean":
             return regmean(runner, list(experts.adapters(names)), their_tasks, weights=weights, rank=rank, seed=seed)
         if method == "cat" and weights is None:
-            learned = learn_weights(runner, list(experts.adapters(names)), their_tasks, seed=seed)
+            support = [few_examples(task, _LEARNED_FROM, seed) for task in their_tasks]
+            learned = learn_weights(runner, list(experts.adapters(names)), support, examples=_LEARNED_FROM, seed=seed)
+            merged = experts.fuse(names, method, rank=rank, weights=learned)
+            controls = compare_with_fresh(runner, merged, their_tasks, support, rank=max(experts[name].rank for name in names), seed=seed)
+            return merged if controls is None else replace(merged, info={**merged.info, "controls": controls})
     return experts.fuse(names, method, rank=rank, weights=learned, rng=rng)
 
 
