@@ -470,7 +470,7 @@ def test_the_command_writes_an_adapter(capsys, folders, tmp_path, prepared, monk
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--method", "soup"), "mean, task_arithmetic, ties, dare_ties, cat, lego, icm_fusion"),
+        (("--method", "soup"), "mean, task_arithmetic, ties, dare_ties, cat, lego, tsv, regmean, icm_fusion"),
         (("--method", "icm_fusion"), "lorag train method=icm_fusion"),
         (("--generator", "somewhere"), "belong together"),
         (("purple-cow",), "purple-cow"),
