@@ -35,6 +35,7 @@ from lorag.errors import (
     LoragError,
     MissingDependencyError,
     MissingTensorError,
+    PeftTypeError,
     StorageError,
     UnsupportedLoraError,
 )
@@ -776,8 +777,15 @@ def test_a_dora_is_merged_exactly(bases, tmp_path):
     [
         ({"base_model_name_or_path": None}, None, BaseModelError, "base model's weights"),
         ({"r": 10**7}, True, AdapterError, "r is too large"),
-        ({"peft_type": "PROMPT_TUNING"}, True, AdapterError, "PEFT cannot merge|cannot become"),
-        ({"peft_type": "MARTIAN"}, True, AdapterError, "PEFT cannot merge"),
+        ({"peft_type": "PROMPT_TUNING"}, True, PeftTypeError, "cannot become a LoRA"),
+        ({"peft_type": "XLORA", "adapters": {"a": "somebody/elses"}}, True, PeftTypeError, "cannot become a LoRA"),
+        ({"peft_type": "MARTIAN"}, True, PeftTypeError, "cannot become a LoRA"),
+        (
+            {"peft_type": "LORA", "use_dora": True, "lora_alpha": 4, "modules_to_save": ["lm_head"]},
+            True,
+            UnsupportedLoraError,
+            "modules_to_save",
+        ),
         ({"target_modules": ["no_such"]}, True, AdapterError, "PEFT cannot merge"),
         ({"target_modules": "(" * 2000}, True, AdapterError, "too large"),
     ],

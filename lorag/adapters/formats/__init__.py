@@ -72,8 +72,8 @@ def peft_folder(
     named = Path(path)
     if named.is_file() and named.name not in (WEIGHTS, CONFIG):
         file = Path(os.path.realpath(named)) if is_foreign_link(named) else named  # a person named it, and may mean a link
-        known = format_of(file)
-        if known is None:
+        source_format = format_of(file)
+        if source_format is None:
             raise ArtifactError(
                 f"{path} is not an adapter", got=file.name, expected=_expected(), remedy="Give an adapter's folder or file."
             )
@@ -89,29 +89,29 @@ def peft_folder(
             got = ", ".join(one.name for one in files[:6])
             raise AdapterError(f"{folder} holds {len(files)} adapters", got=got, expected="one", remedy="Name the file.")
         file = files[0]
-        known = format_of(file)
-        if known is None:
+        source_format = format_of(file)
+        if source_format is None:
             raise AssertionError(f"{file} was recognised a moment ago")
-    return _converted(file, known, base or Base(), more)
+    return _converted(file, source_format, base or Base(), more)
 
 
 def _expected() -> str:
     return f"PEFT's folder, or a file of {', '.join(one.title for one in FORMATS.values())}"
 
 
-def _converted(file: Path, known: AdapterFormat, base: Base, more: Sequence[str]) -> Path:
+def _converted(file: Path, source_format: AdapterFormat, base: Base, more: Sequence[str]) -> Path:
     sides = dict(_beside(file, more))
-    digest = hashlib.sha256(repr([known, sha256(file), sorted(sides.items()), *_stated(base, known)]).encode())
+    digest = hashlib.sha256(repr([source_format, sha256(file), sorted(sides.items()), *_stated(base, source_format)]).encode())
     if (file.parent / CONFIG).is_file():
         digest.update(sha256(file.parent / CONFIG).encode())
-    name = f"adapters/{known.name}-{digest.hexdigest()[:24]}"
+    name = f"adapters/{source_format.name}-{digest.hexdigest()[:24]}"
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    form = known.read(file, base)  # before the cache is touched: a refused file leaves nothing there
+    form = source_format.read(file, base)  # before the cache is touched: a refused file leaves nothing there
 
     def write(into: Path) -> None:
-        _write(form, known, file, into)
+        _write(form, source_format, file, into)
         for side in sides:
             if not (into / side).exists():
                 (into / side).write_bytes(read_bounded(file.parent / side, _LARGEST_SIDE))
@@ -119,11 +119,11 @@ def _converted(file: Path, known: AdapterFormat, base: Base, more: Sequence[str]
     return cached_folder(name, write)
 
 
-def _write(form: PeftForm, known: AdapterFormat, file: Path, into: Path) -> None:
+def _write(form: PeftForm, source_format: AdapterFormat, file: Path, into: Path) -> None:
     save_tensors(into / WEIGHTS, form.tensors, {"format": "pt"})
     write_json(into / CONFIG, form.config)
     if form.info or not (file.parent / PROVENANCE).is_file():
-        write_json(into / PROVENANCE, {"kind": "adapter", "lorag": __version__, "converted_from": known.title, **form.info})
+        write_json(into / PROVENANCE, {"kind": "adapter", "lorag": __version__, "converted_from": source_format.title, **form.info})
 
 
 def _beside(file: Path, more: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -136,11 +136,11 @@ def _beside(file: Path, more: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, sha256(path)
 
 
-def _stated(base: Base, known: AdapterFormat) -> list[object]:
+def _stated(base: Base, source_format: AdapterFormat) -> list[object]:
     """What tells one base model from another, as far as reading an adapter depends on it."""
     config = None if base.model is None else Path(locate(base.model.name, base.model.revision)) / "config.json"
     local = sha256(config) if config is not None and config.is_file() else None
-    weights = base.model.identity() if base.model is not None and isinstance(known, OtherMethods) else None
+    weights = base.model.identity() if base.model is not None and isinstance(source_format, OtherMethods) else None
     return [
         weights,
         base.model and (base.model.name, base.model.revision),

@@ -58,13 +58,13 @@ class Diffusion(AdapterFormat):
 
     def weights(self, folder: Path) -> list[Path]:
         """Safetensors files of such names; one that cannot be read is passed over, and said."""
-        found = []
+        files = []
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                found += [path] if path.is_file() and self.recognises(path) else []
+                files += [path] if path.is_file() and self.recognises(path) else []
             except ArtifactError as error:
                 logger.warning("passed over a file: %s", error)
-        return found
+        return files
 
     def recognises(self, file: Path) -> bool:
         """By any name that starts and ends so."""
@@ -94,9 +94,9 @@ def _place(key: str) -> tuple[str, str, str, bool] | None:
         if key.endswith(end):
             name = key.removesuffix(end)
             for pattern, flat in ((_FLAT, True), (_DOTTED, False)):
-                found = pattern.fullmatch(name)
-                if found is not None:
-                    return found[1], found[2], side, flat
+                match = pattern.fullmatch(name)
+                if match is not None:
+                    return match[1], match[2], side, flat
     return None
 
 
@@ -125,15 +125,15 @@ def _parts(file: Path, spec: Mapping[str, Any]) -> dict[str, _Part]:
 def _resolved(part: _Part, layers: Mapping[str, ModuleShape]) -> dict[str, dict[str, str]]:
     """Keys by the module's path in a base model; without one, paths with dots and those of known encoders stand as they are."""
     names = {name.replace(".", "_"): name for name in layers}
-    found = {}
+    by_path = {}
     for module, keys in part.keys.items():
         flat = module.replace(".", "_")
-        own = names.get(flat) or names.get(flat.removeprefix("text_model_")) or names.get(f"text_model_{flat}")
-        if own is None and not names:
-            own = ".".join(re.findall(_PIECE, module)) if part.flat and _KNOWN_PATH.fullmatch(module) else None if part.flat else module
-        if own is not None:
-            found[own] = keys
-    return found
+        path = names.get(flat) or names.get(flat.removeprefix("text_model_")) or names.get(f"text_model_{flat}")
+        if path is None and not names:
+            path = ".".join(re.findall(_PIECE, module)) if part.flat and _KNOWN_PATH.fullmatch(module) else None if part.flat else module
+        if path is not None:
+            by_path[path] = keys
+    return by_path
 
 
 def _choose(
@@ -160,8 +160,8 @@ def _choose(
     raise BaseModelError(f"{file}: names of modules cannot be told from their flattened form", got=held, remedy=remedy)
 
 
-def _fits(found: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, ModuleShape]) -> bool:
-    for name, keys in found.items():
+def _fits(modules: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, ModuleShape]) -> bool:
+    for name, keys in modules.items():
         size = layers.get(name)
         if size is not None and (shapes[keys["A"]][-1:], shapes[keys["B"]][:1]) != ((size.in_features,), (size.out_features,)):
             return False
@@ -172,13 +172,13 @@ def _scalings(file: Path, part: str, metadata: Mapping[str, str]) -> Scalings | 
     """What diffusers' metadata say of one part; without them the scaling is 1, or each module's own alpha / r."""
     if _METADATA not in metadata:
         return None
-    known = parse_json(metadata[_METADATA], f"{_METADATA} of {file}")
-    own = (
-        {key.removeprefix(f"{part}."): value for key, value in known.items() if key.startswith(f"{part}.")}
-        if isinstance(known, dict)
+    stated = parse_json(metadata[_METADATA], f"{_METADATA} of {file}")
+    config = (
+        {key.removeprefix(f"{part}."): value for key, value in stated.items() if key.startswith(f"{part}.")}
+        if isinstance(stated, dict)
         else {}
     )
-    return check_config({"peft_type": "LORA", **own}, file) if "r" in own else None
+    return check_config({"peft_type": "LORA", **config}, file) if "r" in config else None
 
 
 def _update(file: Path, module: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], scalings: Scalings | None) -> Update:

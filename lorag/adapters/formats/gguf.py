@@ -72,7 +72,7 @@ class Gguf(AdapterFormat):
         architecture = str(fields.get("general.architecture"))
         if architecture not in _ARCHITECTURES.values():
             raise BaseModelError(
-                f"GGUF file {file} belongs to an architecture that lorag does not know", got=architecture, expected=_known()
+                f"GGUF file {file} belongs to an architecture that lorag does not know", got=architecture, expected=_architectures()
             )
         alpha = fields.get("adapter.lora.alpha", 0.0)
         stated = _stated_base(fields)
@@ -118,7 +118,7 @@ class Gguf(AdapterFormat):
         if kind not in _ARCHITECTURES:
             remedy = "Merge it with --merge, and convert the model with llama.cpp's convert_hf_to_gguf.py."
             got = f"{model.name} of type {kind}"
-            raise BaseModelError("adapters of this base model cannot be written as GGUF", got=got, expected=_known(), remedy=remedy)
+            raise BaseModelError("adapters of this base model cannot be written as GGUF", got=got, expected=_architectures(), remedy=remedy)
         architecture = _ARCHITECTURES[kind]
         heads = _config_heads(config) if architecture in _PERMUTED else {}
         tensors: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class Gguf(AdapterFormat):
         writer.close()
 
 
-def _known() -> str:
+def _architectures() -> str:
     return f"one of {', '.join(_ARCHITECTURES)}"
 
 
@@ -201,8 +201,8 @@ def _tensor_name(module: str, tied: bool) -> str:
     """llama.cpp's name of a module's weight."""
     if module == "lm_head" and not tied:
         return "output.weight"
-    found = _IN_LAYER.fullmatch(module)
-    if found is None or found[2] not in _PARTS:
+    match = _IN_LAYER.fullmatch(module)
+    if match is None or match[2] not in _PARTS:
         why = "a head that the base model ties to its embeddings" if module == "lm_head" else module
         raise AdapterError(
             "the adapter changes a module that llama.cpp's adapters cannot",
@@ -210,18 +210,18 @@ def _tensor_name(module: str, tied: bool) -> str:
             expected=f"{', '.join(_PARTS)} of a layer",
             remedy="Merge it into the base model: --merge.",
         )
-    return f"blk.{found[1]}.{_PARTS[found[2]]}.weight"
+    return f"blk.{match[1]}.{_PARTS[match[2]]}.weight"
 
 
 def _module(file: Path, name: str, composite: bool) -> tuple[str, str]:
     """Part and path of the module of one of llama.cpp's names."""
     if name == "output.weight":
         return "output", "lm_head"
-    found = _IN_BLOCK.fullmatch(name)
-    if found is None or found[2] not in _MODULES:
+    match = _IN_BLOCK.fullmatch(name)
+    if match is None or match[2] not in _MODULES:
         expected = f"blk.N. and one of {', '.join(_MODULES)}"
         raise AdapterError(f"GGUF file {file} changes a tensor that lorag does not know", got=name[:120], expected=expected)
-    return found[2], f"model.{'language_model.' if composite else ''}layers.{int(found[1])}.{_MODULES[found[2]]}"
+    return match[2], f"model.{'language_model.' if composite else ''}layers.{int(match[1])}.{_MODULES[match[2]]}"
 
 
 def _pairs(file: Path, values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -233,15 +233,15 @@ def _pairs(file: Path, values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, 
             got = f"{key[:120]} of shape {tuple(value.shape)}"
             raise AdapterError(f"GGUF file {file} holds more than plain LoRA", got=got, expected="matrices .lora_a and .lora_b")
         sides.setdefault(name, {})[_SIDES[side]] = value
-    for name, found in sides.items():
-        if len(found) < 2:
-            raise AdapterError(f"GGUF file {file} is not whole", got=f"{name[:120]} with {next(iter(found))} alone", expected="A and B")
-        a, b = found["A"], found["B"]
+    for name, factors in sides.items():
+        if len(factors) < 2:
+            raise AdapterError(f"GGUF file {file} is not whole", got=f"{name[:120]} with {next(iter(factors))} alone", expected="A and B")
+        a, b = factors["A"], factors["B"]
         if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
             raise AdapterError(f"factors of {name[:120]} do not fit each other", got=f"A {tuple(a.shape)}, B {tuple(b.shape)}")
     if not sides:
         raise AdapterError(f"GGUF file {file} holds no tensors", remedy="Convert the adapter again.")
-    return {name: (found["A"], found["B"]) for name, found in sides.items()}
+    return {name: (factors["A"], factors["B"]) for name, factors in sides.items()}
 
 
 # --- values and origin ------------------------------------------------------------------------------------------------
@@ -252,14 +252,14 @@ def _values(file: Path, header: GgufHeader) -> dict[str, Tensor]:
     library = _library()
     try:
         reader = library.GGUFReader(file)
-        found = {}
+        tensors = {}
         for tensor in reader.tensors:
             values = library.dequantize(tensor.data, tensor.tensor_type)
-            found[str(tensor.name)] = torch.tensor(values.reshape(header.shapes[str(tensor.name)]), dtype=torch.float32)
+            tensors[str(tensor.name)] = torch.tensor(values.reshape(header.shapes[str(tensor.name)]), dtype=torch.float32)
     except Exception as error:  # its reader has no errors of its own: a damaged file fails wherever it is met
         got = f"{type(error).__name__}: {error}"[:160]
         raise ArtifactError(f"GGUF file {file} is cut short or damaged", got=got, remedy="Download it again.") from error
-    return found
+    return tensors
 
 
 def _stated_base(fields: Mapping[str, Any]) -> str | None:
@@ -273,12 +273,12 @@ def _stated_base(fields: Mapping[str, Any]) -> str | None:
 
 def _info(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the file says of the adapter: lorag's own words, else the general ones."""
-    own = fields.get(_PROVENANCE)
-    if isinstance(own, str):
-        known = parse_json(own, f"{_PROVENANCE} in {file}")
-        if not isinstance(known, dict):
-            raise ArtifactError(f"{_PROVENANCE} in {file} cannot be read", got=type(known).__name__, expected="a JSON object")
-        return known
+    text = fields.get(_PROVENANCE)
+    if isinstance(text, str):
+        provenance = parse_json(text, f"{_PROVENANCE} in {file}")
+        if not isinstance(provenance, dict):
+            raise ArtifactError(f"{_PROVENANCE} in {file} cannot be read", got=type(provenance).__name__, expected="a JSON object")
+        return provenance
     texts = {"description": fields.get("general.description"), "license": fields.get("general.license")}
     return {key: text.strip() for key, text in texts.items() if isinstance(text, str) and text.strip()}
 

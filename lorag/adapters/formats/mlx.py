@@ -61,13 +61,13 @@ class Mlx(AdapterFormat):
         tensors = load_tensors(file)
         sides: dict[str, dict[str, str]] = {}
         for key in spec:
-            found = _FACTOR.fullmatch(key)
-            if found is None or len(spec[key][1]) != 2:
+            match = _FACTOR.fullmatch(key)
+            if match is None or len(spec[key][1]) != 2:
                 got = f"{key[:120]} of shape {spec[key][1]}"
                 raise UnsupportedLoraError(
                     f"{file} holds more than LoRA of linear layers", got=got, expected="matrices .lora_a and .lora_b"
                 )
-            sides.setdefault(found[1], {})[found[2]] = key
+            sides.setdefault(match[1], {})[match[2]] = key
         updates = {}
         for name, keys in sides.items():
             if len(keys) < 2:
@@ -86,11 +86,11 @@ class Mlx(AdapterFormat):
         tensors = {}
         keys: set[str] = set()
         for module, (a, b) in adapter.factors.tensors.items():
-            found = _LAYER.fullmatch(module)
-            if found is None and module != "lm_head":
+            match = _LAYER.fullmatch(module)
+            if match is None and module != "lm_head":
                 remedy = "Merge it into the base model: --merge."
                 raise AdapterError("mlx-lm has no such module", got=module[:120], expected="model.layers.N.… or lm_head", remedy=remedy)
-            keys.add(module if found is None else found[1])
+            keys.add(module if match is None else match[1])
             tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"] = a.T.contiguous(), b.T.contiguous()
         save_tensors(out / WEIGHTS, tensors, {"format": "mlx"})
         config = {

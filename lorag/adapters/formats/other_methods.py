@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorag.adapters.checks import CONFIG, WEIGHTS
+from lorag.adapters.checks import CONFIG, WEIGHTS, check_config
 from lorag.adapters.factors import MAX_RANK, balanced
 from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
 from lorag.adapters.patterns import Patterns
@@ -34,6 +34,11 @@ __all__ = ["OtherMethods"]
 logger = logging.getLogger(__name__)
 
 _MAX_CONFIG = 2**20
+# Methods of PEFT that add to, or turn, the weights of single layers. X-LoRA's config names other adapters, which PEFT would fetch.
+_METHODS = {
+    *("ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "PSOFT"),
+    *("RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+}
 _LARGEST_SETTING = 10**6  # of any whole number in a config: PEFT allocates what it says
 _REMEDY = "Let PEFT merge it, which writes a whole model."
 
@@ -82,6 +87,11 @@ class OtherMethods(AdapterFormat):
         """Loads the base model, lets PEFT merge the adapter into it, and factors what was added to each linear layer."""
         config = read_json(file.parent / CONFIG, _MAX_CONFIG)
         method = "DoRA" if config.get("use_dora") else str(config.get("peft_type"))[:40]
+        if config.get("use_dora"):
+            check_config({**config, "use_dora": False}, file.parent / CONFIG)  # DoRA, and nothing else beside it
+        elif method not in _METHODS:
+            got, expected = repr(method), f"DoRA or one of {', '.join(sorted(_METHODS))}"
+            raise PeftTypeError(f"{file.parent} cannot become a LoRA", got=got, expected=expected, remedy="Train a LoRA.")
         require_plain(file)
         read_header(file)
         if base.model is None:
@@ -179,8 +189,6 @@ def _merged(model: PreTrainedModel, folder: Path, method: str) -> nn.Module:
             lost = [name for name, value in wrapped.named_parameters() if value.is_meta]
             if lost:
                 raise AdapterError(f"{folder} is not whole", got=f"no {lost[0][:120]}")
-            if not hasattr(wrapped.base_model, "merge_and_unload"):
-                raise PeftTypeError(f"{folder}: {method} cannot become a LoRA", expected="a method that adds to weights", remedy=_REMEDY)
             merged: nn.Module = wrapped.merge_and_unload(safe_merge=True)
             return merged
     except AdapterError:
