@@ -15,6 +15,7 @@ from lorag.adapters.factors import Factors
 from lorag.adapters.merged import merge_into
 from lorag.adapters.patterns import Patterns
 from lorag.adapters.purpose import card_text
+from lorag.adapters.reading import side_files
 from lorag.adapters.sources import find_sources
 from lorag.adapters.tensor_names import KEY, read_names
 from lorag.base.layout import LoraLayout
@@ -224,3 +225,23 @@ def test_the_revision_of_the_base_model_is_kept(llama_layout, random_adapter, tm
     again = export_portable(folder, tmp_path / "again").adapter
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["revision"] == "v1" and again.base_revision == "v1"
     assert read.stated_base("other/base", "causal_lm").revision is None
+
+
+# --- what lies beside an adapter --------------------------------------------------------------------------------------
+
+
+def test_weights_beside_an_adapter_are_named(tmp_path, random_adapter, llama_layout, caplog):
+    """A head, a projector, a whole model; not the adapter in another form, a trainer's state, cards and folders. None is opened."""
+    folder = random_adapter(llama_layout).save_pretrained(tmp_path / "adapter")
+    LoraAdapter.from_pretrained(folder)
+    assert not caplog.records
+    own = ["adapter_model.bin", "optimizer.pt", "rng_state_0.pth", "training_args.bin", "0000100_adapters.safetensors", "scheduler.pt"]
+    named = ["mm_projector.bin", "model.safetensors", "non_lora_trainables.bin", "value_head.safetensors", "weights.PTH"]
+    for name in own + named:
+        (folder / name).write_bytes(b"\x80\x04 a pickle, or anything")
+    (folder / "folder.bin").mkdir()
+    assert side_files(folder) == named
+    LoraAdapter.from_pretrained(folder)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "mm_projector.bin, model.safetensors, non_lora_trainables.bin" in record.getMessage()
+    assert "and 1 more" in record.getMessage()

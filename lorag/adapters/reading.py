@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +24,22 @@ from lorag.files.tensors import TensorSpec, read_header
 if TYPE_CHECKING:
     from lorag.base.layout import LoraLayout
 
-__all__ = ["AdapterParts", "read_folder", "read_provenance", "weight_digest"]
+__all__ = ["AdapterParts", "read_folder", "read_provenance", "side_files", "weight_digest"]
+
+logger = logging.getLogger(__name__)
 
 # An adapter's files are small; what is larger is refused before it is parsed.
 _MAX_CONFIG, _MAX_PROVENANCE = 2**20, 4 * 2**20
 _MAX_HEADER, _HEADER_OF_MODULE = 4 * 2**20, 1024
 _PIECE = 2**18  # values looked at in one go
 _MOST_GRAM = 512
+_WEIGHTS_OF_SOMETHING = re.compile(r".+\.(safetensors|bin|pt|pth|ckpt|h5|npz)", re.I)
+# The adapter itself in another form, and states that trainers go on from.
+_NO_PART = re.compile(
+    r"adapter_model\.(safetensors|bin)|(\d+_)?adapters\.(safetensors|npz)|pytorch_lora_weights\.(safetensors|bin)"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|training_args)[\w.-]*",
+    re.I,
+)
 _PROVENANCE_FORMATS = (None, 1)
 
 
@@ -96,6 +108,15 @@ def read_folder(
     spec, _ = read_header(weights, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
     matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra, rename=rename, repair=repair)
     info = read_provenance(folder)
+    beside = side_files(folder)
+    if beside:
+        shown = ", ".join(beside[:4]) + (f" and {len(beside) - 4} more" if len(beside) > 4 else "")
+        logger.warning(
+            "passed over %s beside the LoRA of %s: weights that were trained or saved along (a head, a projector, embeddings), without "
+            "which it may not do what it was trained for",
+            shown,
+            folder,
+        )
     if check is not None:
         check(config, info, matched)
     squares = _squares(weights, spec, matched, scalings)
@@ -107,6 +128,16 @@ def read_folder(
     share = outside / (inside + outside) if inside is not None and outside else None if matched.extra else 0.0
     copies = {name: _digest(weights, key) for name, key in matched.copies.items()}
     return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share, copies)
+
+
+def side_files(folder: Path) -> list[str]:
+    """Names of files beside an adapter that hold weights of something else, such as non_lora_trainables.bin or a value head.
+
+    They are not opened. Other forms of the same adapter and states of a trainer are no part of it.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_dir())
+    return [name for name in names if _WEIGHTS_OF_SOMETHING.fullmatch(name) and not _NO_PART.fullmatch(name)]
 
 
 def _digest(path: Path, key: str) -> str:

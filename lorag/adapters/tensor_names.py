@@ -119,6 +119,9 @@ def _explained(key: str, where: Path) -> ExtraTensorError | UnsupportedLoraError
     """Why a tensor that is not a factor of a linear layer cannot be used."""
     if "lora_magnitude_vector" in key:
         return UnsupportedLoraError(f"{where} holds the magnitudes of DoRA", got=key[:120], expected="plain LoRA", remedy=DORA)
+    if key.endswith((".lora_A.bias", ".lora_B.bias")):
+        what = f"{where} holds biases of its factors (lora_bias)"
+        return UnsupportedLoraError(what, got=key[:120], expected="plain LoRA", remedy="Train it without lora_bias.")
     if ".lora_embedding_" in key:
         return UnsupportedLoraError(
             f"{where} adapts an embedding", got=key[:120], expected="LoRA of linear layers", remedy=f"lorag adapts linear layers. {WHOLE}"
