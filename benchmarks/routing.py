@@ -156,7 +156,7 @@ def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     layout = LoraLayout.from_model(model, "all-linear")
-    adapters = [_random(layout, seed) for seed in range(max(rows))]
+    adapters = [random_adapter(layout, seed) for seed in range(max(rows))]
     runner = Runner(model, layout, make_objective("causal_lm", tokenizer, {"template": "{input}\n"}))
     model.generation_config.eos_token_id = None
     texts = [f"Write a sentence about the number {place}." for place in range(max(rows))]
@@ -187,7 +187,8 @@ def _write(model: torch.nn.Module, tokenizer: object, texts: list[str], tokens: 
         raise RuntimeError("fewer tokens were written than are counted")
 
 
-def _random(layout: LoraLayout, seed: int) -> LoraAdapter:
+def random_adapter(layout: LoraLayout, seed: int) -> LoraAdapter:
+    """An adapter of rank 8 with random values."""
     rng = torch.Generator().manual_seed(seed)
     factors = {
         m.name: (torch.randn(8, m.in_features, generator=rng) * 0.02, torch.randn(m.out_features, 8, generator=rng) * 0.02)
