@@ -24,7 +24,8 @@ DESCRIPTION = "summarise legal text"
 
 def main(out: Path) -> None:
     """Runs it."""
-    folder = generate_lora(DESCRIPTION).save_pretrained(out)
+    adapter = generate_lora(DESCRIPTION)
+    folder = adapter.save_pretrained(out)
     text = find_tasks("sandbox", "test")["legal-summarise-plain"].examples[0].input
 
     # transformers and PEFT; of a base model on the hub, `base` is its id.
@@ -41,7 +42,7 @@ def main(out: Path) -> None:
     # Where else it loads, and with which settings.
     for verdict in check_portability(read_facts(folder)):
         print(f"{verdict.target + ':':<14}{verdict.line()}")
-    for start in start_commands(folder, read_facts(folder)):
+    for start in start_commands(folder, read_facts(folder), adapter.info):
         print(f"\n{start.engine}:\n{start.command}\n{start.ask}")
 
 

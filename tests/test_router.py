@@ -176,6 +176,10 @@ class _Codes:
     def embed(self, texts):
         return [SimpleNamespace(pooled=self.vectors[text][0], code=self.vectors[text][1]) for text in texts]
 
+    def condition(self, text):
+        (one,) = self.embed([text])
+        return SimpleNamespace(embedding=one, code=one.code)
+
     def generate(self, condition, rng):
         return condition.code[None]
 

@@ -13,6 +13,7 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorag.adapters.folder import read_facts
+from lorag.adapters.reading import read_provenance
 from lorag.base.names import locate
 from lorag.cli.info import describe_path
 from lorag.generator.generate import default_generator
@@ -30,7 +31,7 @@ def folder(adapter, tmp_path_factory):
 
 
 def _starts(folder):
-    return {start.engine: start for start in start_commands(folder, read_facts(folder))}
+    return {start.engine: start for start in start_commands(folder, read_facts(folder), read_provenance(folder))}
 
 
 def _changed(folder, tmp_path, config=None, prompt=None):

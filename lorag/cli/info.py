@@ -76,7 +76,7 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
 def _starts(path: Path) -> list[str]:
     """Commands that start engines with an adapter: on lines of their own, as long as they are, so that they can be pasted."""
     lines = []
-    for start in start_commands(path, read_facts(path, values=False)):
+    for start in start_commands(path, read_facts(path, values=False), read_provenance(path)):
         lines += ["", f"start in {start.engine}:", printable(start.command), *([printable(start.ask)] if start.ask else ())]
     return lines
 

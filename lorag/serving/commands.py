@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.portability import check_portability
-from lorag.adapters.reading import read_provenance
 from lorag.base.names import SANDBOX_LM, packaged
-from lorag.files.artifacts import safe_name
 
 if TYPE_CHECKING:
     from lorag.adapters.portability import Facts, Verdict
@@ -40,12 +38,13 @@ class Start:
     ask: str = ""
 
 
-def start_commands(folder: str | Path, facts: Facts) -> list[Start]:
+def start_commands(folder: str | Path, facts: Facts, info: Mapping[str, Any]) -> list[Start]:
     """Commands for the engines that the adapter of a causal language model fits.
 
     Args:
         folder: The adapter's.
         facts: What its files state.
+        info: Its lorag.json, which says how inputs become prompts; chats where it does not.
 
     Returns:
         One per engine; none if the adapter's config names no base model that can stand in a command.
@@ -54,13 +53,13 @@ def start_commands(folder: str | Path, facts: Facts) -> list[Start]:
     base = facts.config.get("base_model_name_or_path")
     if facts.config.get("task_type") != "CAUSAL_LM" or not isinstance(base, str) or _PLAIN.fullmatch(base) is None:
         return []
-    prompt = _prompt(folder)
+    prompt = _prompt(info)
     fits = {verdict.target: verdict for verdict in check_portability(facts) if verdict.fits}
     found = []
     if "PEFT" in fits:
         found.append(Start("PEFT", _transformers_command(base, folder, prompt)))
     if "vLLM" in fits:
-        name = safe_name(folder.resolve().name)
+        name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)
         found.append(Start("vLLM", vllm_command(_located(base), folder, name, fits["vLLM"]), _asked(name, prompt)))
     gguf = _gguf_of(base)
     if "llama.cpp" in fits and gguf is not None:
@@ -127,9 +126,8 @@ def _gguf_of(base: str) -> Path | None:
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
 
 
-def _prompt(folder: Path) -> Mapping[str, Any]:
-    """How lorag.json says that inputs become prompts; chats where it says nothing."""
-    base = read_provenance(folder).get("base_model")
+def _prompt(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    base = info.get("base_model")
     prompt = base.get("prompt") if isinstance(base, Mapping) else None
     return prompt if isinstance(prompt, Mapping) and isinstance(prompt.get("template"), str) else {"template": "chat"}
 

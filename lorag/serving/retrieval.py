@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from lorag.errors import BankError
-from lorag.tasks.descriptions import check_description
-
 if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
-    from lorag.text.embedding import Embedding, TextEmbedder
+    from lorag.text.conditioning import Condition
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["DescriptionIndex", "TextIndex"]
 
@@ -141,20 +139,15 @@ class DescriptionIndex:
 
     @classmethod
     def generate(cls, generator: LoraGenerator, descriptions: Mapping[str, Sequence[str]]) -> DescriptionIndex:
-        """Embeds at most four descriptions of each task and generates their codes.
-
-        Raises:
-            BankError: If there are none.
-        """
+        """Embeds at most four descriptions of each task, one or more, and generates their codes."""
         kept = {name: list(texts)[:_WORDINGS] for name, texts in descriptions.items() if texts}
-        if not kept:
-            raise BankError("no task is known", remedy="Give a bank, or tasks to LoraRouter.from_pretrained.")
         size = min(_PROJECTED, generator.space.size)
         projection = torch.randn(generator.space.size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
         embedded = generator.embedder.embed([text for texts in kept.values() for text in texts])
         owners = torch.tensor([place for place, texts in enumerate(kept.values()) for _ in texts])
         words = torch.stack([one.pooled for one in embedded])
-        return cls(generator, list(kept), words, _codes(generator, embedded, projection), owners, projection)
+        codes = _codes(generator, [generator.conditioner(one) for one in embedded], projection)
+        return cls(generator, list(kept), words, codes, owners, projection)
 
     def scores(self, descriptions: Sequence[str]) -> Tensor:
         """Logits (q, n) of each task for descriptions: both cosines times their weights.
@@ -162,8 +155,9 @@ class DescriptionIndex:
         Raises:
             DescriptionError: If a description cannot be used.
         """
-        embedded = self._generator.embedder.embed([check_description(text) for text in descriptions])
-        words, codes = torch.stack([one.pooled for one in embedded]), _codes(self._generator, embedded, self._projection)
+        conditions = [self._generator.condition(text) for text in descriptions]
+        words = torch.stack([condition.embedding.pooled for condition in conditions])
+        codes = _codes(self._generator, conditions, self._projection)
         return self.weights[0] * self._words.scores(words) + self.weights[1] * self._codes.scores(codes)
 
     def fit_texts(self, texts: TextIndex) -> float:
@@ -181,10 +175,10 @@ class DescriptionIndex:
         return min(_WEIGHTS, key=lambda weight: float(cross_entropy(by_words + weight * by_text, wanted)))
 
 
-def _codes(generator: LoraGenerator, embedded: Sequence[Embedding], projection: Tensor) -> Tensor:
-    """Projected codes (q, p) of embedded descriptions."""
+def _codes(generator: LoraGenerator, conditions: Sequence[Condition], projection: Tensor) -> Tensor:
+    """Projected codes (q, p) of descriptions."""
     found = []
-    for one in embedded:
-        code = generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))
+    for condition in conditions:
+        code = generator.method.generate(condition, torch.Generator().manual_seed(0))
         found.append(code[0].float() @ projection)
     return torch.stack(found)

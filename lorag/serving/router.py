@@ -176,6 +176,8 @@ class LoraRouter:
             BankError: If no task is known.
             TaskError: If a text is given and no task's texts are known.
         """
+        if not self.known:
+            raise BankError("no task is known", remedy="Give a bank, or tasks to LoraRouter.from_pretrained.")
         if self._descriptions is None:
             self._descriptions = DescriptionIndex.generate(self.generator, self.known)
         logits, names = self._descriptions.scores([description])[0], self._descriptions.names

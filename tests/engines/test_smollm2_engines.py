@@ -162,14 +162,18 @@ def test_ten_descriptions_at_once(server, base, model, tokenizer, prompts, bare)
 
 @needs_vllm
 def test_a_new_description_costs_less_than_a_second(server, prompts):
-    """Beyond the same request to an adapter that is loaded; the median of five, with room for a busy machine."""
+    """Of the server's own time, beyond the same request to an adapter that is loaded; the median of five."""
     more = []
     for topic in ("trains", "rivers", "shoes", "taxes", "birds"):
-        first, *again = [server.ask(f"lorag:say yes if the message mentions {topic}", prompts[0], 1) for _ in range(4)]
-        assert first[:2] == again[0][:2] and first[0] == 200
-        more.append(first[2] - statistics.median(seconds for _, _, seconds in again))
-    print(f"plug-in: the first answer took {statistics.median(more):.2f} s more than the next, {min(more):.2f} at best")
-    assert min(more) < 1 and statistics.median(more) < 3
+        found, spent = [], []
+        for _ in range(4):
+            began = server.work()
+            found.append(server.ask(f"lorag:say yes if the message mentions {topic}", prompts[0], 1)[:2])
+            spent.append(server.work() - began)
+        assert found[0][0] == 200 and found == [found[0]] * 4
+        more.append(spent[0] - statistics.median(spent[1:]))
+    print(f"plug-in: the first answer took {statistics.median(more):.2f} s of computing more than the next, {min(more):.2f} at best")
+    assert statistics.median(more) < 1
 
 
 @needs_vllm
