@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import NetworkMethod, ReaderSettings, collate, whole
+from lorag.methods.probing import ProbeSettings, train_probes
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
 
@@ -31,15 +32,17 @@ class AlignedSettings(ReaderSettings):
         features: Between reading and factors.
         probes: Rows of each module that are linear in the description's vector and begin along the texts that mean the same.
         directions: Leading input directions that the other rows use.
+        probing: How the probes learn which texts a description is about; then they stay as they are.
         functional: Steps through the frozen base model.
     """
 
     width: int = 192
     features: int = 256
-    probes: int = 2
+    probes: int = 1
     directions: int = 64
+    probing: ProbeSettings = field(default_factory=ProbeSettings)
     functional: FunctionalSettings = field(
-        default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=4, focus=0.5, validate_every=100)
+        default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=6, focus=0.0, validate_every=100)
     )
 
 
@@ -93,10 +96,10 @@ class Aligned(NetworkMethod):
         return True
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
-        """Begins from the alignment, then takes functional steps; stops early on held-out training tasks."""
+        """Begins from the alignment, trains the probes, then all else through the base model; stops early on held-out training tasks."""
         require_runner(self.name, data, runner)
         space = data.space
-        if not isinstance(space, ActivationBases) or data.alignment is None:
+        if not isinstance(space, ActivationBases) or data.alignment is None or space.read is None:
             raise GeneratorError(f"{self.name} needs bases of activations", remedy="Train it with space=activation_bases and tasks=SUITE.")
         inputs, outputs = space.shape
         self.shape = {"embedding": data.embedding_size, "code": space.size, "entry": list(space.entry), "rank": space.rank}
@@ -105,6 +108,8 @@ class Aligned(NetworkMethod):
             network = self.build(self.shape)
         step = max(1, len(data.training) // _TYPICAL)
         _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
-        network.align(data.alignment, tokens, mask)
+        network.probes.align(data.alignment, tokens, mask)
+        train_probes(self.name, network.probes, data, space.read, loop, self.settings.probing)
+        network.probes.requires_grad_(False)  # steps through the base model would blur what they have learned
         self.network = network.to(loop.accelerator.device)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)

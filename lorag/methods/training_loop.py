@@ -115,7 +115,8 @@ class TrainingLoop:
         shares.check(stage, module)
         # The module is not wrapped: losses run it by parts that a wrapper for data parallelism would not see.
         module.to(self.accelerator.device)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        learned = [one for one in module.parameters() if one.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         best, best_state, waited, start = math.inf, None, 0, 0
         state = None if self.folder is None else self.folder / f"{stage}.state.safetensors"
         kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"

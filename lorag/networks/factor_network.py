@@ -15,9 +15,50 @@ from torch import Tensor, nn
 
 from lorag.networks.readers import Augmentation, FeatureReader
 
-__all__ = ["FactorNetwork"]
+__all__ = ["FactorNetwork", "Probes"]
 
-_SLOW = 0.1  # how fast the alignment learns beside all else: it begins as a good guess
+
+class Probes(nn.Module):
+    """Rows that are linear in a description's vector: along them lie the texts that mean what it says.
+
+    Args:
+        embedding: Length e of the description's vectors.
+        groups: Number g of input bases.
+        count: Probes p of a basis; each reads the description's tokens in its own way.
+        directions: Input directions k of a basis, without the bias.
+    """
+
+    def __init__(self, embedding: int, groups: int, count: int, directions: int) -> None:
+        super().__init__()
+        self.focus = nn.Parameter(torch.randn(count, embedding) * 0.02)
+        self.register_buffer("centre", torch.zeros(count, embedding))
+        self.alignment = nn.Parameter(torch.zeros(groups, embedding, directions))
+
+    centre: Tensor
+
+    def vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """One vector of unit length for each probe (b, p, e): the tokens' mean, weighted by what the probe looks for."""
+        weights = torch.einsum("pe,bte->bpt", self.focus, tokens).masked_fill(~mask[:, None], -1e4).softmax(-1)
+        return nn.functional.normalize(torch.einsum("bpt,bte->bpe", weights, tokens), dim=-1)
+
+    @torch.no_grad()
+    def align(self, alignment: Tensor, tokens: Tensor, mask: Tensor) -> None:
+        """Begins from a linear map of embeddings to directions, scaled so that typical probes have length 1.
+
+        Args:
+            alignment: (g, e, k), from a centred embedding to the directions of texts that mean the same.
+            tokens: Vectors of typical descriptions (b, t, e).
+            mask: True at real tokens (b, t).
+        """
+        vectors = self.vectors(tokens, mask)
+        self.centre.copy_(vectors.mean(0))
+        rows = torch.einsum("bpe,gek->bgpk", vectors - self.centre, alignment)
+        size = rows.square().sum(-1).mean((0, 2)).sqrt().clamp_min(1e-8)
+        self.alignment.copy_(alignment / size[:, None, None])
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Rows (b, g, p, k) of descriptions: tokens (b, t, e), with a mask (b, t) that is true at real ones."""
+        return torch.einsum("bpe,gek->bgpk", self.vectors(tokens, mask) - self.centre, self.alignment)
 
 
 class FactorNetwork(nn.Module):
@@ -74,32 +115,7 @@ class FactorNetwork(nn.Module):
         self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(features * d))
         self.column_start = nn.Parameter(torch.zeros(m, rank, outputs))
         self.column_weights = nn.Parameter(torch.zeros(m, features, rank * outputs))
-        self.focus = nn.Parameter(torch.randn(probes, embedding) * 0.02)
-        self.register_buffer("centre", torch.zeros(probes, embedding))
-        self.alignment = nn.Parameter(torch.zeros(g, embedding, inputs - 1))
-        self.turn = nn.Parameter(torch.ones(g, probes, inputs - 1))
-
-    centre: Tensor
-
-    def probe_vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """One vector of unit length for each probe (b, p, e): the tokens' mean, weighted by what the probe looks for."""
-        weights = torch.einsum("pe,bte->bpt", self.focus, tokens).masked_fill(~mask[:, None], -1e4).softmax(-1)
-        return nn.functional.normalize(torch.einsum("bpt,bte->bpe", weights, tokens), dim=-1)
-
-    @torch.no_grad()
-    def align(self, alignment: Tensor, tokens: Tensor, mask: Tensor) -> None:
-        """Begins the probes from a linear map of embeddings to directions.
-
-        Args:
-            alignment: (g, e, k - 1), from a centred embedding to the directions of texts that mean the same.
-            tokens: Vectors of typical descriptions (b, t, e).
-            mask: True at real tokens (b, t).
-        """
-        vectors = self.probe_vectors(tokens, mask)
-        self.centre.copy_(vectors.mean(0))
-        probes = torch.einsum("bpe,gek->bgpk", vectors - self.centre, alignment)
-        size = probes.square().sum(-1).mean((0, 2)).sqrt().clamp_min(1e-8)
-        self.alignment.copy_(alignment / size[:, None, None] / _SLOW)
+        self.probes = Probes(embedding, g, probes, inputs - 1)
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
@@ -111,8 +127,7 @@ class FactorNetwork(nn.Module):
         read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, m, rows, -1)
         unused = read.new_zeros(b, m, rows, inputs - 1 - self.directions)
         read = torch.cat([read[..., :-1], unused, read[..., -1:]], -1)
-        shift = self.probe_vectors(tokens, seen) - self.centre
-        probe = torch.einsum("bpe,gek->bgpk", shift, _SLOW * self.alignment) * self.turn
+        probe = self.probes(tokens, seen)
         probe = torch.cat([probe, probe.new_zeros(*probe.shape[:-1], 1)], -1)[:, list(self.entry)]
         write = self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, m, rank, outputs)
         return torch.cat([torch.cat([read, probe], 2).flatten(2), write.flatten(2)], 2).flatten(1)

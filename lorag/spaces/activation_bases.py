@@ -27,7 +27,7 @@ __all__ = ["ActivationBases", "ReadTexts", "alignment"]
 
 _OUTPUT_SCALE = 0.1  # of the output bases: codes of size 1 then make updates that training can start from
 _OUTPUTS = 64  # output directions of a module, at most
-_TEXTS, _TEXTS_AT_ONCE = 4000, 32  # that are read, at most
+_TEXTS, _TEXTS_AT_ONCE = 10_000, 32  # that are read, at most
 _GRADIENT_BATCHES, _GRADIENT_TASKS, _GRADIENT_EXAMPLES = 24, 16, 2
 
 
