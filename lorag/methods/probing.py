@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 
 from lorag.methods.network_method import collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.training_set import TrainingSet
-from lorag.networks.factor_network import Probes
-from lorag.spaces.activation_bases import ReadTexts
+
+if TYPE_CHECKING:
+    from lorag.methods.training_set import TrainingSet
+    from lorag.networks.factor_network import Probes
+    from lorag.spaces.activation_bases import ReadTexts
 
 __all__ = ["ProbeSettings", "train_probes"]
 
