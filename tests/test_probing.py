@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from toy_world import WordEmbedder
 
-from lorag.methods.network_method import collate
+from lorag.methods.method import collate
 from lorag.methods.probing import ProbeSettings, train_probes
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.factor_network import Probes

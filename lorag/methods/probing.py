@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorag.methods.network_method import collate, draw
+from lorag.methods.method import collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 
 if TYPE_CHECKING:
