@@ -103,7 +103,8 @@ def _smollm2(counts: tuple[int, ...]) -> Setting:
     found = [task for task in find_split("smollm2", "train") or () if {one.output for one in task.split("train")} == {"yes", "no"}]
     objectives = [make_objective("causal_lm", base.tokenizer(), {"pack": pack}) for pack in (0, 2048)]
     name, targets = "SmolLM2-135M-Instruct, bf16", ["q_proj", "v_proj"]
-    return Setting(name, base, objectives[0], found[: max(counts)], targets, 8, counts, objectives[1], "bfloat16")
+    spread = found[:: len(found) // max(counts)][: max(counts)]
+    return Setting(name, base, objectives[0], spread, targets, 8, counts, objectives[1], "bfloat16")
 
 
 def _rows(setting: Setting, *, steps: int, repeats: int) -> list[dict[str, str | float]]:
