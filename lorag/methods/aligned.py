@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorag.errors import ConfigError, GeneratorError
+from lorag.methods.contrast import ContrastSettings, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
@@ -33,6 +34,7 @@ class AlignedSettings(ReaderSettings):
         probes: Rows of each module that are linear in the description's vector and begin along the texts that mean the same.
         directions: Leading input directions that the other rows use.
         probing: How the probes learn which texts a description is about; then they stay as they are.
+        contrast: How the reader learns to tell tasks apart by their wordings; then it stays as it is.
         functional: Steps through the frozen base model.
     """
 
@@ -41,6 +43,7 @@ class AlignedSettings(ReaderSettings):
     probes: int = 1
     directions: int = 64
     probing: ProbeSettings = field(default_factory=ProbeSettings)
+    contrast: ContrastSettings = field(default_factory=ContrastSettings)
     functional: FunctionalSettings = field(
         default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=6, focus=0.0, validate_every=100)
     )
@@ -112,4 +115,6 @@ class Aligned(NetworkMethod):
         train_probes(self.name, network.probes, data, space.read, loop, self.settings.probing)
         network.probes.requires_grad_(False)  # steps through the base model would blur what they have learned
         self.network = network.to(loop.accelerator.device)
+        train_reader(self.name, network, data, loop, self.settings.contrast)
+        network.reading.requires_grad_(False)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)

@@ -17,6 +17,8 @@ from lorag.networks.readers import Augmentation, FeatureReader
 
 __all__ = ["FactorNetwork", "Probes"]
 
+_FLOOR = 0.1  # of the mean variance, which directions of features that hardly vary get as well
+
 
 class Probes(nn.Module):
     """Rows that are linear in a description's vector: along them lie the texts that mean what it says.
@@ -109,7 +111,8 @@ class FactorNetwork(nn.Module):
         self.reading = FeatureReader(
             embedding, width=width, queries=queries, layers=layers, heads=heads, features=features, dropout=dropout
         )
-        self.norm = nn.LayerNorm(features)
+        self.register_buffer("middle", torch.zeros(features))
+        self.register_buffer("spread", torch.eye(features))
         d = self.directions + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
         self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(features * d))
@@ -117,12 +120,28 @@ class FactorNetwork(nn.Module):
         self.column_weights = nn.Parameter(torch.zeros(m, features, rank * outputs))
         self.probes = Probes(embedding, g, probes, inputs - 1)
 
+    middle: Tensor
+    spread: Tensor
+
+    def read(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features (b, f), not whitened yet, of pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones."""
+        pooled, tokens, seen = self.augment(pooled, tokens, mask)
+        return self.reading(pooled, tokens, torch.where(seen.any(1, keepdim=True), seen, mask))
+
+    @torch.no_grad()
+    def whiten(self, features: Tensor) -> None:
+        """Sets a map under which typical features (n, f) are of mean 0 and nearly white: all that they tell is as easy to learn from."""
+        self.middle.copy_(features.mean(0))
+        values, vectors = torch.linalg.eigh(torch.cov(features.T).double().nan_to_num())
+        values = values.clamp_min(0) + _FLOOR * values.clamp_min(0).mean() + 1e-12
+        self.spread.copy_(vectors / values.sqrt() @ vectors.T)
+
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
         m, rank, inputs, outputs, rows, probes = self.sizes
         pooled, tokens, seen = self.augment(pooled, tokens, mask)
         seen = torch.where(seen.any(1, keepdim=True), seen, mask)
-        features = self.norm(self.reading(pooled, tokens, seen))
+        features = (self.reading(pooled, tokens, seen) - self.middle) @ self.spread
         b = len(features)
         read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, m, rows, -1)
         unused = read.new_zeros(b, m, rows, inputs - 1 - self.directions)
