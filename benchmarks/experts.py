@@ -98,9 +98,10 @@ def _encoder(counts: tuple[int, ...]) -> Setting:
 
 
 def _smollm2(counts: tuple[int, ...]) -> Setting:
-    """SmolLM2 in bf16 on detectors of its own suite: texts are short beside the chat template's beginning, which a packed row reads once."""
+    """SmolLM2 in bf16 on detectors of its own suite, whose texts are short beside the chat template's beginning."""
     base = BaseModel("smollm2-135m-instruct", "causal_lm")
-    found = [task for task in find_split("smollm2", "train") or () if {one.output for one in task.split("train")} == {"yes", "no"}]
+    training = find_split("smollm2", "train") or ()
+    found = [task for task in training if {one.output for one in task.split("train")} == {"yes", "no"}]
     objectives = [make_objective("causal_lm", base.tokenizer(), {"pack": pack}) for pack in (0, 2048)]
     name, targets = "SmolLM2-135M-Instruct, bf16", ["q_proj", "v_proj"]
     spread = found[:: len(found) // max(counts)][: max(counts)]
