@@ -113,7 +113,7 @@ class Aligned(NetworkMethod):
         _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
         network.probes.align(data.alignment, tokens, mask)
         train_probes(self.name, network.probes, data, space.read, loop, self.settings.probing)
-        network.probes.requires_grad_(False)  # steps through the base model would blur what they have learned
+        network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         self.network = network.to(loop.accelerator.device)
         train_reader(self.name, network, data, loop, self.settings.contrast)
         network.reading.requires_grad_(False)
