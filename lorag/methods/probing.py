@@ -147,6 +147,8 @@ def _halves(
     probes: Probes, data: TrainingSet, tasks: Sequence[int], place: dict[str, int], coordinates: Tensor, separation: float
 ) -> list[_Halves]:
     """The tasks with two answers whose description, to untrained probes, is about the texts of one of them."""
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
     found = []
     for number in tasks:
         examples = [one for one in data.tasks[number].split("train") if one.input in place]
@@ -157,13 +159,7 @@ def _halves(
         if not _LEAST // 4 <= about.sum() <= len(about) - _LEAST // 4:
             continue
         rows = probes(*collate(data.embeddings[number][:_WORDINGS])[1:]).mean((0, 2))
-        area = _auroc(torch.einsum("gk,ngk->n", rows, coordinates[places]), about)
+        area = float(roc_auc_score(about, torch.einsum("gk,ngk->n", rows, coordinates[places])))
         if max(area, 1 - area) >= separation:
             found.append(_Halves(number, places, (about if area > 0.5 else ~about).float()))
     return found
-
-
-def _auroc(scores: Tensor, positive: Tensor) -> float:
-    """Share of pairs of a positive and another one in which the positive has the higher score."""
-    apart = scores[positive][:, None] - scores[~positive][None]
-    return ((apart > 0).float().mean() + 0.5 * (apart == 0).float().mean()).item()
