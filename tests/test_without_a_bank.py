@@ -28,6 +28,8 @@ from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
 SMALL = {"width": 16, "heads": 2, "queries": 2, "features": 24, "probes": 1, "directions": 8, "noise": 0.0, "dropout": 0.0}
 SMALL |= {"contrast": {"steps": 30}}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_models, tokenizer):
     return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
