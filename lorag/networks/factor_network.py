@@ -115,7 +115,7 @@ class FactorNetwork(nn.Module):
         self.register_buffer("spread", torch.eye(features))
         d = self.directions + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
-        self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(features * d))
+        self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(d))  # of features of length 1
         self.column_start = nn.Parameter(torch.zeros(m, rank, outputs))
         self.column_weights = nn.Parameter(torch.zeros(m, features, rank * outputs))
         self.probes = Probes(embedding, g, probes, inputs - 1)
@@ -130,11 +130,15 @@ class FactorNetwork(nn.Module):
 
     @torch.no_grad()
     def whiten(self, features: Tensor) -> None:
-        """Sets a map under which typical features (n, f) are of mean 0 and nearly white: all that they tell is as easy to learn from."""
+        """Sets a map under which typical features (n, f) have mean 0, are nearly white, and have a length of about 1.
+
+        White, so that all that they tell is as easy to learn from; short, because Adam moves every weight by about the learning rate, and what
+        follows a description would otherwise outrun what all descriptions share, and carry as much noise.
+        """
         self.middle.copy_(features.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov(features.T).double().nan_to_num())
         values = values.clamp_min(0) + _FLOOR * values.clamp_min(0).mean() + 1e-12
-        self.spread.copy_(vectors / values.sqrt() @ vectors.T)
+        self.spread.copy_(vectors / (values * len(values)).sqrt() @ vectors.T)
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
