@@ -1,0 +1,96 @@
+"""What the shipped SmolLM2 generator reads from descriptions of held-out tasks, before any adapter is run: `python -m benchmarks.reading`.
+
+"AUROC" is how well a probe separates the texts of two answers: the base model's averaged inputs along the probe's row, mean over
+yes/no tasks, their descriptions and the adapted layers. "Formats" is the share of descriptions of `unseen_format` from which ridge
+regression on the reader's features, fitted on training tasks' descriptions, tells exactly which answer formats they ask
+for; "untrained" is the same network before it learned.
+
+Bounded by what the text embedder says of a description: a probe is linear in its vectors, and of two meanings that lie at one place there
+no probe makes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from lorag.base.activations import input_statistics
+from lorag.base.runner import Runner
+from lorag.generator.generate import open_generator
+from lorag.methods.aligned import Aligned
+from lorag.methods.method import collate
+from lorag.networks.factor_network import FactorNetwork
+from lorag.spaces.activation_bases import ActivationBases
+from lorag.tasks.finding import find_split
+from lorag.tasks.suite import Task
+from lorag.text.embedding import TextEmbedder
+
+__all__ = ["TITLE", "measure"]
+
+TITLE = "What is read from a description before any adapter runs: SmolLM2"
+
+
+def measure(quick: bool) -> list[dict[str, str | float]]:
+    """Rows of probes, one for each split, and of the reader; `quick` takes a few tasks."""
+    generator = open_generator("smollm2")
+    method, space = generator.method, generator.space
+    if not isinstance(method, Aligned) or not isinstance(method.network, FactorNetwork) or not isinstance(space, ActivationBases):
+        raise TypeError("the shipped generator is of another method")
+    runner = Runner.open(generator.base, "cpu", "bfloat16")
+    rows: list[dict[str, str | float]] = []
+    for split in ("validation", "unseen_label", "unseen_task"):
+        tasks = [task for task in find_split("smollm2", split) or () if {one.output for one in task.examples} == {"yes", "no"}]
+        tasks = tasks[:1] if quick else tasks
+        area = _separation(tasks, method.network, space, runner, generator.embedder)
+        rows.append({"what": "probes, AUROC", "on": split, "tasks": len(tasks), "trained": round(area, 3)})
+    torch.manual_seed(0)
+    untrained = method.build(method.shape)
+    shares = [_formats(network.eval(), generator.embedder, 40 if quick else 1) for network in (method.network, untrained)]
+    tasks_of = len(list(find_split("smollm2", "unseen_format") or ()))
+    rows.append({"what": "reader, formats", "on": "unseen_format", "tasks": tasks_of, "trained": shares[0], "untrained": shares[1]})
+    return rows
+
+
+@torch.inference_mode()
+def _separation(tasks: Sequence[Task], network: FactorNetwork, space: ActivationBases, runner: Runner, embedder: TextEmbedder) -> float:
+    texts = sorted({one.input for task in tasks for one in task.split("test")}, key=len)
+    place = {text: number for number, text in enumerate(texts)}
+    parts = [torch.stack(part.means, 1) for part in input_statistics(runner, texts)]
+    means = torch.cat(parts)
+    coordinates = torch.stack([means[:, i] @ u[:, :-1].float() for i, u in enumerate(space.bases_in)], 1)
+    areas = []
+    for task in tasks:
+        probes = network.probes(*collate(embedder.embed(list(task.descriptions[:4])))[1:])
+        examples = task.split("test")
+        scores = torch.einsum("bgpk,ngk->bgpn", probes, coordinates[[place[one.input] for one in examples]]).flatten(0, 2)
+        right = [one.output == "yes" for one in examples]
+        areas += [float(roc_auc_score(right, one)) for one in scores]
+    return sum(areas) / len(areas)
+
+
+@torch.inference_mode()
+def _formats(network: FactorNetwork, embedder: TextEmbedder, every: int) -> float:
+    training, held = (list(find_split("smollm2", split) or ()) for split in ("train", "unseen_format"))
+    training = training[::every]
+    kinds = sorted({kind for task in training for kind in task.name.split("+")[1:]})
+
+    def table(tasks: Sequence[Task], wordings: int) -> tuple[Tensor, Tensor]:
+        texts = [text for task in tasks for text in task.descriptions[:wordings]]
+        embeddings = embedder.embed(texts)
+        features = torch.cat([network.read(*collate(embeddings[start : start + 256])) for start in range(0, len(texts), 256)])
+        asked = [[float(kind in task.name.split("+")[1:]) for kind in kinds] for task in tasks for _ in task.descriptions[:wordings]]
+        return features, torch.tensor(asked)
+
+    (x, y), (x_new, y_new) = table(training, 3), table(held, 4)
+    middle, size = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, x_new = (torch.cat([(one - middle) / size, torch.ones(len(one), 1)], 1) for one in (x, x_new))
+    weights = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]), x.T @ y)
+    return round(((x_new @ weights > 0.4) == (y_new > 0)).all(1).float().mean().item(), 3)
+
+
+if __name__ == "__main__":
+    for line in measure(False):
+        print(line)
