@@ -132,8 +132,8 @@ class FactorNetwork(nn.Module):
     def whiten(self, features: Tensor) -> None:
         """Sets a map under which typical features (n, f) have mean 0, are nearly white, and have a length of about 1.
 
-        White, so that all that they tell is as easy to learn from; short, because Adam moves every weight by about the learning rate, and what
-        follows a description would otherwise outrun what all descriptions share, and carry as much noise.
+        White, so that all that they tell is as easy to learn from; short, because Adam moves every weight by about the learning rate, and
+        what follows a description would otherwise outrun what all descriptions share, and carry as much noise.
         """
         self.middle.copy_(features.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov(features.T).double().nan_to_num())
