@@ -17,6 +17,7 @@ from lorag.networks.readers import Augmentation, FeatureReader
 
 __all__ = ["FactorNetwork", "Probes"]
 
+_SHARED = 8.0  # how much faster columns that all descriptions share learn than those that follow one
 _FLOOR = 0.1  # of the mean variance, which directions of features that hardly vary get as well
 
 
@@ -152,5 +153,5 @@ class FactorNetwork(nn.Module):
         read = torch.cat([read[..., :-1], unused, read[..., -1:]], -1)
         probe = self.probes(tokens, seen)
         probe = torch.cat([probe, probe.new_zeros(*probe.shape[:-1], 1)], -1)[:, list(self.entry)]
-        write = self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, m, rank, outputs)
+        write = _SHARED * self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, m, rank, outputs)
         return torch.cat([torch.cat([read, probe], 2).flatten(2), write.flatten(2)], 2).flatten(1)
