@@ -7,7 +7,8 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import ensemble, method_type
+from lorag.methods import house as ensemble
+from lorag.methods import method_type
 from lorag.methods.method import collate
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import KernelHead

@@ -11,10 +11,8 @@ from accelerate import Accelerator
 from toy_world import COLOURS, HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base
 from typer.testing import CliRunner
 
-import lorag.generator.files as generator_files
 import lorag.generator.generate as generation_module
 import lorag.training.calibrate_gate as calibrate_gate
-import lorag.training.train as training
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.cli.main import app
@@ -29,6 +27,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
+from lorag.text import vectors
 from lorag.text.conditioning import mixture_weights
 from lorag.training.calibrate import gap_closed_by
 from lorag.training.calibrate_gate import GateSettings, fit_gate
@@ -397,7 +396,7 @@ def test_the_rank_of_an_adapter_can_be_chosen(gated, bank):
 
 def test_a_generator_is_opened_once_for_its_content(gated, tmp_path, monkeypatch):
     """By path: the same object for the same files, wherever they lie, and another one when they have changed."""
-    monkeypatch.setattr(generator_files.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
+    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
     gated.save_pretrained(tmp_path / "a")
     gated.save_pretrained(tmp_path / "b")
     first = open_generator(str(tmp_path / "a"))
@@ -583,8 +582,7 @@ def test_wordings_of_experts_that_there_are_not_are_refused(gate):
 
 def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path, monkeypatch):
     """`train` writes one; taken away and fitted again on the finished folder it is the same, and the weights stay as they were."""
-    for module in (training, generator_files):
-        monkeypatch.setattr(module.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
+    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
     monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: UNKNOWN)
     out = tmp_path / "g"
     config = TrainConfig(bank=str(bank.folder), out=str(out), method="ridge", tasks=None, k=16, rank=8, validation=0.3, device="cpu")

@@ -16,13 +16,12 @@ from lorag.base.objectives import make_objective
 from lorag.base.objectives.packing import fitting, pack, shared_start
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
-from lorag.generator import files as generator_files
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
+from lorag.text import vectors
 from lorag.training import calibrate_gate
-from lorag.training import train as training
 from lorag.training.preparation import prepare
 from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
@@ -189,8 +188,7 @@ def test_it_says_what_it_needs(base, tmp_path):
 
 def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
     """`train` without a bank ends with a gate; fitted again on the finished folder, from the suite that it names, it is the same."""
-    for module in (training, generator_files):
-        monkeypatch.setattr(module.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
+    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
     unknown = {"robots": ["weld the left arm", "calibrate the gripper motor"], "gibberish": ["zzq wrt plm", "kkk lll mmm nnn"]}
     monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: unknown)
     keys = [task.key for task in make_suite(TRAINING)]

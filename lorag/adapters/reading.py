@@ -133,7 +133,7 @@ def read_folder(
 def side_files(folder: Path) -> list[str]:
     """Names of files beside an adapter that hold weights of something else, such as non_lora_trainables.bin or a value head.
 
-    They are not opened. Other forms of the same adapter and states of a trainer are no part of it.
+    They are not opened. Other forms of the same adapter and states of a trainer do not belong to it.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.is_dir())
