@@ -55,6 +55,12 @@ def test_packed_rows_lose_what_rows_of_their_own_lose(base, runner, random_adapt
     with torch.no_grad():
         alone, together = (one.losses(adapters, tasks, 5, "seed") for one in (runner, packed))
     assert torch.allclose(alone, together, atol=1e-5)
+    seen = []
+    handle = runner.model.get_output_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+    with torch.no_grad():  # a head that something listens to gets whole rows, and no fewer
+        assert torch.allclose(packed.losses(adapters, tasks, 5, "seed"), alone, atol=1e-5)
+    handle.remove()
+    assert [shape[0] for shape in seen] == [3]
     assert packed.objective.settings()["pack"] == 4096 and "pack" not in runner.objective.settings()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,16 +75,13 @@ class CausalLM(LanguageModel):
         network: Any = model
         device = network.device
         bias = torch.zeros(batch.seen.shape, dtype=network.dtype).masked_fill(~batch.seen, torch.finfo(network.dtype).min)
-        kept, place = batch.columns.unique(return_inverse=True)
-        logits = network(
-            input_ids=batch.input_ids.to(device),
-            position_ids=batch.position_ids.to(device),
-            attention_mask=bias.to(device),
-            logits_to_keep=kept.to(device),
-            use_cache=False,
-        ).logits
-        rows = batch.rows.to(device)
-        each = F.cross_entropy(logits[rows, place.to(device)].float(), batch.targets.to(device), reduction="none")
+        arguments = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": bias}
+        rows, columns = batch.rows.to(device), batch.columns.to(device)
+        if self._head_sees_rows(model):
+            logits = self._forward(model, arguments, None).logits[rows, columns]
+        else:
+            logits = self._forward(model, arguments, lambda states: states[rows, columns][None]).logits[0]
+        each = F.cross_entropy(logits.float(), batch.targets.to(device), reduction="none")
         count = len(batch.input_ids)
         return torch.zeros(count, device=device).index_add(0, rows, each) / torch.bincount(rows, minlength=count)
 
@@ -116,26 +113,32 @@ class CausalLM(LanguageModel):
 
     def _logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         width = batch.targets.shape[1]
-        return self._forward(model, batch, lambda states: states.contiguous()).logits[:, :width]
+        return self._forward(model, batch.arguments, lambda states: states.contiguous(), width + 1).logits[:, :width]
 
     def _answer_logits(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
         """Logits (k, v) of the k answer tokens: the head, larger than all else in a small model, sees their states alone."""
-        head: Any = model.get_output_embeddings()
-        if head is None or head._forward_hooks or hasattr(head, "lora_A"):  # an adapted head needs whole rows
+        if self._head_sees_rows(model):
             return super()._answer_logits(model, batch)
         width, known = batch.targets.shape[1], (batch.targets != -100).to(model.device)
-        return self._forward(model, batch, lambda states: states[:, -width - 1 : -1][known][None]).logits[0]
+        return self._forward(model, batch.arguments, lambda states: states[:, -width - 1 : -1][known][None], width + 1).logits[0]
 
-    def _forward(self, model: PreTrainedModel, batch: TokenRows, keep: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - its class's output
-        """Runs the model; `keep` chooses among the states (b, t + 1, h) that its head gets.
+    @staticmethod
+    def _head_sees_rows(model: PreTrainedModel) -> bool:
+        """Whether the head must get whole rows, since an adapter that changes it goes by them, or since the model has none apart."""
+        head: Any = model.get_output_embeddings()
+        return head is None or bool(head._forward_hooks) or hasattr(head, "lora_A")
+
+    def _forward(
+        self, model: PreTrainedModel, arguments: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor] | None, last: int = 0
+    ) -> Any:  # noqa: ANN401 - its class's output
+        """Runs the model; `keep` chooses among the states (b, last, h) that its head gets; 0 is all columns.
 
         A slice that is not contiguous would make torch copy the head once for every row.
         """
-        arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
         head: Any = model.get_output_embeddings()
-        hook = None if head is None else head.register_forward_pre_hook(lambda module, given: (keep(given[0]), *given[1:]))
+        hook = None if head is None or keep is None else head.register_forward_pre_hook(lambda module, given: (keep(given[0]), *given[1:]))
         try:
-            return model(**arguments, logits_to_keep=batch.targets.shape[1] + 1, use_cache=False)
+            return model(**{key: value.to(model.device) for key, value in arguments.items()}, logits_to_keep=last, use_cache=False)
         finally:
             if hook is not None:
                 hook.remove()
