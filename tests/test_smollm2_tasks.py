@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 
+from benchmarks.hand_typed import TYPED
 from lorag.files.artifacts import embedded, read_json
 from lorag.tasks.suite import Example, Task, TaskSuite
 from lorag.worlds.smollm2.build import SPLITS, build_tasks
@@ -345,6 +346,13 @@ def test_samples_are_even():
     rows = [Example(f"{output}{i}", output, "train") for output in "aab" for i in range(30)]
     drawn = sample(rows, 20, 5, "name")
     assert Counter(row.output for row in drawn) == {"a": 10, "b": 10} and drawn == sample(reversed(rows[::-1]), 20, 5, "name")
+
+
+def test_descriptions_by_hand_are_of_training_tasks_and_new(suite, splits):
+    """The benchmark of hand-typed descriptions asks what it says: training tasks, in words that no task of the suite holds."""
+    assert set(TYPED) <= {task.name for task in splits["train"]}
+    words = {re.sub(r"\W+", " ", text.lower()).strip() for task in suite for text in (*task.descriptions, *task.eval_descriptions)}
+    assert not {re.sub(r"\W+", " ", text.lower()).strip() for text in TYPED.values()} & words
 
 
 # --- the suite's format and the command ---------------------------------------------------------------------------------
