@@ -29,20 +29,6 @@ TRAINED = len(splits()["train"])
 
 
 @pytest.fixture
-def lorag(capsys):
-    """Runs a command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def refused(lorag):
     """Runs a command line that must fail: exit code 1, one line that starts with the program's name, and nothing else."""
 

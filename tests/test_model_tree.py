@@ -7,7 +7,6 @@ from toy_world import describe, name_of, save_base, true_adapter
 from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
 from lorag.bank.model_tree import chosen, survey, survey_lines
-from lorag.cli import main as cli
 from lorag.errors import ArtifactError, BankError
 
 BASE = "toys/base-lm"
@@ -38,20 +37,6 @@ def tree(standin, tmp_path, tiny_models, tokenizer):
     return standin
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
-
-
 def test_a_survey_fetches_no_weights(tree):
     """Sizes, ranks, licences and descriptions, and of others why not; the tree alone is listed, up to a limit."""
     listed = {one.repository: one for one in survey(BASE)}
@@ -69,27 +54,27 @@ def test_a_survey_fetches_no_weights(tree):
     assert [source.place for source in chosen(list(listed.values()), 2 * size)] == good[:2]
 
 
-def test_a_dry_run_comes_first_and_the_same_command_goes_on(tree, run, tmp_path):
+def test_a_dry_run_comes_first_and_the_same_command_goes_on(tree, lorag, tmp_path):
     """Nothing is added without --yes; with it what fits; run again, the rest."""
     bank = tmp_path / "bank"
-    code, out, err = run("bank", "add", "--bank", bank, "--hub-base", BASE, "--quiet", "--embedder", "none")
+    code, out, err = lorag("bank", "add", "--bank", bank, "--hub-base", BASE, "--quiet", "--embedder", "none")
     assert code == 0 and "3 can be added" in out and "nothing was fetched or added" in out and not bank.exists(), err
     size = len(tree.files("me/red-cat")["adapter_model.safetensors"])
     more = ("--quiet", "--embedder", "none", "--any-norm", "--yes")
-    code, out, err = run("bank", "add", "--bank", bank, "--hub-base", BASE, "--max-bytes", size + 1, *more)
+    code, out, err = lorag("bank", "add", "--bank", bank, "--hub-base", BASE, "--max-bytes", size + 1, *more)
     assert code == 0 and "the first 1 of them within --max-bytes" in out, err
     assert AdapterBank.from_pretrained(bank).names == ("me-red-cat",)
-    code, out, err = run("bank", "add", "--bank", bank, "--hub-base", BASE, *more)
+    code, out, err = lorag("bank", "add", "--bank", bank, "--hub-base", BASE, *more)
     assert code == 0 and "skipped me-red-cat" in out, err
     assert set(AdapterBank.from_pretrained(bank).names) == {"me-red-cat", "me-blue-fish", "me-pink-dog"}
 
 
-def test_what_cannot_be_looked_up_gets_one_line(tree, run, tmp_path, monkeypatch):
+def test_what_cannot_be_looked_up_gets_one_line(tree, lorag, tmp_path, monkeypatch):
     """A folder for an id, a base model without adapters, a hub out of reach."""
     for name in ("./folder", "a/b/c", "../x", "base"):
         with pytest.raises(BankError, match="hub id"):
             survey(name)
-    code, _, err = run("bank", "add", "--bank", tmp_path / "b", "--hub-base", "nobody/nothing")
+    code, _, err = lorag("bank", "add", "--bank", tmp_path / "b", "--hub-base", "nobody/nothing")
     assert code == 1 and len(err.splitlines()) == 1 and "can be added" in err
     tree.repositories.pop("me/pink-dog")  # listed, and gone or closed meanwhile
     assert survey(BASE) and all(one.problem for one in survey(BASE) if one.repository == "me/pink-dog")

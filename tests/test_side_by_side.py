@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from toy_world import save_base, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.cli import main as cli
 from lorag.errors import AdapterError, ConfigError
 from lorag.evaluation.rivals import random_like
 from lorag.evaluation.side_by_side import Effect, open_for, side_by_side
@@ -33,20 +32,6 @@ def folder(base, tmp_path_factory):
     get_peft_model(base.model.load("cpu"), settings).save_pretrained(out)
     (out / "README.md").write_text("# paint\n\n## Model description\n\nIt paints the cat that you describe in red.\n")
     return out
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 def _kl(moved, bare, ids, start):
@@ -126,25 +111,25 @@ def test_adapters_of_other_modules_and_bases_that_write_nothing_are_refused(base
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def test_piped_answers_are_lines(run, folder):
+def test_piped_answers_are_lines(lorag, folder):
     """A line per answer, under its name, and one that says whether the adapter changes anything."""
-    code, out, err = run("try", folder, *TEXTS, "--null", "--tokens", 4)
+    code, out, err = lorag("try", folder, *TEXTS, "--null", "--tokens", 4)
     assert code == 0, err
     names = [line.split(": ")[0] for line in out.splitlines()]
     assert names[:-1] == ["text", "base", "prompted", "adapter", "random"] * 2
     assert out.splitlines()[-1].startswith("the adapter changes ")
-    code, out, _ = run("try", folder, TEXTS[0], "--no-base", "--no-prompted", "--tokens", 4)
+    code, out, _ = lorag("try", folder, TEXTS[0], "--no-base", "--no-prompted", "--tokens", 4)
     assert code == 0 and [line.split(": ")[0] for line in out.splitlines()] == ["text", "adapter"]
 
 
-def test_a_description_is_generated_and_tried(run):
+def test_a_description_is_generated_and_tried(lorag):
     """Several words that name no folder."""
-    code, out, err = run("try", "write the legal text in upper case", "the court ruled for Ann", "--tokens", 4)
+    code, out, err = lorag("try", "write the legal text in upper case", "the court ruled for Ann", "--tokens", 4)
     assert code == 0, err
     assert [line.split(": ")[0] for line in out.splitlines()] == ["text", "base", "prompted", "adapter"]
 
 
-def test_bad_input_gets_one_line(run, folder, tmp_path):
+def test_bad_input_gets_one_line(lorag, folder, tmp_path):
     """No such folder, no description for --prompted, a description that is too long, a generator for a folder, a foreign kind."""
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -157,25 +142,25 @@ def test_bad_input_gets_one_line(run, folder, tmp_path):
         ((folder, "a", "--kind", "encoder"), "write texts"),
         ((folder, "a", "--base-model", tmp_path / "none"), "none"),
     ):
-        code, out, err = run("try", *arguments)
+        code, out, err = lorag("try", *arguments)
         assert code == 1 and len(err.splitlines()) == 1 and said in err and "Traceback" not in err, (arguments, err)
-    code, _, err = run("try", folder, "a", "--generator", "sandbox")
+    code, _, err = lorag("try", folder, "a", "--generator", "sandbox")
     assert code == 2 and "--generator" in err
     broken = tmp_path / "broken"
     broken.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (broken / name).write_bytes((folder / name).read_bytes())
     (broken / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ raise_exception('no') }}"}))
-    code, _, err = run("try", broken, "a", "--tokens", 2)
+    code, _, err = lorag("try", broken, "a", "--tokens", 2)
     assert code == 1 and "chat template" in err and len(err.splitlines()) == 1
 
 
-def test_a_terminal_gets_columns(run, folder, monkeypatch):
+def test_a_terminal_gets_columns(lorag, folder, monkeypatch):
     """Side by side, and no control character of a model or a file reaches the terminal."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "dumb")
-    code, out, err = run("try", folder, "the \x1b[31mcat\x1b[0m", "--tokens", 4)
+    code, out, err = lorag("try", folder, "the \x1b[31mcat\x1b[0m", "--tokens", 4)
     assert code == 0, err
     head = next(line for line in out.splitlines() if "base model" in line)
     assert head.index("text") < head.index("base model") < head.index("adapter")
