@@ -136,16 +136,18 @@ def real(count: int) -> None:
         "the router, told nothing": {},
         "the base model": {"models": ["base"] * len(asked)},
     }
-    for way, told in ways.items():
-        answers = router.generate(texts, **told, max_new_tokens=12)
-        hits = [float(answer.text.strip() == one.output.strip()) for answer, (_, one) in zip(answers, asked, strict=True)]
+
+    def say(way: str, answers: Sequence[str]) -> None:
+        hits = [float(answer.strip() == one.output.strip()) for answer, (_, one) in zip(answers, asked, strict=True)]
         _said({f"exact match of {way}": [hits[start : start + REAL_TESTS] for start in range(0, len(hits), REAL_TESTS)]})
+
+    for way, told in ways.items():
+        say(way, [answer.text for answer in router.generate(texts, **told, max_new_tokens=12)])
     mean = merge([router.adapter(router.route(["x"], models=[f"lorag:expert/{task.key}"])[0]) for task in tasks], "mean", rank=16)
     written: list[str] = []
     for start in range(0, len(texts), 32):
         written += router.runner.generate(texts[start : start + 32], Factors.stack([mean.factors]), max_new_tokens=12)
-    hits = [float(text.strip() == one.output.strip()) for text, (_, one) in zip(written, asked, strict=True)]
-    _said({"exact match of the mean of all adapters": [hits[start : start + REAL_TESTS] for start in range(0, len(hits), REAL_TESTS)]})
+    say("the mean of all adapters", written)
 
 
 def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
