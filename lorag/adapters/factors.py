@@ -190,6 +190,12 @@ class Factors(Mapping[str, Pair]):
         size = math.sqrt(self.dot(self) * other.dot(other))
         return self.dot(other) / size if size else 0.0
 
+    def energy_in(self, other: Factors) -> float:
+        """Share of ‖ΔW‖² that is kept where ΔW' stands for it, 1 - ‖ΔW - ΔW'‖² / ‖ΔW‖² and at least 0; 1 of what changes nothing."""
+        whole = self.dot(self)
+        lost = whole + other.dot(other) - 2 * self.dot(other)
+        return max(0.0, 1 - lost / whole) if whole else 1.0
+
     def _product(self, module: str, other: Factors) -> float:
         (a, b), (c, d) = self.pair(module, torch.float64), other.pair(module, torch.float64)
         return ((b.T @ d) * (a @ c.T)).sum().item()

@@ -6,7 +6,6 @@ checkpoints, so that a thousand small adapters are not a hundred thousand tensor
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import merge
 from lorag.adapters.publishing import bank_card, push_files, require_public
-from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, stack_checkpoints
+from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, shard_name, stack_checkpoints
 from lorag.base.runner import BankBase
 from lorag.errors import BankError, LoragError, StorageError
 from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
@@ -260,8 +259,7 @@ class AdapterBank:
         names = [name for name, _, _ in experts]
         if len(set(names)) != len(names):
             raise BankError("an expert's name is given twice", got=max(names, key=names.count))
-        digest = hashlib.sha256("/".join(names).encode()).hexdigest()[:8]
-        file = f"experts/{names[0]}-{digest}.safetensors"
+        file = shard_name(names)
         entries = [
             _entry(
                 name=name,
@@ -275,7 +273,8 @@ class AdapterBank:
             )
             for index, (name, descriptions, checkpoints) in enumerate(experts)
         ]
-        tensors = stack_checkpoints(self.base.layout, [checkpoints for _, _, checkpoints in experts], precision)
+        factors = [[adapter.factors for adapter in checkpoints] for _, _, checkpoints in experts]
+        tensors = stack_checkpoints(self.base.layout.names, factors, precision)
         with self.locked() as now:
             if now.base != self.base:
                 raise BankError(f"{self.folder} was begun anew with another base meanwhile", remedy="Add to it again.")

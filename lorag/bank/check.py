@@ -69,9 +69,7 @@ def check_bank(bank: AdapterBank, *, embedder: TextEmbedder | None = None, quiet
             words.setdefault(text, []).append(expert.name)
     doubts: dict[str, str] = {}
     if embedder is not None:
-        descriptions = DescriptionIndex.load(bank, embedder)
-        descriptions.cover(bank, quiet=quiet)
-        reader = WeightReader.of_bank(index, descriptions)
+        reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet))
         if reader is not None:
             sketches = index.sketches()
             doubts = {name: reader.nearest(sketches[name], 1, but=name)[0][0] for name in reader.doubts()}

@@ -13,7 +13,7 @@ import torch
 from lorag.adapters.factors import balanced, thin_svd
 from lorag.adapters.spans import Span, weighted_columns
 from lorag.bank.bank import AdapterBank
-from lorag.bank.shards import BASES, PRECISIONS, Expert, stack
+from lorag.bank.shards import BASES, PRECISIONS, Expert, shard_name, stack_checkpoints
 from lorag.errors import BankError, ConfigError, StorageError
 from lorag.files.tensors import save_tensors
 from lorag.progress import progress_bar
@@ -111,10 +111,7 @@ def compress_bank(bank: AdapterBank, out: str | Path, *, keep: float = 0.99, pre
     new = _write(bank, out, bases, precision, quiet)
     energies = {}
     for expert in progress_bar(bank.experts, desc="comparing experts", disable=quiet, leave=False):
-        own, kept = bank.adapter(expert.name).factors, new.adapter(expert.name).factors
-        whole = own.dot(own)
-        lost = whole + kept.dot(kept) - 2 * own.dot(kept)
-        energies[expert.name] = max(0.0, 1 - lost / whole) if whole else 1.0
+        energies[expert.name] = bank.adapter(expert.name).factors.energy_in(new.adapter(expert.name).factors)
     counts = [basis.shape[1] for one in bases for basis in (one.inward, one.outward)]
     written = sum(int(entry["bytes"]) for entry in new.files.values())
     return Compressed(new, before, plain, written, (min(counts), max(counts)), energies)
@@ -191,19 +188,14 @@ def _write(bank: AdapterBank, out: Path, bases: list[_Bases], precision: str, qu
             together = max(1, _SHARD // size)
             for start in range(0, len(members), together):
                 part = members[start : start + together]
-                shard = _shard_name([expert.name for expert in part])
+                shard = shard_name([expert.name for expert in part])
                 cores = [[_cores(bank, expert, place, bases, rank) for place in range(checkpoints)] for expert in part]
-                pairs = ((name, _stacked(cores, name)) for name in bank.base.layout.names)
-                save_tensors(out / shard, stack(pairs, precision))
+                save_tensors(out / shard, stack_checkpoints(bank.base.layout.names, cores, precision))
                 for index, expert in enumerate(part):
                     entries[expert.name] = replace(expert, rank=rank, alpha=float(rank), file=shard, index=index, bases=file)
                 bar.update(len(part))
     with new.locked() as now:
         return AdapterBank(out, bank.base, [entries[name] for name in bank.names], now.files).write_manifest()
-
-
-def _shard_name(names: list[str]) -> str:
-    return f"experts/{names[0]}-{hashlib.sha256('/'.join(names).encode()).hexdigest()[:8]}.safetensors"
 
 
 def _cores(bank: AdapterBank, expert: Expert, checkpoint: int, bases: list[_Bases], rank: int) -> dict[str, Pair]:
@@ -213,9 +205,3 @@ def _cores(bank: AdapterBank, expert: Expert, checkpoint: int, bases: list[_Base
         a, b = factors.pair(module, torch.float64)
         found[module] = balanced(thin_svd(a @ one.inward, one.outward.T @ b), rank)
     return found
-
-
-def _stacked(cores: list[list[dict[str, Pair]]], module: str) -> Pair:
-    """A' (n, checkpoints, r, k) and B' (n, checkpoints, k', r)."""
-    a, b = (torch.stack([torch.stack([one[module][side] for one in own]) for own in cores]) for side in (0, 1))
-    return a, b

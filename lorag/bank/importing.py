@@ -198,7 +198,7 @@ class _Import:
         if self.reader is None or self.descriptions is None:
             return ()
         sketch = self.index.sketch(adapter)
-        doubtful = self.reader.doubtful(self.reader.fits(sketch, self.descriptions.vectors()[name]))
+        doubtful = self.reader.doubtful(self.reader.fits(sketch, self.descriptions.vector(name)))
         return tuple(self.reader.nearest(sketch, _PROPOSED)) if doubtful else ()
 
     def save(self) -> None:
@@ -244,9 +244,7 @@ def import_adapters(
     """
     bank = AdapterBank.from_pretrained(bank_folder)
     index = BankIndex.load(bank).cover(bank, quiet=quiet)
-    descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder)
-    if descriptions is not None:
-        descriptions.cover(bank, quiet=quiet)
+    descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet)
     reader = None if descriptions is None else WeightReader.of_bank(index, descriptions)
     job = _Import(bank, options or ImportOptions(), index, descriptions, quiet, reader)
     for expert in bank.experts:

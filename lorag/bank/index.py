@@ -264,8 +264,8 @@ class DescriptionIndex:
         self._places: dict[str, int] = {}
         self._rows = torch.empty(0, embedder.size)  # with room for more than there are
 
-    def cover(self, bank: AdapterBank, *, quiet: bool = True) -> None:
-        """Embeds what is new or was changed, and forgets the experts that are gone."""
+    def cover(self, bank: AdapterBank, *, quiet: bool = True) -> DescriptionIndex:
+        """Embeds what is new or was changed, forgets the experts that are gone, and returns the same index."""
         if any(name not in bank for name in self._digests):
             self._forget(bank)
         new = [expert for expert in bank.experts if self._digests.get(expert.name) != _digest(expert)]
@@ -275,6 +275,7 @@ class DescriptionIndex:
             mean = torch.stack([next(flat).pooled for _ in wordings]).mean(0)
             self._put(expert.name, torch.nn.functional.normalize(mean, dim=-1))
             self._digests[expert.name] = _digest(expert)
+        return self
 
     def _forget(self, bank: AdapterBank) -> None:
         """Leaves out the experts that a bank lacks."""
@@ -289,9 +290,13 @@ class DescriptionIndex:
             self._rows = torch.cat([self._rows, torch.zeros(max(64, place), self._rows.shape[1])])
         self._rows[place] = vector
 
+    def vector(self, name: str) -> Tensor:
+        """Mean unit vector (e,) of one expert's descriptions."""
+        return self._rows[self._places[name]]
+
     def vectors(self) -> dict[str, Tensor]:
-        """Mean unit vector (e,) of each expert's descriptions."""
-        return {name: self._rows[place] for name, place in self._places.items()}
+        """Those of all experts."""
+        return {name: self.vector(name) for name in self._places}
 
     def nearest(self, name: str, among: Collection[str], keep: int = 3) -> list[tuple[str, float]]:
         """The experts of a collection whose descriptions have the largest cosine with those of one expert, best first."""

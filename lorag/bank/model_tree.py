@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorag.adapters.checks import CONFIG, WEIGHTS, check_config
+from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, check_config
 from lorag.adapters.purpose import CARD, SIDECAR, find_purpose
 from lorag.adapters.reading import read_provenance
 from lorag.adapters.sources import Source
@@ -67,7 +67,7 @@ def _look(repository: str) -> Listed:
     """One repository: what its file list, config, card and lorag.json say."""
     size, licence = 0, "unknown"
     try:
-        folder, sizes, licence = fetch_small(repository, [CONFIG, CARD, SIDECAR, "lorag.json"])
+        folder, sizes, licence = fetch_small(repository, [CONFIG, CARD, SIDECAR, PROVENANCE])
         size = sizes.get(WEIGHTS, 0)
         if not size:
             return Listed(repository, 0, licence, problem=f"no {WEIGHTS}")
@@ -114,5 +114,5 @@ def survey_lines(listed: Sequence[Listed], most_bytes: int | None = None) -> lis
     return lines + [f"  not {one.repository}: {one.problem}" for one in listed if one.problem is not None]
 
 
-def _counted(values: Any) -> str:  # noqa: ANN401 - any texts
+def _counted(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(12)) or "none"

@@ -9,8 +9,9 @@ takes the memory of a few experts.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -27,10 +28,9 @@ from lorag.files.artifacts import require_name, resolve_inside
 from lorag.files.tensors import TensorSpec, read_header
 
 if TYPE_CHECKING:
-    from lorag.adapters.adapter import LoraAdapter
     from lorag.base.layout import LoraLayout
 
-__all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "stack", "stack_checkpoints"]
+__all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "shard_name", "stack_checkpoints"]
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 BASES = ("{module}.U_in", "{module}.U_out")  # of the module of a number: (i, k) and (o, k)
@@ -89,28 +89,26 @@ def quantise(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return (values / scale).round().to(torch.int8), scale
 
 
-def stack_checkpoints(layout: LoraLayout, experts: Sequence[Sequence[LoraAdapter]], precision: str) -> dict[str, Tensor]:
-    """A shard's tensors: A (n, checkpoints, r, i) and B (n, checkpoints, o, r) of each module, by its number, with ΔW = B·A.
-
-    Raises:
-        DtypeOverflowError: If a value overflows the precision.
-    """
-    pairs = (
-        tuple(torch.stack([torch.stack([a.factors[module][side] for a in checkpoints]) for checkpoints in experts]) for side in (0, 1))
-        for module in layout.names
-    )
-    return stack(zip(layout.names, pairs, strict=True), precision)  # type: ignore[arg-type]
+def shard_name(names: Sequence[str]) -> str:
+    """File of the experts of these names, in a bank's folder."""
+    return f"experts/{names[0]}-{hashlib.sha256('/'.join(names).encode()).hexdigest()[:8]}.safetensors"
 
 
-def stack(pairs: Iterable[tuple[str, Pair]], precision: str) -> dict[str, Tensor]:
-    """A shard's tensors, given the stacked factors of each module in the layout's order.
+def stack_checkpoints(modules: Sequence[str], experts: Sequence[Sequence[Mapping[str, Pair]]], precision: str) -> dict[str, Tensor]:
+    """A shard's tensors: A (n, checkpoints, r, i) and B (n, checkpoints, o, r) of each module, by its number.
+
+    Args:
+        modules: Their names, in the layout's order.
+        experts: Factors of each checkpoint of each expert, with ΔW = B·A, or those of its core in bases.
+        precision: One of `PRECISIONS`.
 
     Raises:
         DtypeOverflowError: If a value overflows the precision.
     """
     tensors: dict[str, Tensor] = {}
-    for number, (module, pair) in enumerate(pairs):
-        for factor, values in zip("AB", pair, strict=True):
+    for number, module in enumerate(modules):
+        for side, factor in enumerate("AB"):
+            values = torch.stack([torch.stack([factors[module][side] for factors in checkpoints]) for checkpoints in experts])
             key = f"{number}.{factor}"
             if precision == "int8":
                 tensors[key], tensors[f"{key}.scale"] = quantise(values, axis=-1 if factor == "A" else -2)

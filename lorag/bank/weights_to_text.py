@@ -79,17 +79,17 @@ class WeightReader:
         units = F.normalize(sketches.double(), dim=1)
         sketch_mean, text_mean = units.mean(0), texts.double().mean(0)
         x, y = units - sketch_mean, texts.double() - text_mean
-        kernel = x @ x.T
-        values, vectors = torch.linalg.eigh(kernel)
-        size = kernel.diagonal().mean().clamp_min(1e-12)
+        vectors, roots, _ = torch.linalg.svd(x, full_matrices=False)  # of a large bank far less than the kernel's eigenvectors
+        values = roots.square()
+        size = x.square().sum(1).mean().clamp_min(1e-12)
         turned = vectors.T @ y
         best: tuple[float, float, Tensor, Tensor] | None = None
         for penalty in _PENALTIES:
-            shrunk = 1 / (values.clamp_min(0) + penalty * size)
+            shrunk = 1 / (values + penalty * size)
             dual = vectors @ (shrunk[:, None] * turned)
             # Each left out in closed form, from the mean of the others too: otherwise a mean without it gives it away.
-            leverage = vectors.square() @ (values.clamp_min(0) * shrunk) + 1 / len(y)
-            without_it = y - (y - kernel @ dual) / (1 - leverage)[:, None] + y / (len(y) - 1)
+            leverage = vectors.square() @ (values * shrunk) + 1 / len(y)
+            without_it = y - (y - x @ (x.T @ dual)) / (1 - leverage)[:, None] + y / (len(y) - 1)
             cosine = F.cosine_similarity(without_it, y, dim=1).mean().item()
             if best is None or cosine > best[0]:
                 best = cosine, penalty, dual, without_it
@@ -209,9 +209,8 @@ def describe_adapters(
     Raises:
         BankError: If the bank has too few experts to learn from, or their weights do not tell what they do.
     """
-    index, descriptions = BankIndex.load(bank).cover(bank, quiet=quiet), DescriptionIndex.load(bank, embedder)
-    descriptions.cover(bank, quiet=quiet)
-    reader = WeightReader.of_bank(index, descriptions)
+    index = BankIndex.load(bank).cover(bank, quiet=quiet)
+    reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet))
     if reader is None or not reader.telling:
         got = f"{len(bank)} experts" if reader is None else f"{reader.separation:.0%} of right and wrong descriptions told apart"
         expected = f"at least {_FEWEST} experts, and {_TELLING:.0%}"

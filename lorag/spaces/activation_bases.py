@@ -163,10 +163,7 @@ class ActivationBases(WeightSpace):
 
     def energy(self, factors: Factors) -> float:
         """Share of ‖ΔW‖² over all modules that the code keeps, at most 1."""
-        whole = factors.norm() ** 2
-        kept = self.decode(self.encode(factors)[None], self.rank)[0]
-        lost = whole - 2 * kept.dot(factors) + kept.norm() ** 2
-        return max(0.0, 1 - lost / whole) if whole else 1.0
+        return factors.energy_in(self.decode(self.encode(factors)[None], self.rank)[0])
 
     def differentiable(self, codes: Tensor) -> dict[str, Pair]:
         """Factors A (b, r, i) and B (b, o, r) of codes (b, c); gradients reach the codes."""
