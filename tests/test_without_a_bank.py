@@ -171,9 +171,10 @@ def test_it_learns_from_examples_alone(base, tmp_path, runner):
     assert own < bare - 0.2 and own < other - 0.05
 
 
-def test_a_saved_generator_writes_the_same_adapter(base, tmp_path):
-    """Space, network and probes come back to the bit."""
-    _, generator = _fitted(base, tmp_path / "bank", 2)
+@pytest.mark.parametrize("steps", [2, 0])
+def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
+    """Space, network and probes come back to the bit; also where no step went through the base model."""
+    _, generator = _fitted(base, tmp_path / "bank", steps)
     generator.save_pretrained(tmp_path / "g")
     opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
     first, second = (one.generate("paint the red dog") for one in (generator, opened))

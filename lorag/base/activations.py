@@ -48,6 +48,13 @@ def _watched(
             handle.remove()
 
 
+def _with_gradient(output: Tensor) -> Tensor:
+    """A module's output that keeps its gradient, also where nothing before it has one."""
+    output = output if output.requires_grad else output.detach().requires_grad_()
+    output.retain_grad()
+    return output
+
+
 @torch.inference_mode()
 def input_statistics(runner: Runner, texts: Sequence[str], batch: int = 32) -> Iterator[InputStatistics]:
     """Reads texts with the bare base model, as its objective writes prompts, and gives the statistics of each batch.
@@ -101,10 +108,8 @@ def output_gradients(runner: Runner, tasks: Sequence[Task], count: int, seed: st
 
     def hook(name: str):  # noqa: ANN202 - a torch hook
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.retain_grad()
-            outputs[name] = output
-            return output
+            outputs[name] = _with_gradient(output)
+            return outputs[name]
 
         return keep
 
@@ -137,8 +142,7 @@ def input_moments(
 
     def hook(name: str):  # noqa: ANN202 - a torch hook
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.retain_grad()
+            output = _with_gradient(output)
             passed.setdefault(name, []).append((inputs[0].detach(), output))
             return output
 

@@ -99,7 +99,7 @@ class Aligned(NetworkMethod):
         return True
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
-        """Begins from the alignment, trains the probes, then all else through the base model; stops early on held-out training tasks."""
+        """Begins from the alignment; trains probes, reader, then the rest through the base model, each stopped early on held-out tasks."""
         require_runner(self.name, data, runner)
         space = data.space
         if not isinstance(space, ActivationBases) or data.alignment is None or space.read is None:
@@ -112,9 +112,10 @@ class Aligned(NetworkMethod):
         step = max(1, len(data.training) // _TYPICAL)
         _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
         network.probes.align(data.alignment, tokens, mask)
+        self.network = network.to(loop.accelerator.device)
         train_probes(self.name, network.probes, data, space.read, loop, self.settings.probing)
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
-        self.network = network.to(loop.accelerator.device)
         train_reader(self.name, network, data, loop, self.settings.contrast)
         network.reading.requires_grad_(False)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
+        network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise

@@ -80,15 +80,16 @@ def train_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: Tra
             tasks = [training[i] for i in nearest[anchors].unique().tolist()]
             pairs = [torch.randperm(len(data.embeddings[i]), generator=loop.rng)[:2].tolist() for i in tasks]
             first, second = ([data.embeddings[i][pair[side]] for i, pair in zip(tasks, pairs, strict=True)] for side in (0, 1))
-            return Batch(len(tasks), lambda share: loss_of(first, second)[share])  # a share's losses depend on all tasks
+            losses = loss_of(first, second)
+            return Batch(len(tasks), lambda share: losses[share])
 
         def validate(_: nn.Module) -> float:
             with torch.no_grad():
                 return loss_of(*([data.embeddings[i][side] for i in held] for side in (0, 1))).mean().item()
 
         steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
-        fewest = replace(loop, shares=None)
-        best = fewest.run(f"{name} reader", nn.ModuleList([network.reading, network.augment]), batch, validate if held else None, steps)
+        whole = replace(loop, shares=None)  # each loss depends on all tasks of a step, so that cutting it saves nothing
+        best = whole.run(f"{name} reader", nn.ModuleList([network.reading, network.augment]), batch, validate if held else None, steps)
     was_training = network.training
     network.eval()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lorag.methods.method import collate, draw
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
+from lorag.networks.readers import noisy
 
 if TYPE_CHECKING:
     from lorag.methods.training_set import TrainingSet
@@ -60,25 +61,25 @@ class _Halves:
 
 
 class _Learner(nn.Module):
-    """Probes, and small changes to them in units that suit one learning rate."""
+    """Changes to probes in units that suit one learning rate, and how sure their guesses are."""
 
     def __init__(self, probes: Probes) -> None:
         super().__init__()
-        self.start = {"focus": probes.focus.detach().clone(), "alignment": probes.alignment.detach().clone()}
-        self.probes = (probes,)  # in a tuple, so that its parameters are not this module's
         self.focus = nn.Parameter(torch.zeros_like(probes.focus))
         self.alignment = nn.Parameter(torch.zeros_like(probes.alignment))
         self.scale = nn.Parameter(torch.zeros(len(probes.alignment)))
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """Focus (p, e) and alignment (g, e, k) with the changes made."""
-        start = self.start["alignment"]
-        return self.start["focus"] + _FOCUS_UNIT * self.focus, start + _ALIGNMENT_UNIT * start.std() * self.alignment
+    def values(self, probes: Probes) -> dict[str, Tensor]:
+        """Focus (p, e) and alignment (g, e, k) of probes with the changes made."""
+        focus, alignment = probes.focus.detach(), probes.alignment.detach()
+        return {
+            "focus": focus + _FOCUS_UNIT * self.focus,
+            "alignment": alignment + _ALIGNMENT_UNIT * alignment.std() * self.alignment,
+        }
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Rows (b, g, p, k), as those of `Probes`."""
-        focus, alignment = self.values()
-        return torch.func.functional_call(self.probes[0], {"focus": focus, "alignment": alignment}, (tokens, mask))
+    def forward(self, probes: Probes, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Rows (b, g, p, k) of probes with the changes made."""
+        return torch.func.functional_call(probes, self.values(probes), (tokens, mask))
 
 
 def train_probes(name: str, probes: Probes, data: TrainingSet, read: ReadTexts, loop: TrainingLoop, settings: ProbeSettings) -> float:
@@ -86,7 +87,7 @@ def train_probes(name: str, probes: Probes, data: TrainingSet, read: ReadTexts, 
 
     Args:
         name: Names the stage.
-        probes: Aligned, on the CPU.
+        probes: Aligned, on the loop's device.
         data: The tasks with their descriptions.
         read: The texts that the base model has read.
         loop: Runs the stage.
@@ -95,17 +96,19 @@ def train_probes(name: str, probes: Probes, data: TrainingSet, read: ReadTexts, 
     Returns:
         The best loss on held-out tasks, or NaN without any.
     """
+    if not settings.steps:
+        return float("nan")
+    device = probes.focus.device
     place = {text: number for number, text in enumerate(read.texts)}
-    coordinates = torch.stack([one - one.mean(0) for one in read.coordinates], 1)
-    training = _halves(probes, data, data.training, place, coordinates, settings.separation)
-    held = _halves(probes, data, data.validation, place, coordinates, settings.separation)
-    if not training or not settings.steps:
+    coordinates = torch.stack([one - one.mean(0) for one in read.coordinates], 1).to(device)
+    training, held = (_halves(probes, data, tasks, place, coordinates, settings.separation) for tasks in (data.training, data.validation))
+    if not training:
         return float("nan")
     with loop.seeded():
         learner = _Learner(probes)
 
     def losses(tasks: Sequence[_Halves], rows: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
-        """Of each task (b,): cross-entropy of each module's guess on its texts, whose mean lies in the middle."""
+        """Of each task (b,): cross-entropy of each probe's guess on its texts, whose mean lies in the middle."""
         found = []
         for task, row in zip(tasks, rows, strict=True):
             chosen = torch.arange(len(task.places)) if rng is None else torch.randperm(len(task.places), generator=rng)[:count]
@@ -122,23 +125,21 @@ def train_probes(name: str, probes: Probes, data: TrainingSet, read: ReadTexts, 
         rng = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=loop.rng)))
 
         def part(share: slice) -> Tensor:
-            _, tokens, mask = collate(drawn[share])
-            tokens = tokens + _NOISE * tokens.square().mean(-1, keepdim=True).sqrt() * torch.randn_like(tokens)
-            return losses(tasks[share], learner(tokens, mask), settings.texts, rng)
+            _, tokens, mask = collate(drawn[share], device)
+            return losses(tasks[share], learner(probes, noisy(tokens, _NOISE), mask), settings.texts, rng)
 
         return Batch(len(tasks), part)
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():
-            rows = torch.cat([learner(*collate([data.embeddings[task.task][0]])[1:]) for task in held])
+            rows = torch.cat([learner(probes, *collate([data.embeddings[task.task][0]], device)[1:]) for task in held])
             return losses(held, rows, 0, None).mean().item()
 
     steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
     best = loop.run(f"{name} probes", learner, batch, validate if held else None, steps)
     with torch.no_grad():
-        focus, alignment = learner.values()
-        probes.focus.copy_(focus)
-        probes.alignment.copy_(alignment)
+        for name_of, value in learner.values(probes).items():
+            probes.get_parameter(name_of).copy_(value)
     return best
 
 
@@ -151,15 +152,15 @@ def _halves(
 
     found = []
     for number in tasks:
-        examples = [one for one in data.tasks[number].split("train") if one.input in place]
-        answers = sorted({one.output for one in data.tasks[number].split("train")})
+        every = data.tasks[number].split("train")
+        examples, answers = [one for one in every if one.input in place], sorted({one.output for one in every})
         if len(answers) != 2 or len(examples) < _LEAST:
             continue
         places, about = torch.tensor([place[one.input] for one in examples]), torch.tensor([one.output == answers[1] for one in examples])
         if not _LEAST // 4 <= about.sum() <= len(about) - _LEAST // 4:
             continue
-        rows = probes(*collate(data.embeddings[number][:_WORDINGS])[1:]).mean((0, 2))
-        area = float(roc_auc_score(about, torch.einsum("gk,ngk->n", rows, coordinates[places])))
+        rows = probes(*collate(data.embeddings[number][:_WORDINGS], coordinates.device)[1:]).mean((0, 2))
+        area = float(roc_auc_score(about, torch.einsum("gk,ngk->n", rows, coordinates[places]).cpu()))
         if max(area, 1 - area) >= separation:
-            found.append(_Halves(number, places, (about if area > 0.5 else ~about).float()))
+            found.append(_Halves(number, places, (about if area > 0.5 else ~about).float().to(coordinates.device)))
     return found

@@ -106,15 +106,15 @@ class FactorNetwork(nn.Module):
     ) -> None:
         super().__init__()
         m, g, rows = len(entry), max(entry) + 1, rank - probes
-        self.entry, self.sizes = tuple(entry), (m, rank, inputs, outputs, rows, probes)
-        self.directions = min(directions, inputs - 1)
+        used = min(directions, inputs - 1)
+        self.entry, self.unused = tuple(entry), inputs - 1 - used
         self.augment = Augmentation(word_dropout, noise)
         self.reading = FeatureReader(
             embedding, width=width, queries=queries, layers=layers, heads=heads, features=features, dropout=dropout
         )
         self.register_buffer("middle", torch.zeros(features))
         self.register_buffer("spread", torch.eye(features))
-        d = self.directions + 1
+        d = used + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
         self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(d))  # of features of length 1
         self.column_start = nn.Parameter(torch.zeros(m, rank, outputs))
@@ -126,8 +126,12 @@ class FactorNetwork(nn.Module):
 
     def read(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Features (b, f), not whitened yet, of pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones."""
+        return self.reading(*self._augmented(pooled, tokens, mask))
+
+    def _augmented(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A description as it is read in training; where all of its tokens would be masked, none is."""
         pooled, tokens, seen = self.augment(pooled, tokens, mask)
-        return self.reading(pooled, tokens, torch.where(seen.any(1, keepdim=True), seen, mask))
+        return pooled, tokens, torch.where(seen.any(1, keepdim=True), seen, mask)
 
     @torch.no_grad()
     def whiten(self, features: Tensor) -> None:
@@ -143,15 +147,12 @@ class FactorNetwork(nn.Module):
 
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
-        m, rank, inputs, outputs, rows, probes = self.sizes
-        pooled, tokens, seen = self.augment(pooled, tokens, mask)
-        seen = torch.where(seen.any(1, keepdim=True), seen, mask)
+        pooled, tokens, seen = self._augmented(pooled, tokens, mask)
         features = (self.reading(pooled, tokens, seen) - self.middle) @ self.spread
         b = len(features)
-        read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, m, rows, -1)
-        unused = read.new_zeros(b, m, rows, inputs - 1 - self.directions)
-        read = torch.cat([read[..., :-1], unused, read[..., -1:]], -1)
+        read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, *self.row_start.shape)
+        read = torch.cat([read[..., :-1], read.new_zeros(*read.shape[:-1], self.unused), read[..., -1:]], -1)
         probe = self.probes(tokens, seen)
         probe = torch.cat([probe, probe.new_zeros(*probe.shape[:-1], 1)], -1)[:, list(self.entry)]
-        write = _SHARED * self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, m, rank, outputs)
+        write = _SHARED * self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, *self.column_start.shape)
         return torch.cat([torch.cat([read, probe], 2).flatten(2), write.flatten(2)], 2).flatten(1)

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-__all__ = ["Augmentation", "ConditionReader", "DescriptionNetwork", "FeatureReader", "PooledNetwork", "TokenReader", "linear_head"]
+__all__ = ["Augmentation", "ConditionReader", "DescriptionNetwork", "FeatureReader", "PooledNetwork", "TokenReader", "linear_head", "noisy"]
 
 
 def linear_head(features: int, code: int) -> nn.Linear:
@@ -79,6 +79,12 @@ def _first_of_layer(layer: nn.TransformerEncoderLayer, x: Tensor, count: int, ap
     return x + layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))))
 
 
+def noisy(vectors: Tensor, share: float) -> Tensor:
+    """Vectors (..., e) with Gaussian noise, whose standard deviation is a share of each one's own root mean square."""
+    size = vectors.square().mean(-1, keepdim=True).sqrt()
+    return vectors + share * size * torch.randn_like(vectors)
+
+
 class Augmentation(nn.Module):
     """Masks some of a description's tokens and adds noise to its vectors, in training alone, so that no wording is memorised.
 
@@ -95,11 +101,8 @@ class Augmentation(nn.Module):
         """Adds noise to pooled (b, e) and tokens (b, t, e), and takes tokens out of their mask (b, t)."""
         if not self.training:
             return pooled, tokens, mask
-        return self._noisy(pooled), self._noisy(tokens), mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
-
-    def _noisy(self, vectors: Tensor) -> Tensor:
-        size = vectors.square().mean(-1, keepdim=True).sqrt()
-        return vectors + self.noise * size * torch.randn_like(vectors)
+        pooled, tokens = noisy(pooled, self.noise), noisy(tokens, self.noise)
+        return pooled, tokens, mask & (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
 
 
 class ConditionReader(nn.Module):

@@ -247,11 +247,7 @@ def add_gate(
     if bank is not None and (experts.base != generator.base or experts.names != generator.conditioner.names):
         raise ConfigError("bank: the generator learned from another one", got=bank, remedy="Give --bank, the one that it learned from.")
     run = tasks_of_run(name, len(experts))
-    share, seed, groups = (
-        float(config.get("validation", 0.1)),
-        int(config.get("seed", 0)),
-        str(config.get("groups", "task")),
-    )
+    share, seed, groups = float(config.get("validation", 0.1)), int(config.get("seed", 0)), str(config.get("groups", "task"))
     split = hold_out(experts, **run, groups=groups, validation=share, seed=seed)
     others = [*(run["without_expert"] or ()), *(run["held_out"] or ())]
     if bank is None and [others[i].key for i in split.training] != list(generator.conditioner.names):
