@@ -51,7 +51,14 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LORAG_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def _decoder(name, **more):
+def _drawn(kind, config):
+    """A model of a kind with values that are the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config).requires_grad_(False).eval()
+
+
+def _decoder(name):
     config = getattr(transformers, f"{name}Config")(
         vocab_size=SIZE,
         hidden_size=32,
@@ -64,11 +71,8 @@ def _decoder(name, **more):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **more,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return getattr(transformers, f"{name}ForCausalLM")(config).requires_grad_(False).eval()
+    return _drawn(getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM"), config)
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +80,11 @@ def bases(tmp_path_factory):
     """A small Llama, Qwen and Gemma in folders, each with grouped heads."""
     found = {}
     for name in ("Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral"):
-        model = _decoder("Gemma3" if name == "Gemma3Text" else name) if name != "Gemma3Text" else _gemma3()
+        model = _decoder(name)
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         found[name] = (str(folder), model)
     return found
-
-
-def _gemma3():
-    config = transformers.Gemma3TextConfig(
-        vocab_size=SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEYS,
-        head_dim=8,
-    )
-    return transformers.Gemma3ForCausalLM(config).requires_grad_(False).eval()
 
 
 def _adapter(model, name, random_adapter, targets=LINEAR, **more):
@@ -437,9 +428,7 @@ def _clip(layers=2, width=16):
         pad_token_id=0,
         max_position_embeddings=16,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.CLIPTextModel(config).requires_grad_(False).eval()
+    return _drawn(transformers.CLIPTextModel, config)
 
 
 @pytest.fixture(scope="module")

@@ -530,9 +530,6 @@ def test_weights_are_read_as_written_by_peft_name(fitted, tmp_path):
 def test_settings_of_generating_are_listed_once():
     """`generate_lora` and `LoraGenerator.generate` take the same settings, with the same defaults."""
     front, inner = (inspect.signature(one).parameters for one in (generate_lora, LoraGenerator.generate_each))
-    assert (
-        set(front) - {"description", "generator"} - {"vector"}
-        == set(inner) - {"self", "descriptions", "vector"}
-        == set(GenerateSettings.__annotations__)
-    )
-    assert all(front[name].default == inner[name].default for name in GenerateSettings.__annotations__)
+    settings = set(GenerateSettings.__annotations__)
+    assert set(front) - {"description", "vector", "generator"} == set(inner) - {"self", "descriptions"} == settings
+    assert all(front[name].default == inner[name].default for name in settings)
