@@ -58,7 +58,7 @@ def test_what_cannot_be_exported(bank, tmp_path):
         list(export_arrow(bank, tmp_path / "a", ["nobody", bank.names[0]]))
     (tmp_path / "used").mkdir()
     (tmp_path / "used/file").write_text("x")
-    with pytest.raises(StorageError, match="not an empty folder"):
+    with pytest.raises(StorageError, match=r"^\S+used is not an empty folder"):
         list(export_arrow(bank, tmp_path / "used"))
     assert not (tmp_path / "a").exists()
 

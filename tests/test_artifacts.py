@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lorag.errors import ArtifactError, LoragError, StorageError
-from lorag.files import artifacts
+from lorag.files import artifacts, atomic
 from lorag.files import tensors as tensor_files
 
 # --- names and paths --------------------------------------------------------------------------------------------------
@@ -132,6 +133,25 @@ def test_unwritable_folder_is_a_storage_error(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(StorageError, match="writing"):
         artifacts.write_json(tmp_path / "a" / "b.json", {})
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path):
+    """Folders inside it are written too; an empty folder is filled, one in use is left alone, and a failure leaves no rest."""
+
+    def write(folder):
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("x")
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        atomic.write_folder(tmp_path / name, write)
+        assert (tmp_path / name / "inner" / "file").read_text() == "x"
+    for used in (tmp_path / "new", tmp_path / "new" / "inner" / "file"):
+        with pytest.raises(StorageError, match=f"^{re.escape(str(used))} is not an empty folder"):
+            atomic.write_folder(used, write)
+    with pytest.raises(StorageError, match="No space left"):
+        atomic.write_folder(tmp_path / "failed", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
 def test_equal_tensors_give_equal_bytes(tmp_path):

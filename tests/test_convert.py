@@ -10,7 +10,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from typer.testing import CliRunner
 
 from lorag.cli import main as cli
-from lorag.errors import ConfigError, FormatVersionError, GeneratorError
+from lorag.errors import ConfigError, FormatVersionError, GeneratorError, StorageError
 from lorag.files.artifacts import GENERATOR_FORMAT, read_json, write_manifest
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.convert import convert_generator
@@ -149,7 +149,7 @@ def test_what_cannot_be_converted_is_named(prepared, tmp_path):
     with pytest.raises(GeneratorError, match="cannot be converted"):
         convert_generator(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(StorageError, match="not an empty folder"):
         convert_generator(tmp_path / "old", tmp_path)
 
 

@@ -138,7 +138,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for export in (export_merged, export_portable):
-        with pytest.raises(StorageError, match="not empty"):
+        with pytest.raises(StorageError, match="not an empty folder"):
             export(folder, tmp_path / "full")
     monkeypatch.setattr("lorag.adapters.merged.write_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageError, match="No space left"):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +20,7 @@ from lorag.adapters.tensor_names import KEY, PREFIX
 from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.errors import AdapterError, ConfigError, StorageError, UndescribedError
 from lorag.files.artifacts import require_plain, write_json
-from lorag.files.atomic import write_atomically, writing
+from lorag.files.atomic import write_atomically, write_folder
 
 if TYPE_CHECKING:
     from lorag.adapters.formats.format import PeftForm
@@ -35,9 +32,7 @@ __all__ = [
     "Exported",
     "export_as",
     "export_portable",
-    "into_new_folder",
     "open_adapter",
-    "require_empty",
 ]
 
 # What trainers write beside an adapter and others need to use it: the tokenizer with its chat template, and the licence's text.
@@ -88,7 +83,7 @@ def export_portable(
         done.adapter.save_pretrained(folder)
         _copy_beside(source, folder)
 
-    into_new_folder(Path(out), write)
+    write_folder(Path(out), write)
     return done
 
 
@@ -142,7 +137,7 @@ def export_as(
             _copy_beside(source, into)
 
     if known.writes == "folder":
-        into_new_folder(place, write)
+        write_folder(place, write)
         return done
     if place.exists() and not place.is_file() or place.is_file() and place.stat().st_size:
         raise StorageError(f"{place} is there already", remedy="Choose a new file.")
@@ -233,26 +228,3 @@ def _copy_beside(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             require_plain(source / name, LARGEST_BESIDE)
             shutil.copyfile(source / name, folder / name)
-
-
-def require_empty(out: Path) -> None:
-    """Raises StorageError if there is something at `out` already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"{out} is there already and not empty", remedy="Choose a new folder.")
-
-
-def into_new_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a sibling and renames it, so that `out` is whole or absent."""
-    require_empty(out)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}.", suffix=".tmp"))
-        try:
-            write(staging)
-            for file in (staging, *staging.rglob("*")):
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            if out.is_dir():
-                out.rmdir()
-            os.replace(staging, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)

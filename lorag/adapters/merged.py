@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lorag.adapters.checks import PROVENANCE
-from lorag.adapters.export import LARGEST_BESIDE, TOKENIZER, into_new_folder, open_adapter, require_empty
+from lorag.adapters.export import LARGEST_BESIDE, TOKENIZER, open_adapter
 from lorag.adapters.provenance import base_fields, licence_of, versions
 from lorag.adapters.publishing import merged_card, write_card
 from lorag.base.base_model import DTYPES, stored_config
 from lorag.base.precision import cast_files, require_plain_weights, stored_types
 from lorag.errors import AdapterError, BaseModelError, MissingDependencyError
 from lorag.files.artifacts import require_plain, write_json
+from lorag.files.atomic import require_empty, write_folder
 from lorag.progress import quiet_loading
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def export_merged(
         write_json(folder / PROVENANCE, info)
         write_card(folder, merged_card(info, base_model=base.name))
 
-    into_new_folder(Path(out), write)
+    write_folder(Path(out), write)
     return adapter
 
 

@@ -14,7 +14,8 @@ from lorag.adapters.factors import balanced, thin_svd
 from lorag.adapters.spans import Span, weighted_columns
 from lorag.bank.bank import AdapterBank
 from lorag.bank.shards import BASES, PRECISIONS, Expert, shard_name, stack_checkpoints
-from lorag.errors import BankError, ConfigError, StorageError
+from lorag.errors import BankError, ConfigError
+from lorag.files.atomic import require_empty
 from lorag.files.tensors import save_tensors
 from lorag.progress import progress_bar
 
@@ -94,8 +95,7 @@ def compress_bank(bank: AdapterBank, out: str | Path, *, keep: float = 0.99, pre
         raise ConfigError("precision cannot be used", got=repr(precision)[:40], expected=" or ".join(PRECISIONS))
     if not len(bank):
         raise BankError(f"{bank.folder} has no expert to compress")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"{out} is not an empty folder", remedy="Choose another one.")
+    require_empty(out)
     bases = []
     for module in progress_bar(bank.base.layout.modules, desc="fitting shared bases", disable=quiet, leave=False):
         bases.append(_fit(bank, module, keep))

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorag.errors import BankError, StorageError
+from lorag.errors import BankError
 from lorag.files.artifacts import require_name
-from lorag.files.atomic import writing
+from lorag.files.atomic import require_empty
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
@@ -38,9 +38,7 @@ def export_arrow(bank: AdapterBank, out: str | Path, names: Sequence[str] | None
     out, chosen = Path(out), [bank[name] for name in (bank.names if names is None else dict.fromkeys(names))]
     if len(chosen) < 2:
         raise BankError("there is nothing to route between", got=f"{len(chosen)} expert", expected="two or more")
-    with writing(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise StorageError(f"{out} is not an empty folder", remedy="Choose another one.")
+    require_empty(out)
     rank = max(expert.rank for expert in chosen)
     for expert in chosen:
         adapter = bank.adapter(expert.name)

@@ -17,7 +17,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["finish_replacing", "flush_folder", "replace_together", "sweep", "write_atomically", "write_bytes", "write_folder", "writing"]
+__all__ = [
+    "finish_replacing",
+    "flush_folder",
+    "replace_together",
+    "require_empty",
+    "sweep",
+    "write_atomically",
+    "write_bytes",
+    "write_folder",
+    "writing",
+]
 
 _JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
 _ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
@@ -69,12 +79,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, write)
 
 
+def require_empty(path: Path) -> None:
+    """Raises StorageError if there is something at `path` already that is not an empty folder."""
+    with writing(path):
+        usable = not path.exists() or path.is_dir() and not any(path.iterdir())
+    if not usable:
+        raise StorageError(f"{path} is not an empty folder", remedy="Choose a new one.")
+
+
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on an empty temporary sibling of the folder `path`, which must not exist, and renames it into place.
+    """Calls `write` on an empty temporary sibling of the folder `path`, which must be new or empty, and renames it into place.
 
     Raises:
-        StorageError: If the system fails; there is no folder then.
+        StorageError: If there is something at `path`, or the system fails; there is no folder then.
     """
+    require_empty(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name[:40]}."
@@ -82,12 +101,15 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         sibling = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".tmp"))
         try:
             write(sibling)
-            for file in sibling.iterdir():
-                with file.open("rb+") as opened:
+            for entry in (*sibling.rglob("*"), sibling):
+                entry.chmod(0o755 if entry.is_dir() else 0o644)
+                if entry.is_dir():
+                    flush_folder(entry)
+                    continue
+                with entry.open("rb+") as opened:
                     os.fsync(opened.fileno())
-                file.chmod(0o644)
-            sibling.chmod(0o755)
-            flush_folder(sibling)
+            if path.is_dir():
+                path.rmdir()
             sibling.rename(path)
         finally:
             shutil.rmtree(sibling, ignore_errors=True)

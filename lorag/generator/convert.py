@@ -13,6 +13,7 @@ from torch import Tensor
 from lorag import __version__
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, write_manifest
+from lorag.files.atomic import require_empty
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.methods import method_type
 
@@ -58,11 +59,11 @@ def convert_generator(folder: Path, out: Path) -> str:
 
     Raises:
         ArtifactError: If it is not a complete generator of that format.
-        ConfigError: If `out` holds something, or the method is not one any more.
+        ConfigError: If the method is not one any more.
         GeneratorError: If its parts do not fit together.
+        StorageError: If `out` holds something.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out: {out} is not empty", remedy="Give a new folder.")
+    require_empty(out)
     manifest = check_manifest(folder, _MANIFEST, _KIND, _OLD)
     tensors = load_tensors(folder / _WEIGHTS)
     try:
