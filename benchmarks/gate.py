@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task
+from lorag.text.spelling import Spelling
 from lorag.training.calibrate import score_codes
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.preparation import hold_out
@@ -65,7 +67,7 @@ def respelled(text: str) -> str:
 def scores(generator: LoraGenerator, texts: Sequence[str], tasks: Sequence[Task]) -> torch.Tensor:
     """Scores (n,) of what is generated for each text on its task."""
     codes = []
-    for one in generator.embedder.embed(list(texts)):
+    for one in generator.embedder.embed([generator.read(text) for text in texts]):
         codes.append(generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))[0].float())
     return score_codes(generator, torch.stack(codes), list(tasks), EXAMPLES, [generator.strength] * len(tasks))
 
@@ -86,7 +88,9 @@ def wordings(generator: LoraGenerator, tasks: Sequence[Task], cells: Sequence[Ce
         "spread within a task": flat.std(1).mean().item(),
     }
     plain = [own[0] for own in texts]
-    found["typing errors"] = scores(generator, [with_typo(text, rng) for text in plain], tasks).mean().item()
+    mistyped = [with_typo(text, rng) for text in plain]
+    found["typing errors"] = scores(generator, mistyped, tasks).mean().item()
+    found["typing errors, read as they stand"] = scores(replace(generator, spelling=Spelling()), mistyped, tasks).mean().item()
     found["no typing error"] = flat[:, 0].mean().item()
     spelt = [(i, text) for i, own in enumerate(texts) for text in own if respelled(text) != text][: 2 * len(tasks)]
     if spelt:

@@ -120,6 +120,8 @@ def generate(
     folder = adapter.save_pretrained(out)
     if skill is not None:
         print(f"{file}: {skill.line(adapter.info.get('details', ()))}")
+    if "read_as" in adapter.info:
+        print(f"read as: {adapter.info['read_as']}")
     nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
     gate = adapter.info["gate"]

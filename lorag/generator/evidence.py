@@ -85,6 +85,7 @@ class Evidence:
         code: What the method made of it (1, c).
         features: Each of `FEATURES` that was measured, by name; empty where no gate asked for any.
         details: Further texts on the task that the condition holds as well.
+        read: The description as it was read, if typing errors were corrected; otherwise empty.
     """
 
     text: str
@@ -93,6 +94,7 @@ class Evidence:
     code: Tensor
     features: Mapping[str, float] = field(default_factory=dict)
     details: tuple[str, ...] = ()
+    read: str = ""
 
     def row(self) -> Tensor:
         """The features (f,) in the order of `FEATURES`, in fp64; 0 for those that were not measured."""

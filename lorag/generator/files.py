@@ -20,6 +20,7 @@ from lorag.methods import method_type
 from lorag.spaces import open_space
 from lorag.text.conditioning import Conditioner
 from lorag.text.embedding import CachedEmbedder, Embedding, TextEmbedder
+from lorag.text.spelling import Spelling
 from lorag.text.vectors import open_embedder
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
         fields["gate"] = generator.gate.to_dict()
         tensors |= {"gate.wordings": generator.gate.wordings, "gate.owners": generator.gate.owners}
     save_tensors(folder / _WEIGHTS, tensors, {"lorag": json.dumps(fields, sort_keys=True)})
-    write_manifest(folder, MANIFEST, fields, [_WEIGHTS])
+    write_manifest(folder, MANIFEST, fields | {"words": " ".join(generator.spelling.words)}, [_WEIGHTS])
     stored = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
     generator.method.restore(stored, state.shape)
     return "sha256:" + sha256(folder / _WEIGHTS)[:16]
@@ -132,6 +133,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
         wanted = str(manifest["embedder"])
         licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
+        words = str(manifest.get("words", "")).split()
         digest = str(manifest["files"][_WEIGHTS]["sha256"])
         if not all(isinstance(name, str) for name in names):
             raise TypeError("an expert's name that is not text")
@@ -165,4 +167,5 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
         "licenses": licenses,
         "revision": "sha256:" + digest[:16],
         "gate": gate,
+        "spelling": Spelling(words),
     }

@@ -24,6 +24,7 @@ from lorag.generator.refine import check_examples, refine
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
 from lorag.text.embedding import with_details
+from lorag.text.spelling import Spelling
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank, BankBase
@@ -95,6 +96,7 @@ class LoraGenerator:
         licenses: Licence of each expert by name, as the bank states it, and of tasks without an expert that it learned from.
         revision: Digest of the stored weights; "unsaved" before saving.
         gate: Judges descriptions; None if none was fitted.
+        spelling: Leads mistyped words back to those of the descriptions that it learned from.
     """
 
     base: BankBase
@@ -108,6 +110,7 @@ class LoraGenerator:
     licenses: Mapping[str, str] = field(default_factory=dict)
     revision: str = "unsaved"
     gate: Gate | None = None
+    spelling: Spelling = field(default_factory=Spelling)
     _runner: Runner | None = field(default=None, repr=False, compare=False)
 
     # --- use -----------------------------------------------------------------------------------------------------
@@ -118,7 +121,11 @@ class LoraGenerator:
         Raises:
             DescriptionError: If the description cannot be used.
         """
-        return self._condition(check_description(description), examples)
+        return self._condition(self.read(check_description(description)), examples)
+
+    def read(self, description: str) -> str:
+        """A description as it is read: mistyped words are led back to those that it learned from."""
+        return self.spelling.corrected(description, self.embedder)
 
     def runner(self) -> Runner:
         """The base model with its objective, loaded once: needed for examples only."""
@@ -223,18 +230,20 @@ class LoraGenerator:
             return condition
         return replace(condition, task_vector=self.runner().hidden([given for given, _ in examples]).mean(0).cpu())
 
-    def _gather(self, text: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
+    def _gather(self, description: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
+        text = self.read(description)
+        read = text if text != description else ""
         known = self._about(text, details)
         condition = self._condition(text, examples, known)
         if self.gate is None or not ask:
-            return replace(gather(self, text, condition, seed=seed), details=tuple(known))
+            return replace(gather(self, text, condition, seed=seed), text=description, read=read, details=tuple(known))
 
         def condition_of(reworded: Embedding) -> Condition:
             return self.conditioner(with_details(reworded, list(known.values())))
 
         reference, needed = self.gate.reference, self.gate.needed
         found = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
-        return replace(found, details=tuple(known))
+        return replace(found, text=description, read=read, details=tuple(known))
 
     def _about(self, text: str, details: Sequence[str]) -> dict[str, Embedding]:
         """Those of further texts that are about what a description says; the others would drown it."""
@@ -300,6 +309,8 @@ class LoraGenerator:
             "norms": {name: round(norm, 6) for name, norm in norms.items()},
             "versions": versions(),
         }
+        if plan.evidence.read:
+            info["read_as"] = plan.evidence.read
         if plan.evidence.details:
             info["details"] = list(plan.evidence.details)
         info["license"] = licence_of(info).name

@@ -14,6 +14,7 @@ from lorag.base.base_model import device_of
 from lorag.base.names import MINILM, locate
 from lorag.errors import BaseModelError, MissingDependencyError
 from lorag.progress import progress_bar, quiet_loading
+from lorag.text.spelling import Vocabulary
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -120,6 +121,10 @@ class SentenceEmbedder:
         """Length e of its vectors."""
         return int(self._model.get_embedding_dimension() or 0)
 
+    def knows(self, word: str) -> bool:
+        """Whether a word in small letters is one token."""
+        return len(self._model.tokenizer.tokenize(word)) == 1
+
     def embed(self, texts: Sequence[str], *, quiet: bool = True) -> list[Embedding]:
         """Embeds texts one length at a time, so that no text's vector depends on what stands beside it."""
         vectors: dict[str, Embedding] = {}
@@ -192,6 +197,10 @@ class CachedEmbedder:
     def size(self) -> int:
         """Length e of its vectors."""
         return self._embedder.size
+
+    def knows(self, word: str) -> bool:
+        """Whether the embedder knows a word; taken for granted of one that cannot tell."""
+        return not isinstance(self._embedder, Vocabulary) or self._embedder.knows(word)
 
     def embed(self, texts: Sequence[str], *, quiet: bool = True) -> list[Embedding]:
         """Embeds what is not yet known."""

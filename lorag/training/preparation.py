@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -20,6 +20,7 @@ from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_split, f
 from lorag.tasks.suite import Task, TaskSuite, connected
 from lorag.text.conditioning import Conditioner
 from lorag.text.misspelling import misspell_some
+from lorag.text.spelling import Spelling
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
@@ -54,13 +55,14 @@ def tasks_of_run(name: str | None, experts: int) -> RunTasks:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A bank made ready for fitting: what all methods on it share."""
+    """A bank made ready for fitting: what all methods on it share, and the words of its descriptions."""
 
     bank: AdapterBank
     space: WeightSpace
     data: TrainingSet
     embedder: TextEmbedder
     runner: Runner | None = None
+    spelling: Spelling = field(default_factory=Spelling)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def prepare(
         tasks=examples,
         alignment=_alignment(space, embedder, quiet),
     )
-    return Prepared(bank, space, data, embedder, runner)
+    spelling = Spelling.of(text for i in split.training for text in described[i])
+    return Prepared(bank, space, data, embedder, runner, spelling)
 
 
 def _conditioner(

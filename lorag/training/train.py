@@ -117,6 +117,7 @@ def fit_generator(
         strength=strength,
         origin=origin,
         licenses=_licences(prepared, method),
+        spelling=prepared.spelling,
     )
 
 
