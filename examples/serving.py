@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorag import generate_lora
-from lorag.adapters.folder import read_facts
 from lorag.adapters.portability import check_portability
+from lorag.adapters.reading import read_facts
 from lorag.base.names import locate
 from lorag.serving.commands import start_commands
 from lorag.tasks.finding import find_tasks

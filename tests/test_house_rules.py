@@ -118,7 +118,7 @@ def test_the_plan_stays_as_simple_as_it_is():
 def test_the_sandbox_is_an_example_not_a_part():
     """Nothing but the command line imports it."""
     users = {name for name, found in IMPORTS.items() if any(_room(other) == "worlds" for other in found)}
-    assert {name for name in users if _room(name) != "worlds"} <= {"lorag.cli.main", "lorag.cli.smollm2"}
+    assert {name for name in users if _room(name) != "worlds"} <= {"lorag.cli.main", "lorag.cli.tasks"}
 
 
 def test_networks_are_pure():

@@ -12,8 +12,8 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.portability import TARGETS, Facts, check_portability
+from lorag.adapters.reading import own_layout, read_facts
 from lorag.cli.info import describe_path
 from lorag.errors import AdapterError
 

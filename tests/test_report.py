@@ -21,9 +21,8 @@ from lorag.evaluation.report.chapters import write_chapters
 from lorag.evaluation.report.figures import ROLES, draw_ladder, draw_pairs
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
 from lorag.evaluation.report.gathering import gather_findings
-from lorag.evaluation.report.page import render_page
+from lorag.evaluation.report.page import render_page, write_report
 from lorag.evaluation.report.style import DARK, LIGHT, drawing, shorten, to_png
-from lorag.evaluation.report.writing import write_report
 from lorag.generator.calibration import Logistic, risk_coverage
 from lorag.generator.evidence import FEATURES, Reference
 from lorag.generator.gate import Gate

@@ -12,8 +12,7 @@ import pytest
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorag.adapters.folder import read_facts
-from lorag.adapters.reading import read_provenance
+from lorag.adapters.reading import read_facts, read_provenance
 from lorag.base.names import locate
 from lorag.cli.info import describe_path
 from lorag.generator.generate import default_generator

@@ -18,11 +18,10 @@ from torch import Tensor
 from lorag import __version__
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, check_config
 from lorag.adapters.factors import Factors, check_alpha
-from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.formats import Base, peft_folder
 from lorag.adapters.portability import Facts, check_portability
 from lorag.adapters.publishing import CARD, adapter_card, own_card, push_files, require_public, write_card
-from lorag.adapters.reading import AdapterParts, read_folder, weight_digest
+from lorag.adapters.reading import AdapterParts, own_layout, read_facts, read_folder, weight_digest
 from lorag.adapters.tensor_names import KEY, WHOLE
 from lorag.base.base_model import KINDS, BaseModel, is_trusted, kind_of
 from lorag.base.layout import LoraLayout, ModuleShape

@@ -1,4 +1,4 @@
-"""Reads a PEFT LoRA folder: checked from config and header, then value by value, then loaded and folded to one rank and alpha."""
+"""A PEFT LoRA folder: what its config and header state, then its values, looked at one by one, loaded and folded to one rank and alpha."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +17,32 @@ from torch import Tensor
 
 from lorag.adapters.checks import CONFIG, PROVENANCE, WEIGHTS, Match, Rename, Scalings, check_config, match
 from lorag.adapters.factors import Factors, Pair, check_values
+from lorag.adapters.portability import Facts
+from lorag.adapters.tensor_names import PREFIX, read_names
+from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.errors import AdapterError, ArtifactError, FormatVersionError, StorageError
-from lorag.files.artifacts import finish_replacing, read_json, require_plain
+from lorag.files.artifacts import decode_text, finish_replacing, read_bounded, read_json, require_plain
 from lorag.files.tensors import TensorSpec, read_header
 
-if TYPE_CHECKING:
-    from lorag.base.layout import LoraLayout
-
-__all__ = ["AdapterParts", "read_folder", "read_provenance", "side_files", "weight_digest"]
+__all__ = [
+    "CHAT_FILES",
+    "AdapterParts",
+    "own_chat_template",
+    "own_layout",
+    "read_facts",
+    "read_folder",
+    "read_provenance",
+    "side_files",
+    "weight_digest",
+]
 
 logger = logging.getLogger(__name__)
 
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")  # where trainers leave the chat template that they used
 # An adapter's files are small; what is larger is refused before it is parsed.
-_MAX_CONFIG, _MAX_PROVENANCE = 2**20, 4 * 2**20
+_MAX_CONFIG, _MAX_PROVENANCE, _MAX_CHAT = 2**20, 4 * 2**20, 16 * 2**20  # a tokenizer's config lists its added tokens
+# With one of these, the names in target_modules match more modules than the adapter changes.
+_NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 _MAX_HEADER, _HEADER_OF_MODULE = 4 * 2**20, 1024
 _PIECE = 2**18  # values looked at in one go
 _MOST_GRAM = 512
@@ -41,6 +54,117 @@ _NO_PART = re.compile(
     re.I,
 )
 _PROVENANCE_FORMATS = (None, 1)
+
+
+# --- what a folder states ----------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    finish_replacing(folder, CONFIG)
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} is not a PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
+    return read_json(folder / CONFIG, _MAX_CONFIG)
+
+
+def _read_spec(folder: Path, *most: int) -> TensorSpec:
+    """Types and shapes by key, from a header of at most so many bytes, or as `read_header` bounds any."""
+    if not (folder / WEIGHTS).is_file():
+        raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
+    return read_header(folder / WEIGHTS, *most)[0]
+
+
+def read_facts(folder: Path, *, values: bool = True) -> Facts:
+    """Reads config and header of an adapter folder.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        values: Whether to look for NaN and infinite values too, one tensor at a time.
+
+    Raises:
+        AdapterError: If one of the files is missing.
+        ArtifactError: If one cannot be read.
+    """
+    config = _read_config(folder)
+    spec = _read_spec(folder)
+    return Facts(config, spec, _first_broken(folder / WEIGHTS, spec) if values else None, _is_wrapper(config))
+
+
+def _is_wrapper(config: Mapping[str, Any]) -> bool | None:
+    """Whether the base model wraps a language model, if it is a folder here whose config says it."""
+    name = config.get("base_model_name_or_path")
+    path = Path(name, "config.json") if isinstance(name, str) and name and not name.startswith(("\\\\", "//")) else None
+    try:
+        own = read_json(path, _MAX_CONFIG) if path is not None and path.is_file() else None
+    except (ArtifactError, OSError, ValueError):  # of a base model that others judge
+        return None
+    return None if own is None else any(key in own for key in ("vision_config", "audio_config"))
+
+
+def _first_broken(path: Path, spec: TensorSpec) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(spec):
+                value = file.get_tensor(name)
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    return name
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
+    return None
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside an adapter, with which it was trained; None if there is none.
+
+    Raises:
+        ArtifactError: If one of the files is a link, too large, not UTF-8 or not strict JSON.
+    """
+    written, config = (folder / name for name in CHAT_FILES)
+    if written.is_file():
+        return decode_text(read_bounded(written, _MAX_CONFIG), written)
+    stated = read_json(config, _MAX_CHAT).get("chat_template") if config.is_file() else None
+    return stated if isinstance(stated, str) and stated.strip() else None
+
+
+def own_layout(config: Mapping[str, Any], spec: TensorSpec, folder: Path, *, repair: bool = False) -> LoraLayout:
+    """The layout that an adapter's own tensors imply, for when no base model is at hand to ask.
+
+    Modules come in the order of their names, numbers by value; that is the base model's order of layers, but inside a
+    layer it may not be. Whether the base model has these modules, and no further ones that the targets name, is checked
+    when the adapter is applied.
+
+    Raises:
+        AdapterError: If there is no pair of factors, or a factor is not a matrix.
+    """
+    names = read_names(spec, folder / WEIGHTS, repair=repair)
+    modules = []
+    for name in sorted(names.modules, key=_natural):
+        a, b = (spec[key][1] for key in names.modules[name])
+        if any(len(shape) != 2 or min(shape) < 1 for shape in (a, b)):
+            what = f"{folder / WEIGHTS}: the factors of {name[:80]} cannot be used"
+            raise AdapterError(what, got={"A": a, "B": b}, expected="A (r, i) and B (o, r)")
+        modules.append(ModuleShape(name, a[1], b[0]))
+    if not modules:
+        got = f"{len(spec)} tensors such as {min(spec)[:80]}" if spec else "no tensor"
+        raise AdapterError(f"{folder / WEIGHTS} holds no LoRA factors", got=got, expected=f"{PREFIX}…lora_A.weight")
+    return LoraLayout(_targets(config, modules), tuple(modules), bool(config.get("fan_in_fan_out")))
+
+
+def _targets(config: Mapping[str, Any], modules: list[ModuleShape]) -> tuple[str, ...]:
+    """The config's target names, if they name just these modules as far as can be told; else the modules' full paths."""
+    named = config.get("target_modules")
+    full = tuple(sorted(module.name for module in modules))
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named) or any(config.get(key) for key in _NARROWING):
+        return full
+    used = {name for name in named for module in modules if module.name == name or module.name.endswith(f".{name}")}
+    covered = all(any(module.name == name or module.name.endswith(f".{name}") for name in named) for module in modules)
+    return tuple(sorted(used)) if covered else full
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
+
+
+# --- its values --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,17 +219,9 @@ def read_folder(
         ArtifactError: If a file is not strict JSON or not safetensors, or too large for what it is.
         BaseMismatchError: If it belongs to another base model.
     """
-    finish_replacing(folder, CONFIG)
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is not a PEFT adapter", got=f"no {CONFIG}", remedy="Give the folder that PEFT wrote.")
-    require_plain(folder / CONFIG)
-    config = read_json(folder / CONFIG, _MAX_CONFIG)
+    config = _read_config(folder)
     scalings = check_config(config, folder / CONFIG)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
-    require_plain(weights)
-    spec, _ = read_header(weights, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
+    weights, spec = folder / WEIGHTS, _read_spec(folder, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
     matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra, rename=rename, repair=repair)
     info = read_provenance(folder)
     beside = side_files(folder)

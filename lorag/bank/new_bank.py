@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorag.adapters.adapter import fused_error
 from lorag.adapters.checks import CONFIG, check_config
-from lorag.adapters.folder import own_layout, read_facts
 from lorag.adapters.formats import Base
+from lorag.adapters.reading import own_layout, read_facts
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import TASK_TYPES, BaseModel, is_trusted, kind_of
 from lorag.base.layout import LoraLayout

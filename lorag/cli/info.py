@@ -12,11 +12,10 @@ from typing import Any
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE
-from lorag.adapters.folder import read_facts
 from lorag.adapters.formats import Base, adapter_files, format_of, peft_folder
 from lorag.adapters.portability import check_portability
 from lorag.adapters.provenance import UNKNOWN, derive, licence_of, prompt_of
-from lorag.adapters.reading import read_provenance
+from lorag.adapters.reading import read_facts, read_provenance
 from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex
 from lorag.base.base_model import BaseModel, is_trusted, kind_of

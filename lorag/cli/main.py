@@ -14,7 +14,6 @@ import typer
 from lorag.cli import bank as cli_bank
 from lorag.cli import gate as cli_gate
 from lorag.cli import publishing as cli_publishing
-from lorag.cli import smollm2 as cli_smollm2
 from lorag.cli import tasks as cli_tasks
 from lorag.cli import trying as cli_trying
 from lorag.cli import web as cli_web
@@ -27,7 +26,7 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="The embedded world of smal
 app.add_typer(cli_bank.app, name="bank")
 app.add_typer(cli_gate.app, name="gate")
 app.add_typer(sandbox_app, name="sandbox")
-app.add_typer(cli_smollm2.app, name="smollm2")
+app.add_typer(cli_tasks.smollm2_app, name="smollm2")
 app.add_typer(cli_tasks.app, name="tasks")
 cli_publishing.register(app)
 cli_trying.register(app)
@@ -215,7 +214,7 @@ def evaluate(
             write_json(json_file, reports[name] if len(ladder.splits) == 1 else {"splits": reports})
         if report is not None:
             from lorag.evaluation.report.gathering import gather_findings
-            from lorag.evaluation.report.writing import write_report
+            from lorag.evaluation.report.page import write_report
 
             folder = report if len(ladder.splits) == 1 else report / name
             page = write_report(folder, gather_findings(one, reports[name], quiet=quiet))

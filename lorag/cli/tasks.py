@@ -1,4 +1,4 @@
-"""Commands on task suites: derive, import, coco."""
+"""Commands on task suites: derive, import, coco; and of the world smollm2, whose suite it rebuilds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
+__all__ = ["app", "smollm2_app"]
 
 app = typer.Typer(no_args_is_help=True, help="Task suites.")
+smollm2_app = typer.Typer(no_args_is_help=True, help="The world of real tasks for SmolLM2-135M-Instruct.")
 
 
 @app.command("derive")
@@ -67,3 +68,15 @@ def tasks_coco(
 
     counts = import_coco(instances, images, out, captions=captions, train=train, test=test, held_out=held_out, seed=seed)
     typer.echo(f"{out}: {counts['train']} training and {counts['test']} held-out tasks; {counts['skipped']} categories left out")
+
+
+@smollm2_app.command("tasks")
+def smollm2_tasks(
+    sources: Annotated[Path, typer.Argument(help="Folder of the source suites, each with tasks.jsonl and examples.jsonl.gz.")],
+    out: Annotated[Path, typer.Option(help="Folder of the suite.")] = Path("data/smollm2/tasks"),
+) -> None:
+    """Rebuild the tasks that ship: the same sources give the same bytes."""
+    from lorag.worlds.smollm2.build import build_tasks
+
+    counts = build_tasks(sources, out)
+    typer.echo(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

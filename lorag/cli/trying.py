@@ -66,8 +66,8 @@ def try_adapter(
 def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, str | None, str | None]:
     """The adapter, the chat template beside it, and what it is for; several words that name no folder are a description."""
     from lorag.adapters.adapter import LoraAdapter
-    from lorag.adapters.folder import CHAT_FILES, own_chat_template
     from lorag.adapters.purpose import find_purpose
+    from lorag.adapters.reading import CHAT_FILES, own_chat_template
     from lorag.errors import DescriptionError, UndescribedError
     from lorag.files.hub import fetch
     from lorag.generator.generate import generate_lora

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorag.adapters.folder import own_chat_template
+from lorag.adapters.reading import own_chat_template
 from lorag.base.base_model import KINDS
 from lorag.base.names import locate
 from lorag.errors import LoragError

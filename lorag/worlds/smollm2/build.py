@@ -17,8 +17,7 @@ from lorag.worlds.smollm2.files import read
 from lorag.worlds.smollm2.formats import CASES, PLAIN, WRAPS, Format, answers
 from lorag.worlds.smollm2.label_pools import pool_labels
 from lorag.worlds.smollm2.made_inputs import draft_made
-from lorag.worlds.smollm2.notice import notice
-from lorag.worlds.smollm2.sources import read_sources, size
+from lorag.worlds.smollm2.sources import notice, read_sources, size
 from lorag.worlds.smollm2.wordings import describe
 
 __all__ = ["SPLITS", "build_tasks"]

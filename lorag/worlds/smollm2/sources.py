@@ -1,4 +1,4 @@
-"""The source tasks that are taken: cut to what the base model reads at once, each text on one side of every split."""
+"""The source tasks that are taken, cut to what the base model reads at once, each text on one side of every split; and their notice."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 from lorag.errors import TaskError
 from lorag.tasks.suite import Example, Task, TaskSuite
 from lorag.worlds.smollm2.files import read
 
-__all__ = ["SIDES", "Source", "read_sources", "sample", "size"]
+__all__ = ["SIDES", "Source", "notice", "read_sources", "sample", "size"]
 
 SIDES = ("train", "validation", "unseen_task")
 _MOST_IN, _MOST_IN_LONG = 110, 200  # of `size`; the base's tokenizer gives about as many tokens
@@ -89,3 +90,23 @@ def _evenly(rows: list[Example], most: int, rng: random.Random) -> Iterator[Exam
             if turn < len(group) and most > 0:
                 most -= 1
                 yield group[turn]
+
+
+def notice(sources: Iterable[Source]) -> str:
+    """Whose texts the suite holds and what was done to them: what notice.txt says of all, then an entry per family.
+
+    An entry names the family's sources, their licence, their owners where known, and the tasks made of them.
+    """
+    families: dict[str, list[Source]] = {}
+    for source in sources:
+        families.setdefault(source.family, []).append(source)
+    entries = []
+    for family, members in sorted(families.items()):
+        origins = dict.fromkeys(f"{source.task.source} ({source.task.license})" for source in members)
+        owners = read("sources")["families"][family].get("copyright")
+        tasks = ", ".join(source.task.name for source in members)
+        entries.append(
+            "\n".join([family, *(f"  {origin}" for origin in origins), *([f"  {owners}"] if owners else []), f"  tasks: {tasks}"])
+        )
+    head, texts = resources.files("lorag.worlds.smollm2").joinpath("notice.txt").read_text(encoding="utf-8").split("SOURCES\n")
+    return head + "\n\n".join(entries) + "\n" + texts
