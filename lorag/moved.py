@@ -51,11 +51,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         room, name = ".".join(module.__name__.split(".")[:2]), module.__name__
         now = _MOVED[room] + name.removeprefix(room)
         try:
-            found = importlib.import_module(now)
+            target = importlib.import_module(now)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{name} is gone; its room is {_MOVED[room]} now", name=name) from error
         warnings.warn(f"{name} is {now} now", DeprecationWarning, stacklevel=2)
-        module.__dict__.update({key: value for key, value in vars(found).items() if not key.startswith("__")})
+        module.__dict__.update({key: value for key, value in vars(target).items() if not key.startswith("__")})
 
 
 def follow_moves() -> None:

@@ -77,8 +77,8 @@ class LoraAdapter:
     def base_revision(self) -> str | None:
         """The base model's revision on the hub, as the adapter's config or lorag.json states it."""
         stated = self.info.get("base_model")
-        known = stated.get("revision") if isinstance(stated, Mapping) else None
-        return self.revision or (known if isinstance(known, str) else None)
+        stated_revision = stated.get("revision") if isinstance(stated, Mapping) else None
+        return self.revision or (stated_revision if isinstance(stated_revision, str) else None)
 
     def stated_base(self, name: str | None = None, kind: str | None = None) -> BaseModel:
         """The base model that the adapter states: its name, revision and kind.
@@ -94,8 +94,8 @@ class LoraAdapter:
         if named is None:
             raise BaseModelError("the adapter names no base model", remedy="Give it: --base-model, or apply_to(model).")
         stated = self.info.get("base_model")
-        known = stated.get("kind") if isinstance(stated, Mapping) else None
-        chosen = kind or (known if known in KINDS else kind_of(named, revision, self.task_type))
+        stated_kind = stated.get("kind") if isinstance(stated, Mapping) else None
+        chosen = kind or (stated_kind if stated_kind in KINDS else kind_of(named, revision, self.task_type))
         return BaseModel(named, str(chosen), revision, is_trusted(named))
 
     def delta(self, module: str) -> Tensor:
@@ -295,8 +295,8 @@ class LoraAdapter:
         if fused is not None:
             raise fused_error(str(lost), fused, type(bare).__name__)
         adapter = self.renamed(new) if new else self
-        found = adapter.check_base(bare)
-        return replace(adapter, layout=replace(adapter.layout, fan_in_fan_out=found.fan_in_fan_out))
+        of_base = adapter.check_base(bare)
+        return replace(adapter, layout=replace(adapter.layout, fan_in_fan_out=of_base.fan_in_fan_out))
 
     def renamed(self, new: Mapping[str, str]) -> LoraAdapter:
         """The adapter with other paths for some modules."""
@@ -320,8 +320,8 @@ class LoraAdapter:
         strange = set(present.modules) ^ set(self.layout.modules)
         if strange:
             first = min(strange, key=lambda shape: shape.name)
-            own = "has" if first in present.modules else "lacks"
-            got = f"a model that {own} {first.name} ({first.out_features} x {first.in_features})"
+            verb = "has" if first in present.modules else "lacks"
+            got = f"a model that {verb} {first.name} ({first.out_features} x {first.in_features})"
             raise BaseModelError(what, got=got, expected=expected)
         for name, digest in self.copies.items():
             weight: Any = bare.get_submodule(name).weight

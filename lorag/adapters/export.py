@@ -119,8 +119,8 @@ def export_as(
         MissingDependencyError: If the format needs a package that is not installed.
         StorageError: If `out` is there already, or writing fails.
     """
-    known = FORMATS.get(name)
-    if known is None or known.writes is None:
+    target = FORMATS.get(name)
+    if target is None or target.writes is None:
         written = ", ".join(one.name for one in FORMATS.values() if one.writes)
         raise ConfigError("format of adapters cannot be written", got=repr(name)[:40], expected=written)
     adapter, source, base = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
@@ -129,14 +129,14 @@ def export_as(
     place = Path(out)
 
     def write(into: Path) -> None:
-        known.write(done.adapter, into, Base(base))
-        file = into if known.writes == "file" else known.weights(into)[0]
-        _compare(done.adapter, known.read(file, Base(base)), known.title)
-        if known.writes == "folder":
+        target.write(done.adapter, into, Base(base))
+        file = into if target.writes == "file" else target.weights(into)[0]
+        _compare(done.adapter, target.read(file, Base(base)), target.title)
+        if target.writes == "folder":
             write_json(into / PROVENANCE, {"kind": "adapter", "lorag": __version__, **done.adapter.info})
             _copy_beside(source, into)
 
-    if known.writes == "folder":
+    if target.writes == "folder":
         write_folder(place, write)
         return done
     if place.exists() and not place.is_file() or place.is_file() and place.stat().st_size:
@@ -217,10 +217,10 @@ def _with_purpose(adapter: LoraAdapter, folder: Path) -> LoraAdapter:
     """The adapter with what its folder says of its task and licence, where its lorag.json does not."""
     try:
         purpose = find_purpose(folder, adapter.info)
-        found = {"description": purpose.descriptions[0], "license": purpose.licence}
+        stated = {"description": purpose.descriptions[0], "license": purpose.licence}
     except UndescribedError:
-        found = {"license": stated_licence(folder)}
-    return replace(adapter, info={**{key: value for key, value in found.items() if value}, **adapter.info})
+        stated = {"license": stated_licence(folder)}
+    return replace(adapter, info={**{key: value for key, value in stated.items() if value}, **adapter.info})
 
 
 def _copy_beside(source: Path, folder: Path) -> None:

@@ -191,13 +191,13 @@ def _vllm_settings(facts: Facts) -> Finding | None:
     if facts.config.get("bias") not in (None, "none"):
         return Finding(False, f"bias is {str(facts.config['bias'])[:20]}, and biases of adapters are refused", _MERGE)
     keys = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
-    found = _set(facts.config, *keys, "alora_invocation_tokens", "use_qalora", "use_bdlora")
-    return Finding(False, f"{found} is set, which vLLM does not serve", _MERGE) if found else None
+    setting = _set(facts.config, *keys, "alora_invocation_tokens", "use_qalora", "use_bdlora")
+    return Finding(False, f"{setting} is set, which vLLM does not serve", _MERGE) if setting else None
 
 
 def _vllm_patterns(facts: Facts) -> Finding | None:
-    found = _set(facts.config, "rank_pattern", "alpha_pattern")
-    return Finding(False, f"{found} is set, but every module is scaled by the one lora_alpha / r", _ONE_SCALING) if found else None
+    setting = _set(facts.config, "rank_pattern", "alpha_pattern")
+    return Finding(False, f"{setting} is set, but every module is scaled by the one lora_alpha / r", _ONE_SCALING) if setting else None
 
 
 def _vllm_tensors(facts: Facts) -> Finding | None:
@@ -239,13 +239,13 @@ def _sglang_settings(facts: Facts) -> Finding | None:
     if facts.config.get("bias") not in (None, "none"):
         return Finding(False, f"bias is {str(facts.config['bias'])[:20]}, and biases of adapters are not served", _MERGE)
     keys = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
-    found = _set(facts.config, *keys)
-    return Finding(False, f"{found} is set, which SGLang does not serve", _MERGE) if found else None
+    setting = _set(facts.config, *keys)
+    return Finding(False, f"{setting} is set, which SGLang does not serve", _MERGE) if setting else None
 
 
 def _sglang_scaling(facts: Facts) -> Finding | None:
-    found = _set(facts.config, "use_rslora", "rank_pattern", "alpha_pattern")
-    return Finding(False, f"{found} is set, but every module is scaled by the one lora_alpha / r", _ONE_SCALING) if found else None
+    setting = _set(facts.config, "use_rslora", "rank_pattern", "alpha_pattern")
+    return Finding(False, f"{setting} is set, but every module is scaled by the one lora_alpha / r", _ONE_SCALING) if setting else None
 
 
 def _sglang_outer(facts: Facts) -> Finding | None:
@@ -282,10 +282,10 @@ def _mlx_tensors(facts: Facts) -> Finding | None:
 
 
 def _gguf_scaling(facts: Facts) -> Finding | None:
-    found = _set(facts.config, "use_rslora", "alpha_pattern")
-    if found:
+    setting = _set(facts.config, "use_rslora", "alpha_pattern")
+    if setting:
         remedy = "`lorag export ADAPTER --gguf --out FILE` folds it into the factors"
-        return Finding(False, f"its converter ignores {found}: every module is scaled by lora_alpha / r", remedy)
+        return Finding(False, f"its converter ignores {setting}: every module is scaled by lora_alpha / r", remedy)
     if facts.config.get("lora_alpha") == 0:
         return Finding(False, "lora_alpha is 0, which is taken for a scaling of 1", "delete the adapter: it changes nothing")
     return None

@@ -94,13 +94,13 @@ def derive(licences: Iterable[object]) -> Derived:
     counts = Counter(str(licence).strip() or UNKNOWN for licence in licences)
     if not counts:
         return Derived(UNKNOWN, "nothing states what it was made from")
-    known = {text: known_licence(text) for text in counts}
-    strange = sorted(text for text, name in known.items() if name is None)
+    by_text = {text: known_licence(text) for text in counts}
+    strange = sorted(text for text, name in by_text.items() if name is None)
     if strange:
         count = sum(counts[text] for text in strange)
         named = ", ".join(repr(text[:40]) for text in strange[:3])
         return Derived(UNKNOWN, f"{count} of {sum(counts.values())} parents have no licence whose terms are known: {named}")
-    names = {name for name in known.values() if name is not None}
+    names = {name for name in by_text.values() if name is not None}
     strictest = max(names, key=lambda name: (_LEVEL[name], name))
     if _LEVEL[strictest] == _NO_DERIVATIVES:
         return Derived(UNKNOWN, f"a parent is under {strictest}, which allows no derivatives")

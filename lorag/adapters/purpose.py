@@ -87,11 +87,11 @@ def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
     stated = info.get("license") or _stated_licence(card)
     licence = str(stated)[:60] if stated else None
     lines = [line.strip() for line in _text(folder / SIDECAR, _MAX_SIDECAR).splitlines() if line.strip()]
-    known = info.get("description")
+    description = info.get("description")
     listed = info.get("descriptions")
     for origin, texts in (
         (SIDECAR, lines),
-        ("lorag.json", [known] if known else list(listed) if isinstance(listed, list) else []),
+        ("lorag.json", [description] if description else list(listed) if isinstance(listed, list) else []),
         (CARD, [text for text in [card_text(card)] if text]),
     ):
         if texts:
@@ -160,5 +160,5 @@ def _shortened(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     cut = text[:_LONGEST]
-    ends = [found.end() for found in re.finditer(r"[.!?](?=\s)|[。！？]", cut)]
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)|[。！？]", cut)]
     return cut[: ends[-1]] if ends and ends[-1] > _LONGEST // 4 else cut.rsplit(" ", 1)[0]

@@ -94,10 +94,10 @@ def _is_wrapper(config: Mapping[str, Any]) -> bool | None:
     name = config.get("base_model_name_or_path")
     path = Path(name, "config.json") if isinstance(name, str) and name and not name.startswith(("\\\\", "//")) else None
     try:
-        own = read_json(path, _MAX_CONFIG) if path is not None and path.is_file() else None
+        base_config = read_json(path, _MAX_CONFIG) if path is not None and path.is_file() else None
     except (ArtifactError, OSError, ValueError):  # of a base model that others judge
         return None
-    return None if own is None else any(key in own for key in ("vision_config", "audio_config"))
+    return None if base_config is None else any(key in base_config for key in ("vision_config", "audio_config"))
 
 
 def _first_broken(path: Path, spec: TensorSpec) -> str | None:
@@ -317,13 +317,13 @@ def _squares(path: Path, spec: TensorSpec, matched: Match, scalings: Scalings) -
     """‖ΔW‖² of each module that the file has, every value looked at; None where a huge rank makes that too large a job."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: _look_at(path, file, spec, name, keys) for name, keys in {**matched.found, **matched.extra}.items()}
+            squares = {name: _look_at(path, file, spec, name, keys) for name, keys in {**matched.found, **matched.extra}.items()}
     except SafetensorError as error:  # the library is stricter still, for instance about UTF-8
         raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
     except RuntimeError as error:  # what torch says where a file cannot be mapped
         raise StorageError(f"{path} cannot be read: {str(error).splitlines()[0][:160]}") from error
-    known = {name: scalings.of(name)[1] ** 2 * square for name, square in found.items() if square is not None}
-    return known if len(known) == len(found) else None
+    scaled = {name: scalings.of(name)[1] ** 2 * square for name, square in squares.items() if square is not None}
+    return scaled if len(scaled) == len(squares) else None
 
 
 def _fold(pairs: Mapping[str, Pair], scalings: Scalings, layout: LoraLayout) -> Factors:

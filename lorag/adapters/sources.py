@@ -102,7 +102,7 @@ def listed_sources(path: Path) -> list[Source]:
     from huggingface_hub.utils import validate_repo_id
 
     lines = decode_text(read_bounded(path, _MAX_LIST, named=True), path).splitlines()
-    found: dict[str, Source] = {}
+    by_place: dict[str, Source] = {}
     for number, line in enumerate(lines, 1):
         place, *more = (part.strip() for part in line.split("\t"))
         if line.startswith("#") or not line.strip():
@@ -111,7 +111,7 @@ def listed_sources(path: Path) -> list[Source]:
         try:
             if len(more) > 2 or not place:
                 raise BankError(f"{where} cannot be used", got=line[:80], expected="a folder or hub id, a name and a description, by tabs")
-            if place in found:
+            if place in by_place:
                 raise BankError(f"{where} names an adapter for the second time", got=place[:120])
             if not Path(place).exists():
                 validate_repo_id(place)
@@ -122,8 +122,8 @@ def listed_sources(path: Path) -> list[Source]:
         if len(sources) > 1:
             raise BankError(f"{where} names a folder of adapters", got=f"{len(sources)} in {place}", remedy="Name each of them.")
         source = sources[0]
-        found[place] = Source(source.label, source.place, safe_name(more[0]) if more and more[0] else source.name, texts)
-    return list(found.values())
+        by_place[place] = Source(source.label, source.place, safe_name(more[0]) if more and more[0] else source.name, texts)
+    return list(by_place.values())
 
 
 def _adapters(root: Path) -> Iterator[Path]:
@@ -131,7 +131,7 @@ def _adapters(root: Path) -> Iterator[Path]:
 
     A trainer's checkpoints belong to the adapter above them. Links are not followed: they may lead anywhere.
     """
-    found: list[Path] = []
+    adapters: list[Path] = []
     for path, folders, files in os.walk(root):
         here = Path(path)
         visible = sorted(name for name in folders if not name.startswith("."))
@@ -148,12 +148,12 @@ def _adapters(root: Path) -> Iterator[Path]:
         if CONFIG not in files and WEIGHTS not in files:
             yield from adapter_files(here) if any(name.endswith((".gguf", ".safetensors")) for name in files) else ()
             continue
-        above = any(parent in found for parent in here.parents)
+        above = any(parent in adapters for parent in here.parents)
         if above and _CHECKPOINT.fullmatch(here.name):
             logger.warning("passed over %s: an earlier state of the adapter above it; name it to take it", here)
             folders[:] = []
             continue
-        found.append(here)
+        adapters.append(here)
         yield here
 
 

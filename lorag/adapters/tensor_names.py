@@ -56,7 +56,7 @@ def repaired(spec: TensorSpec) -> dict[str, str]:
     Returns:
         Name by key: the keys themselves where nothing is to be put right, or two keys would get one name.
     """
-    adapters = {found[2] for key in spec if (found := _ADAPTER.search(key))}
+    adapters = {match[2] for key in spec if (match := _ADAPTER.search(key))}
     names = {}
     for key in spec:
         name = _PARALLEL.sub(r"\1", _WRAPPERS.sub("", key))

@@ -91,7 +91,7 @@ def _finding(
     remedy, severe = f"{remove}; train it again", True
     if problem is None:
         try:
-            check_norm(norm, (other for own, other in index.norms.items() if own != name), "it")
+            check_norm(norm, (size for other, size in index.norms.items() if other != name), "it")
         except LoragError as error:
             problem, remedy = (
                 f"‖ΔW‖ far outside of the others': {error.got}, expected {error.expected}",

@@ -125,15 +125,15 @@ def _fit(bank: AdapterBank, module: ModuleShape, keep: float) -> _Bases:
         left, right = weighted_columns(rows, columns)
         spans[0].add(right)
         spans[1].add(left)
-    found = [span.basis().double() for span in spans]
-    energies, whole = [torch.zeros(basis.shape[1], dtype=torch.float64) for basis in found], 0.0
+    bases = [span.basis().double() for span in spans]
+    energies, whole = [torch.zeros(basis.shape[1], dtype=torch.float64) for basis in bases], 0.0
     for rows, columns in bank.factors(module.name):
         left, right = weighted_columns(rows, columns)
         whole += left.square().sum().item()
-        for energy, basis, columns_of in zip(energies, found, (right, left), strict=True):
+        for energy, basis, columns_of in zip(energies, bases, (right, left), strict=True):
             energy += (basis.T @ columns_of).square().sum(1)
     allowed = max((1 - keep) / 2, _LEAST) * whole
-    inward, outward = (basis[:, : _count(energy, whole, allowed)] for energy, basis in zip(energies, found, strict=True))
+    inward, outward = (basis[:, : _count(energy, whole, allowed)] for energy, basis in zip(energies, bases, strict=True))
     return _Bases(inward, outward)
 
 
@@ -200,8 +200,8 @@ def _write(bank: AdapterBank, out: Path, bases: list[_Bases], precision: str, qu
 
 def _cores(bank: AdapterBank, expert: Expert, checkpoint: int, bases: list[_Bases], rank: int) -> dict[str, Pair]:
     """A' (r, k) and B' (k', r) of each module, with ΔW ≈ U_out B' A' U_inᵀ, singular values shared evenly."""
-    factors, found = bank.adapter(expert.name, checkpoint).factors, {}
+    factors, cores = bank.adapter(expert.name, checkpoint).factors, {}
     for module, one in zip(bank.base.layout.names, bases, strict=True):
         a, b = factors.pair(module, torch.float64)
-        found[module] = balanced(thin_svd(a @ one.inward, one.outward.T @ b), rank)
-    return found
+        cores[module] = balanced(thin_svd(a @ one.inward, one.outward.T @ b), rank)
+    return cores

@@ -59,8 +59,8 @@ def survey(base: str, *, limit: int = 100, quiet: bool = True) -> list[Listed]:
     """
     if not _ID.fullmatch(base):
         raise BankError("the base model cannot be looked up on the hub", got=base[:80], expected="a hub id such as user/name")
-    found = list_adapters(base, limit)
-    return [_look(one) for one in progress_bar(found, desc="looking at adapters", disable=quiet, leave=False)]
+    listed = list_adapters(base, limit)
+    return [_look(one) for one in progress_bar(listed, desc="looking at adapters", disable=quiet, leave=False)]
 
 
 def _look(repository: str) -> Listed:

@@ -140,17 +140,17 @@ def _sizes(folder: Path, bases: str, layout: LoraLayout) -> Sizes:
     if not bases:
         return whole
     spec, _ = read_header(resolve_inside(folder, bases))
-    found = []
+    sizes = []
     for number, sides in enumerate(whole):
         held = [spec.get(key.format(module=number), ("", ())) for key in BASES]
         for key, size, (dtype, shape) in zip(BASES, sides, held, strict=True):
             if dtype not in ("F32", "F16") or len(shape) != 2 or shape[0] != size or not 1 <= shape[1] <= size:
                 got = f"{key.format(module=number)} {dtype} {shape}"
                 raise BankError(f"{bases} does not hold bases of the layout", got=got[:120], expected=f"F32 or F16 ({size}, 1 to {size})")
-        found.append((held[0][1][1], held[1][1][1]))
+        sizes.append((held[0][1][1], held[1][1][1]))
     if len(spec) != len(BASES) * len(whole):
         raise BankError(f"{bases} holds more than bases", got=f"{len(spec)} tensors", expected=len(BASES) * len(whole))
-    return found
+    return sizes
 
 
 def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: LoraLayout) -> None:

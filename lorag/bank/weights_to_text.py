@@ -217,13 +217,13 @@ def describe_adapters(
         raise BankError("this bank's weights do not tell what its experts do", got=got, expected=expected, remedy="Add experts to it.")
     sought = None if find is None else embedder.embed([find])[0].pooled
     reading = replace(options or ImportOptions(), descriptions=("-",))  # whatever it says of itself is not asked for
-    found = []
+    described = []
     for source in progress_bar(sources, desc="reading adapters", disable=quiet or len(sources) < 16, leave=False):
         candidate = read_candidate((bank.base, reading), source)
         if candidate.error is not None or candidate.adapter is None:
-            found.append(Described(source.label, error=candidate.error))
+            described.append(Described(source.label, error=candidate.error))
             continue
         sketch = index.sketch(candidate.adapter)
         match = None if sought is None else reader.fits(sketch, sought)
-        found.append(Described(source.label, tuple(reader.nearest(sketch, keep)), match))
-    return found if sought is None else sorted(found, key=lambda one: -2.0 if one.match is None else one.match, reverse=True)
+        described.append(Described(source.label, tuple(reader.nearest(sketch, keep)), match))
+    return described if sought is None else sorted(described, key=lambda one: -2.0 if one.match is None else one.match, reverse=True)

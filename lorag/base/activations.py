@@ -115,12 +115,12 @@ def output_gradients(runner: Runner, tasks: Sequence[Task], count: int, seed: st
 
     with torch.enable_grad(), _watched(runner, hook):
         runner.losses(None, tasks, count, seed).sum().backward()
-    found = {}
+    grams = {}
     for name, output in outputs.items():
         gradient = output.grad if output.grad is not None else torch.zeros_like(output)
         rows = gradient.float().flatten(0, -2)
-        found[name] = (rows.T @ rows).cpu()
-    return found
+        grams[name] = (rows.T @ rows).cpu()
+    return grams
 
 
 def input_moments(
@@ -150,7 +150,7 @@ def input_moments(
 
     with torch.enable_grad(), _watched(runner, hook, names):
         runner.losses(adapter, [task], count, seed).sum().backward()
-    found = {}
+    moments = {}
     for name, calls in passed.items():
         counted = []
         for x, output in calls:
@@ -158,5 +158,5 @@ def input_moments(
             felt = None if output.grad is None else (output.grad != 0).flatten(0, -2).any(1)
             counted.append(rows[:0] if felt is None else rows[felt])
         rows = torch.cat(counted)
-        found[name] = rows.T @ rows / max(1, len(rows))
-    return found
+        moments[name] = rows.T @ rows / max(1, len(rows))
+    return moments

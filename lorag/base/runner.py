@@ -172,12 +172,12 @@ class Runner:
         Raises:
             TaskError: If a task has no training examples.
         """
-        order, found = [], []
+        order, parts = [], []
         for numbers, batch in self.objective.sample_parts(tasks, count, seed):
             with self.use(select(adapters, numbers)) as model:
-                found.append(self.objective.losses(model, batch))
+                parts.append(self.objective.losses(model, batch))
             order += numbers
-        return torch.cat(found)[torch.tensor(order).argsort().to(found[0].device)]
+        return torch.cat(parts)[torch.tensor(order).argsort().to(parts[0].device)]
 
     def scores(self, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0) -> list[dict[str, float]]:
         """Scores of each adapter on the first `limit` test examples of its task, `objective.metric` among them.

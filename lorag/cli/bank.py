@@ -125,13 +125,13 @@ def add(
 
         listed_there = survey(hub_base, limit=limit, quiet=quiet)
         typer.echo("\n".join(survey_lines(listed_there, max_bytes)))
-        found = chosen(listed_there, max_bytes)
-        if not found:
+        fitting = chosen(listed_there, max_bytes)
+        if not fitting:
             raise BankError(f"no adapter of {hub_base} can be added", got=f"{len(listed_there)} listed")
         if not yes:
             typer.echo("nothing was fetched or added; the same command with --yes does, and skips what the bank has")
             return
-        sources, base = [*sources, *found], base or hub_base
+        sources, base = [*sources, *fitting], base or hub_base
     if not sources:
         raise typer.BadParameter("no adapter is named: give folders, hub ids, --from FILE or --hub-base ID")
     if (name is not None or description) and len(sources) > 1:
@@ -245,14 +245,14 @@ def check(
     from lorag.bank.bank import find_bank
     from lorag.bank.check import check_bank, format_findings
 
-    found = check_bank(find_bank(bank), embedder=_embedder(embedder) if cards else None, quiet=quiet)
-    table = format_findings(found, every=every or len(found) <= _MOST_ROWS)
+    findings = check_bank(find_bank(bank), embedder=_embedder(embedder) if cards else None, quiet=quiet)
+    table = format_findings(findings, every=every or len(findings) <= _MOST_ROWS)
     if table:
         typer.echo(table + "\n")
-    severe, odd = sum(one.severe for one in found), sum(bool(one.problem) and not one.severe for one in found)
+    severe, odd = sum(one.severe for one in findings), sum(bool(one.problem) and not one.severe for one in findings)
     if severe:
-        raise BankError(f"{severe} of {len(found)} experts have problems", remedy="The table says what to do.")
-    typer.echo(f"{len(found)} experts, all sound" + (f"; {odd} worth a look" if odd else ""))
+        raise BankError(f"{severe} of {len(findings)} experts have problems", remedy="The table says what to do.")
+    typer.echo(f"{len(findings)} experts, all sound" + (f"; {odd} worth a look" if odd else ""))
 
 
 @app.command("describe")
@@ -315,10 +315,10 @@ def compress(
     from lorag.bank.bank import find_bank
     from lorag.bank.compressing import compress_bank
 
-    made = compress_bank(find_bank(bank), out, keep=keep, precision=precision, quiet=quiet)
-    size = f"{made.after / 1e6:.3g} MB instead of {made.before / 1e6:.3g} MB ({made.plain / 1e6:.3g} MB as they are in {precision})"
-    typer.echo(f"{out}: {len(made.bank)} experts in {size}")
-    low, high = made.directions
+    small = compress_bank(find_bank(bank), out, keep=keep, precision=precision, quiet=quiet)
+    size = f"{small.after / 1e6:.3g} MB instead of {small.before / 1e6:.3g} MB ({small.plain / 1e6:.3g} MB as they are in {precision})"
+    typer.echo(f"{out}: {len(small.bank)} experts in {size}")
+    low, high = small.directions
     typer.echo(f"modules keep {low} to {high} directions on a side")
-    typer.echo(f"energy kept {made.energy:.2%} on average, least {made.energies[made.worst]:.2%} ({made.worst})")
+    typer.echo(f"energy kept {small.energy:.2%} on average, least {small.energies[small.worst]:.2%} ({small.worst})")
     typer.echo(f"next: lorag bank check {out}")

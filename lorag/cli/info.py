@@ -48,8 +48,8 @@ def describe_path(path: Path, base_model: str | None = None) -> str:
         ArtifactError: If it holds nothing that lorag knows, or what it holds cannot be read.
         BaseModelError: If an adapter's format asks for the base model.
     """
-    own = any((path / marker).is_file() for marker in ("bank.json", "generator.json", "tasks.jsonl"))
-    files = [path] if path.is_file() else adapter_files(path) if path.is_dir() and not own else []
+    ours = any((path / marker).is_file() for marker in ("bank.json", "generator.json", "tasks.jsonl"))
+    files = [path] if path.is_file() else adapter_files(path) if path.is_dir() and not ours else []
     if files:
         return _shown(_foreign(path, files[0], base_model))
     for marker, describe in (
@@ -131,7 +131,7 @@ def _looked_at(bank: AdapterBank) -> dict[str, str]:
     adapters = {name: part.adapter(name) for name in index.norms}
     energies = {name: index.energy(adapter) or 0.0 for name, adapter in adapters.items()}
     least = min(energies, key=lambda name: energies[name])
-    near = {name: found[0] for name, adapter in adapters.items() if (found := index.nearest(adapter, part, but=name))}
+    near = {name: nearest[0] for name, adapter in adapters.items() if (nearest := index.nearest(adapter, part, but=name))}
     who = f"of {len(norms)} experts" if len(norms) < len(bank) else "of all experts"
     card = {
         "norm of ΔW": f"{statistics.median(norms):.3g} in the middle, {norms[0]:.3g} to {norms[-1]:.3g}, {who}",
@@ -157,7 +157,7 @@ def _by_kind(norms: Mapping[str, float]) -> str:
     kinds: dict[str, list[float]] = {}
     for name, norm in norms.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(norm)
-    return ", ".join(f"{kind} {math.sqrt(statistics.fmean(n * n for n in own)):.3g}" for kind, own in sorted(kinds.items()))
+    return ", ".join(f"{kind} {math.sqrt(statistics.fmean(n * n for n in values)):.3g}" for kind, values in sorted(kinds.items()))
 
 
 def _generator(path: Path) -> dict[str, Any]:

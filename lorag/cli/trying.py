@@ -54,13 +54,13 @@ def try_adapter(
         raise ConfigError(f"nothing says what {adapter} is for", remedy='Give --description "…", or leave --prompted out.')
     runner, fitted = open_for(opened, base_model=base_model, kind=kind, chat_template=template, device=device, dtype=dtype)
     chosen = None if prompted is False else said
-    found = side_by_side(runner, fitted, texts, description=chosen, base=base, null=null, seed=seed, max_new_tokens=tokens)
+    compared = side_by_side(runner, fitted, texts, description=chosen, base=base, null=null, seed=seed, max_new_tokens=tokens)
     if sys.stdout.isatty():
-        _print_table(found)
+        _print_table(compared)
     else:
-        typer.echo("\n".join(_lines(found)))
-    if found.effect is not None:
-        typer.echo(found.effect.line())
+        typer.echo("\n".join(_lines(compared)))
+    if compared.effect is not None:
+        typer.echo(compared.effect.line())
 
 
 def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, str | None, str | None]:
@@ -73,8 +73,8 @@ def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, st
     from lorag.generator.generate import generate_lora
 
     if len(place.split()) > 1 and not Path(place).exists():
-        made = generate_lora(place, generator=generator, seed=seed)
-        return made, None, str(made.info["description"])
+        adapter = generate_lora(place, generator=generator, seed=seed)
+        return adapter, None, str(adapter.info["description"])
     if generator is not None:
         raise typer.BadParameter("--generator is for an adapter that is described by several words")
     folder = fetch(place, "adapter", more=CHAT_FILES)
@@ -86,18 +86,18 @@ def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, st
     return opened, own_chat_template(folder), said
 
 
-def _lines(found: Answers) -> list[str]:
+def _lines(compared: Answers) -> list[str]:
     """One line per answer, for pipes."""
     from lorag.errors import printable
 
     lines = []
-    for place, text in enumerate(found.texts):
+    for place, text in enumerate(compared.texts):
         lines.append(f"text: {printable(text)}")
-        lines += [f"{name}: {printable(answers[place])}" for name, answers in found.columns.items()]
+        lines += [f"{name}: {printable(answers[place])}" for name, answers in compared.columns.items()]
     return lines
 
 
-def _print_table(found: Answers) -> None:
+def _print_table(compared: Answers) -> None:
     """A row per text and a column per answer; what a model writes may hold control characters, which a terminal must not obey."""
     from rich.console import Console
     from rich.table import Table
@@ -109,8 +109,8 @@ def _print_table(found: Answers) -> None:
         return Text("\n".join(printable(line) for line in text.splitlines()))
 
     table = Table(show_lines=True)
-    for title in ("text", *(_TITLES[name] for name in found.columns)):
+    for title in ("text", *(_TITLES[name] for name in compared.columns)):
         table.add_column(title, overflow="fold")
-    for place, text in enumerate(found.texts):
-        table.add_row(shown(text), *(shown(answers[place]) for answers in found.columns.values()))
+    for place, text in enumerate(compared.texts):
+        table.add_row(shown(text), *(shown(answers[place]) for answers in compared.columns.values()))
     Console(highlight=False).print(table)

@@ -35,8 +35,8 @@ def lm_eval_command(folder: Path, config: Mapping[str, Any], info: Mapping[str, 
     """
     base, named = info.get("base_model"), config.get("base_model_name_or_path")
     stated: Mapping[str, Any] = base if isinstance(base, Mapping) else {}
-    known = stated.get("kind")
-    kind = known if known in KINDS else _TASK_TYPES.get(str(config.get("task_type")))
+    stated_kind = stated.get("kind")
+    kind = stated_kind if stated_kind in KINDS else _TASK_TYPES.get(str(config.get("task_type")))
     if kind not in _WRITING or not isinstance(named, str) or not named:
         return None
     revision = config.get("revision") if isinstance(config.get("revision"), str) else stated.get("revision")

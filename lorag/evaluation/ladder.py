@@ -192,11 +192,11 @@ class _Rows:
         tasks, adapters, prompted = self._requests(name)
         if self.reproduction is not None and name in self.generators and adapters is not None:
             self.reproduction.add(name, adapters)
-        found = self.scorer.score(adapters, tasks, self.seed, prompted)
+        of_tasks = self.scorer.score(adapters, tasks, self.seed, prompted)
         self.scorer.bar.update(len(self.tasks) - len(tasks))  # those without an oracle
         if self.seed == 0:
             scores.prompt_tokens[name] = self.scorer.prompt_tokens(tasks, prompted)
-        scores.add(name, {task.name: one for task, one in zip(tasks, found, strict=True)})
+        scores.add(name, {task.name: one for task, one in zip(tasks, of_tasks, strict=True)})
 
     def _requests(self, name: str) -> tuple[Sequence[Task], list[LoraAdapter] | None, bool]:
         """Tasks of a row, its adapters, and whether the tasks' inputs are prompts."""

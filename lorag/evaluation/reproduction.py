@@ -63,7 +63,7 @@ class Reproduction:
 
     def add(self, method: str, adapters: Sequence[LoraAdapter]) -> None:
         """Notes what a method made for each task, for one seed."""
-        errors = [delta_error(made, self.bank.adapter(name)) for made, name in zip(adapters, self.names, strict=True)]
+        errors = [delta_error(generated, self.bank.adapter(name)) for generated, name in zip(adapters, self.names, strict=True)]
         self._errors.setdefault(method, []).append(sum(errors) / len(errors))
 
     def report(self, generators: Mapping[str, Sequence[LoraGenerator]], scores: Mapping[str, float], expert: float) -> dict[str, Any]:

@@ -41,11 +41,11 @@ def train_fresh(runner: Runner, tasks: Sequence[Task], count: int, rank: int, se
     """Trains an adapter from nothing for each task, on `count` of its training examples: those that prompts would show."""
     config = ExpertConfig(steps=_STEPS, batch=min(count, _BATCH), learning_rate=_RATE, checkpoints=1, seed=seed)
     few = [replace(task, examples=tuple(draw_shots(task, count, seed))) for task in tasks]
-    made: list[LoraAdapter] = []
+    adapters: list[LoraAdapter] = []
     for start in range(0, len(few), _TOGETHER):
         trained = train_group(runner, few[start : start + _TOGETHER], rank, config, progress=_Alive(bar))
-        made += [checkpoints[-1] for checkpoints in trained]
-    return made
+        adapters += [checkpoints[-1] for checkpoints in trained]
+    return adapters
 
 
 class _Alive:

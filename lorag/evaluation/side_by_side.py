@@ -111,9 +111,9 @@ def open_for(
     fitted = adapter.fitted(model)
     stated = adapter.info.get("base_model")
     prompt = stated.get("prompt") if isinstance(stated, dict) else None
-    known = {key: prompt[key] for key in ("template", "system") if isinstance(prompt.get(key), str)} if isinstance(prompt, dict) else {}
+    written = {key: prompt[key] for key in ("template", "system") if isinstance(prompt.get(key), str)} if isinstance(prompt, dict) else {}
     room: Any = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2 * _LONGEST
-    objective = make_objective(_OBJECTIVES[base.kind], tokenizer, {"max_length": min(_LONGEST, room // 2), **known})
+    objective = make_objective(_OBJECTIVES[base.kind], tokenizer, {"max_length": min(_LONGEST, room // 2), **written})
     return Runner(model, fitted.layout, objective), fitted
 
 
@@ -150,10 +150,10 @@ def side_by_side(
         raise ConfigError("there is nothing to answer", got=f"{len(given)} texts, one of them empty" if given else "no text")
     if adapter.layout != runner.layout:
         raise AdapterError("the adapter changes other modules than the runner does", remedy="Open both together: open_for(adapter).")
-    own = [adapter.factors]
+    factors = [adapter.factors]
     if null:
-        own += [random_like(adapter, seed + number).factors for number in range(_NULLS)]
-    stacked = Factors.stack(own, runner.device)
+        factors += [random_like(adapter, seed + number).factors for number in range(_NULLS)]
+    stacked = Factors.stack(factors, runner.device)
 
     def answers(inputs: Sequence[str], adapters: Stacked | None = None) -> tuple[str, ...]:
         return tuple(runner.generate(inputs, adapters, max_new_tokens=max_new_tokens))

@@ -106,8 +106,8 @@ def _mean(values: Tensor, key: str) -> dict[str, Any]:
 
 
 def _measures(scores: Scores, values_of: Any, key: str) -> dict[str, Any]:  # noqa: ANN401 - a function from measure to values
-    found = {measure: values_of(measure) for measure in scores.measures}
-    return {measure: _mean(values, key) for measure, values in found.items() if not values.isnan().all()}
+    by_measure = {measure: values_of(measure) for measure in scores.measures}
+    return {measure: _mean(values, key) for measure, values in by_measure.items() if not values.isnan().all()}
 
 
 def _gap(scores: Scores, name: str) -> float | None:

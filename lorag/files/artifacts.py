@@ -307,14 +307,14 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(
-    folder: Path, name: str, fields: Mapping[str, object], files: list[str], known: Mapping[str, Mapping[str, object]] | None = None
+    folder: Path, name: str, fields: Mapping[str, object], files: list[str], unchanged: Mapping[str, Mapping[str, object]] | None = None
 ) -> None:
     """Writes `folder/name` last: the fields, and size and sha256 of each file. Its existence means complete.
 
     Files whose size and sha256 are `known` from the manifest before are not read again: what was damaged since stays noticed.
     """
     listed = {
-        file: (known or {}).get(file) or {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
+        file: (unchanged or {}).get(file) or {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
         for file in sorted(files)
     }
     write_json(folder / name, {**fields, "files": listed})

@@ -34,9 +34,9 @@ class ImageFile(str):
     folder: Path
 
     def __new__(cls, relative: str, folder: Path) -> ImageFile:  # noqa: D102 - the class says it
-        made = super().__new__(cls, relative)
-        made.folder = folder
-        return made
+        image = super().__new__(cls, relative)
+        image.folder = folder
+        return image
 
     def __getnewargs__(self) -> tuple[str, Path]:  # type: ignore[override]  # copies keep the folder
         return str(self), self.folder

@@ -276,11 +276,11 @@ def write_adapters(
     together = _TOGETHER if backend.name == "local" else 1
     groups = [missing[start : start + together] for start in range(0, len(missing), together)]
     for outcome in backend.run(_generate, settings, groups, ordered=False):
-        for request, made in zip(groups[outcome.place], outcome.result(), strict=True):
-            if isinstance(made, LoragError):
-                yield AdapterResult(request, out / request.name, error=made)
+        for request, result in zip(groups[outcome.place], outcome.result(), strict=True):
+            if isinstance(result, LoragError):
+                yield AdapterResult(request, out / request.name, error=result)
             else:
-                yield AdapterResult(request, made.save_pretrained(out / request.name), info=made.info)
+                yield AdapterResult(request, result.save_pretrained(out / request.name), info=result.info)
 
 
 def _answers(folder: Path, request: AdapterRequest, settings: BatchSettings) -> bool:
@@ -301,11 +301,11 @@ def _generate(settings: BatchSettings, requests: Sequence[AdapterRequest]) -> li
     """Adapters of a few descriptions, or why there is none, on whatever worker; its process keeps the generator for the next."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # `info["gate"]` says it
-        made = open_generator(settings.generator).generate_each(
+        adapters = open_generator(settings.generator).generate_each(
             [request.description for request in requests],
             seed=settings.seed,
             strength=settings.strength,
             rank=settings.rank,
             on_unknown=settings.on_unknown,
         )
-        return list(made)
+        return list(adapters)

@@ -233,17 +233,17 @@ class LoraGenerator:
     def _gather(self, description: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
         text = self.read(description)
         read = text if text != description else ""
-        known = self._about(text, details)
-        condition = self._condition(text, examples, known)
+        about = self._about(text, details)
+        condition = self._condition(text, examples, about)
         if self.gate is None or not ask:
-            return replace(gather(self, text, condition, seed=seed), text=description, read=read, details=tuple(known))
+            return replace(gather(self, text, condition, seed=seed), text=description, read=read, details=tuple(about))
 
         def condition_of(reworded: Embedding) -> Condition:
-            return self.conditioner(with_details(reworded, list(known.values())))
+            return self.conditioner(with_details(reworded, list(about.values())))
 
         reference, needed = self.gate.reference, self.gate.needed
-        found = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
-        return replace(found, text=description, read=read, details=tuple(known))
+        evidence = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
+        return replace(evidence, text=description, read=read, details=tuple(about))
 
     def _about(self, text: str, details: Sequence[str]) -> dict[str, Embedding]:
         """Those of further texts that are about what a description says; the others would drown it."""
@@ -251,7 +251,7 @@ class LoraGenerator:
             return {}
         description, *others = self.embedder.embed([text, *details])
         least = self.conditioner.usual_similarity
-        return {one: own for one, own in zip(details, others, strict=True) if float(description.pooled @ own.pooled) > least}
+        return {detail: other for detail, other in zip(details, others, strict=True) if float(description.pooled @ other.pooled) > least}
 
     def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None, rank: int | None) -> _Plan:
         """What is served for a description, and how much each expert counts in it."""

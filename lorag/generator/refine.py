@@ -121,9 +121,9 @@ def _answered(runner: Runner, adapters: Sequence[LoraAdapter], tasks: Sequence[T
     """Which of the adapters give the outputs of all their examples; classes chosen from few do not prove it."""
     if not runner.objective.word_for_word:
         return [False] * len(tasks)
-    known = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
+    as_tests = [replace(task, examples=tuple(replace(example, split="test") for example in task.split("train"))) for task in tasks]
     stacked = Factors.stack([adapter.factors for adapter in adapters], runner.device)
-    scores = runner.scores(stacked, known, limit=max(len(task.examples) for task in known))
+    scores = runner.scores(stacked, as_tests, limit=max(len(task.examples) for task in as_tests))
     return [score[runner.objective.metric] == 1 for score in scores]
 
 

@@ -109,14 +109,14 @@ def train_probes(name: str, probes: Probes, data: TrainingSet, read: ReadTexts, 
 
     def losses(tasks: Sequence[_Halves], rows: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
         """Of each task (b,): cross-entropy of each probe's guess on its texts, whose mean lies in the middle."""
-        found = []
+        each = []
         for task, row in zip(tasks, rows, strict=True):
             chosen = torch.arange(len(task.places)) if rng is None else torch.randperm(len(task.places), generator=rng)[:count]
             texts = F.dropout(coordinates[task.places[chosen]], _DROPOUT, rng is not None)
             guess = torch.einsum("gpk,ngk->gpn", row, texts)
             guess = (_SCALE_UNIT * learner.scale).exp()[:, None, None] * (guess - guess.mean(-1, keepdim=True))
-            found.append(F.binary_cross_entropy_with_logits(guess, task.about[chosen].expand_as(guess)))
-        return torch.stack(found)
+            each.append(F.binary_cross_entropy_with_logits(guess, task.about[chosen].expand_as(guess)))
+        return torch.stack(each)
 
     def batch(_: nn.Module, step: int) -> Batch:
         picks = torch.randperm(len(training), generator=loop.rng)[: settings.tasks].tolist()
@@ -150,7 +150,7 @@ def _halves(
     """The tasks with two answers whose description, to untrained probes, is about the texts of one of them."""
     from sklearn.metrics import roc_auc_score  # takes a second to import
 
-    found = []
+    halves = []
     for number in tasks:
         every = data.tasks[number].split("train")
         examples, answers = [one for one in every if one.input in place], sorted({one.output for one in every})
@@ -162,5 +162,5 @@ def _halves(
         rows = probes(*collate(data.embeddings[number][:_WORDINGS], coordinates.device)[1:]).mean((0, 2))
         area = float(roc_auc_score(about, torch.einsum("gk,ngk->n", rows, coordinates[places]).cpu()))
         if max(area, 1 - area) >= separation:
-            found.append(_Halves(number, places, (about if area > 0.5 else ~about).float().to(coordinates.device)))
-    return found
+            halves.append(_Halves(number, places, (about if area > 0.5 else ~about).float().to(coordinates.device)))
+    return halves

@@ -152,16 +152,16 @@ class TrainingLoop:
                     shown = {"loss": f"{value.item():.4f}"} | ({} if math.isinf(best) else {"best": f"{best:.4f}"})
                     bar.set_postfix(shown)
                 if (step + 1) % settings.validate_every == 0 or last:
-                    found = math.nan
+                    validation = math.nan
                     if validate is not None:
                         module.eval()
-                        found = from_main(self.accelerator, functools.partial(validate, module))
-                        waited = 0 if found < best else waited + 1
-                        if found < best:
-                            best, best_state = found, {n: v.detach().clone() for n, v in module.state_dict().items()}
+                        validation = from_main(self.accelerator, functools.partial(validate, module))
+                        waited = 0 if validation < best else waited + 1
+                        if validation < best:
+                            best, best_state = validation, {n: v.detach().clone() for n, v in module.state_dict().items()}
                             if kept is not None and main:
                                 save_tensors(kept, best_state)
-                    self._record(stage, step + 1, value.item(), found, time.monotonic() - began)
+                    self._record(stage, step + 1, value.item(), validation, time.monotonic() - began)
                     if state is not None and main and not last:
                         counters = {"step": step + 1, "best": None if math.isinf(best) else best, "waited": waited}
                         save_training_state(state, module, [optimizer], self.rng, counters)
@@ -186,17 +186,17 @@ class TrainingLoop:
         self.metrics.record(stage, step, loss=loss, validation=validation, seconds=round(seconds, 1))
 
 
-def _cut(stage: str, made: Batch | Tensor, count: int) -> Batch:
+def _cut(stage: str, loss: Batch | Tensor, count: int) -> Batch:
     """What a loss gave, as a batch."""
-    if isinstance(made, Batch):
-        return made
+    if isinstance(loss, Batch):
+        return loss
     if count > 1:
         raise ConfigError(
             f"{stage}: this method does not cut its batches into shares",
             got=f"{count} shares",
             remedy="Train it in one process, with shares=1.",
         )
-    return Batch(1, lambda _: made)
+    return Batch(1, lambda _: loss)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -45,17 +45,17 @@ def gaussian_kl(posterior: Gaussian, prior: Gaussian) -> Tensor:
     return 0.5 * (ratio.exp() + apart - 1.0 - ratio)
 
 
-def negative_elbo(made: Reconstruction, right: Tensor, beta: float, *, each: bool) -> Tensor:
+def negative_elbo(reconstruction: Reconstruction, right: Tensor, beta: float, *, each: bool) -> Tensor:
     """Squared error + beta · KL(q ‖ p), the KL summed over latents, both averaged over the batch.
 
     Args:
-        made: What the VAE made of them.
+        reconstruction: What the VAE made of them.
         right: Targets (b, p).
         beta: Weight of the KL.
         each: Whether the error is the mean over the p elements (ICM-LoRA) or their sum (SG-LoRA).
     """
-    error = squared_error(made.x, right).mean() / (right.shape[1] if each else 1)
-    return error + beta * gaussian_kl(made.posterior, made.prior).sum(1).mean()
+    error = squared_error(reconstruction.x, right).mean() / (right.shape[1] if each else 1)
+    return error + beta * gaussian_kl(reconstruction.posterior, reconstruction.prior).sum(1).mean()
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,18 @@ def start_commands(folder: str | Path, facts: Facts, info: Mapping[str, Any]) ->
         return []
     prompt = _prompt(info)
     fits = {verdict.target: verdict for verdict in check_portability(facts) if verdict.fits}
-    found = []
+    starts = []
     if "PEFT" in fits:
-        found.append(Start("PEFT", _transformers_command(base, folder, prompt)))
+        starts.append(Start("PEFT", _transformers_command(base, folder, prompt)))
     if "vLLM" in fits:
         name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)
-        found.append(Start("vLLM", vllm_command(_located(base), folder, name, fits["vLLM"]), _asked(name, prompt)))
+        starts.append(Start("vLLM", vllm_command(_located(base), folder, name, fits["vLLM"]), _asked(name, prompt)))
     gguf = _gguf_of(base)
     if "llama.cpp" in fits and gguf is not None:
         out = shlex.quote(f"{folder}.gguf")
         command = f"lorag export {shlex.quote(str(folder))} --gguf --out {out} && llama-server -m {shlex.quote(str(gguf))} --lora {out}"
-        found.append(Start("llama.cpp", f"{command} --port 8000", _asked("any", prompt)))
-    return found
+        starts.append(Start("llama.cpp", f"{command} --port 8000", _asked("any", prompt)))
+    return starts
 
 
 def vllm_command(base: str, folder: Path, name: str, verdict: Verdict) -> str:

@@ -46,9 +46,9 @@ class TextIndex:
     @classmethod
     def embed(cls, texts: Mapping[str, Sequence[str]], embedder: TextEmbedder, *, quiet: bool = True) -> TextIndex:
         """Embeds at most 64 texts of each task."""
-        kept = {name: list(dict.fromkeys(own))[:_EXAMPLES] for name, own in texts.items()}
-        embedded = embedder.embed([text for own in kept.values() for text in own], quiet=quiet)
-        owners = torch.tensor([place for place, own in enumerate(kept.values()) for _ in own], dtype=torch.long)
+        kept = {name: list(dict.fromkeys(of_task))[:_EXAMPLES] for name, of_task in texts.items()}
+        embedded = embedder.embed([text for of_task in kept.values() for text in of_task], quiet=quiet)
+        owners = torch.tensor([place for place, of_task in enumerate(kept.values()) for _ in of_task], dtype=torch.long)
         vectors = torch.stack([one.pooled for one in embedded]) if embedded else torch.zeros(0, embedder.size)
         return cls(list(kept), vectors, owners)
 
@@ -66,11 +66,11 @@ class TextIndex:
         return self._nearest(cosines), places
 
     def _nearest(self, cosines: Tensor) -> Tensor:
-        found = torch.full((len(cosines), len(self.names)), -1.0)
+        best = torch.full((len(cosines), len(self.names)), -1.0)
         for place in self._owners.unique().tolist():
-            own = cosines[:, self._owners == place]
-            found[:, place] = own.topk(min(_NEAREST, own.shape[1]), dim=1).values.mean(1)
-        return found
+            of_task = cosines[:, self._owners == place]
+            best[:, place] = of_task.topk(min(_NEAREST, of_task.shape[1]), dim=1).values.mean(1)
+        return best
 
 
 class _View:

@@ -124,10 +124,10 @@ class LoraRouter:
         Raises:
             BankError: If none of the names is a known task's.
         """
-        found = {name: texts[name] for name in self.known if texts.get(name)}
-        if not found:
+        given = {name: texts[name] for name in self.known if texts.get(name)}
+        if not given:
             raise BankError("no task with examples is one that the router knows", got=", ".join(list(texts)[:3]) or "no task")
-        self.texts, self._text_weight = TextIndex.embed(found, self.generator.embedder, quiet=quiet), None
+        self.texts, self._text_weight = TextIndex.embed(given, self.generator.embedder, quiet=quiet), None
 
     # --- which adapter -------------------------------------------------------------------------------------------
 
@@ -152,18 +152,18 @@ class LoraRouter:
         for name, given in (("descriptions", descriptions), ("models", models)):
             if given is not None and len(given) != len(texts):
                 raise TaskError(f"{name} do not fit the texts", got=len(given), expected=len(texts))
-        found: list[Route | None] = [None] * len(texts)
+        routes: list[Route | None] = [None] * len(texts)
         for place in range(len(texts)):
             model = None if models is None else models[place]
             description = None if descriptions is None else descriptions[place]
             if model is not None:
-                found[place] = self._told(model)
+                routes[place] = self._told(model)
             elif description is not None:
-                found[place] = self._described(description)
-        left = [place for place, route in enumerate(found) if route is None]
+                routes[place] = self._described(description)
+        left = [place for place, route in enumerate(routes) if route is None]
         for place, route in zip(left, self._by_text([texts[place] for place in left]), strict=True):
-            found[place] = route
-        return [route for route in found if route is not None]
+            routes[place] = route
+        return [route for route in routes if route is not None]
 
     def nearest_task(self, description: str, text: str | None = None) -> tuple[str, float]:
         """The known task that a description most probably names, and its share among all.
@@ -272,14 +272,14 @@ class LoraRouter:
         routes = self.route(texts, descriptions=descriptions, models=models)
         if self.runner is None:
             self.runner = Runner.open(self.generator.base)
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         order = sorted(range(len(texts)), key=lambda place: routes[place].key)  # rows of one adapter stand together
         for start in range(0, len(order), rows_at_once):
             rows = order[start : start + rows_at_once]
             inputs, adapters, kept = self._batch([texts[place] for place in rows], [routes[place] for place in rows])
             written = self.runner.generate(inputs, adapters, max_new_tokens=max_new_tokens)
-            found |= {rows[row]: written[place] for row, place in enumerate(kept)}
-        return [Answer(found[place], routes[place]) for place in range(len(texts))]
+            answers |= {rows[row]: written[place] for row, place in enumerate(kept)}
+        return [Answer(answers[place], routes[place]) for place in range(len(texts))]
 
     def _batch(self, texts: Sequence[str], routes: Sequence[Route]) -> tuple[list[str], Stacked | None, list[int]]:
         """Rows in equal runs of one adapter each: what is asked, the adapters, and where each request stands.
@@ -298,9 +298,9 @@ class LoraRouter:
             inputs: list[str] = []
             kept = []
             for key in distinct:
-                own = [place for place, other in enumerate(keys) if other == key]
-                kept += [(place, len(inputs) + row) for row, place in enumerate(own)]
-                inputs += [texts[place] for place in own] + [texts[own[-1]]] * (longest - len(own))
+                same = [place for place, other in enumerate(keys) if other == key]
+                kept += [(place, len(inputs) + row) for row, place in enumerate(same)]
+                inputs += [texts[place] for place in same] + [texts[same[-1]]] * (longest - len(same))
             return inputs, stacked, [row for _, row in sorted(kept)]
         places = torch.tensor([distinct.index(key) for key in keys], device=device)
         return list(texts), {name: (a[places], b[places]) for name, (a, b) in stacked.items()}, list(range(len(texts)))
@@ -310,11 +310,11 @@ class LoraRouter:
         if route.key in self._adapters:
             self._adapters.move_to_end(route.key)
             return self._adapters[route.key]
-        made = self._made(route)
-        self._adapters[route.key] = made
+        generated = self._made(route)
+        self._adapters[route.key] = generated
         if len(self._adapters) > _KEPT:
             self._adapters.popitem(last=False)
-        return made
+        return generated
 
     def _made(self, route: Route) -> LoraAdapter:
         if route.description is not None:

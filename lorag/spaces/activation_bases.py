@@ -169,24 +169,24 @@ class ActivationBases(WeightSpace):
         """Factors A (b, r, i) and B (b, o, r) of codes (b, c); gradients reach the codes."""
         k, outputs = self.shape
         parts = rearrange(codes, "b (m x) -> m b x", m=len(self.layout))
-        found = {}
+        pairs = {}
         for name, entry, u_out, part in zip(self.layout.names, self.entry, self.bases_out, parts, strict=True):
             rows = rearrange(part[:, : self.rank * k], "b (r k) -> b r k", r=self.rank)
             columns = rearrange(part[:, self.rank * k :], "b (r l) -> b l r", l=outputs)
-            found[name] = (rows @ self.bases_in[entry].to(codes).T, u_out.to(codes) @ columns)
-        return found
+            pairs[name] = (rows @ self.bases_in[entry].to(codes).T, u_out.to(codes) @ columns)
+        return pairs
 
     def decode(self, codes: Tensor, rank: int) -> list[Factors]:
         """Factors of each code (b, c), of at most the space's rank."""
         self.check_codes(codes)
         if not 1 <= rank <= self.rank:
             raise GeneratorError("the weight space has no adapters of this rank", got=rank, expected=f"1 to {self.rank}")
-        found = []
+        decoded = []
         for code in codes.detach():  # one by one: products of a batch may round differently, and each adapter's bytes must not
             pairs = {name: (a[0], b[0]) for name, (a, b) in self.differentiable(code[None]).items()}
             factors = Factors(pairs)
-            found.append(factors if rank == self.rank else factors.truncated(rank)[0])
-        return found
+            decoded.append(factors if rank == self.rank else factors.truncated(rank)[0])
+        return decoded
 
     def scaled(self, codes: Tensor, strength: float) -> Tensor:
         """Codes (..., c) whose ΔW is `strength` times as large: it goes to the columns."""

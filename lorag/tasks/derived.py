@@ -81,7 +81,7 @@ def derive(
         splits["without_expert"] = sorted(more)
     TaskSuite([*tasks, *more.values()]).save(out)
     write_json(out / "splits.json", splits)
-    return {name: len(found) for name, found in splits.items()}
+    return {name: len(members) for name, members in splits.items()}
 
 
 def hold_out_groups(tasks: Sequence[Task], marks: Sequence[Set[str]], share: float, rng: random.Random) -> set[str]:

@@ -68,14 +68,14 @@ def import_instructions(
     files = sorted(source.glob("*.json"))
     if not files or len(files) > _MOST_FILES:
         raise TaskError(f"{source} cannot be imported", got=f"{len(files)} JSON files", expected=f"1 to {_MOST_FILES}, one per task")
-    found: list[tuple[Task, set[str]]] = []
+    kept: list[tuple[Task, set[str]]] = []
     for file in files:
         imported = _task(file, limits, seed)
         if imported is not None:
-            found.append(imported)
-    tasks = [task for task, _ in found]
+            kept.append(imported)
+    tasks = [task for task, _ in kept]
     if test_tasks is None:
-        test = hold_out_groups(tasks, [marks for _, marks in found], held_out, random.Random(seed))
+        test = hold_out_groups(tasks, [marks for _, marks in kept], held_out, random.Random(seed))
     else:
         test = {line.strip() for line in read_bounded(test_tasks, _MAX_LIST, named=True).decode("utf-8", "replace").splitlines()}
     splits = {"train": [t.name for t in tasks if t.name not in test], "test": [t.name for t in tasks if t.name in test]}

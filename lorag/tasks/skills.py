@@ -110,9 +110,9 @@ def _pieces(body: str) -> Iterator[str]:
     heading = ""
     for block in re.split(r"\n\s*\n|\n(?=#{1,6}[ \t])", visible_text(body)):
         lines = block.strip().splitlines()
-        found = _HEADING.match(lines[0]) if lines else None
-        if found is not None:
-            heading, lines = plain_text(found[1])[:_HEAD], lines[1:]
+        match = _HEADING.match(lines[0]) if lines else None
+        if match is not None:
+            heading, lines = plain_text(match[1])[:_HEAD], lines[1:]
         text = plain_text(" ".join(_ITEM.sub("", line) for line in lines if not _TABLE.match(line)))
         yield from _cut(f"{heading}: {text}" if heading and text else text, _PIECE)
 

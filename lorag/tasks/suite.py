@@ -316,5 +316,5 @@ def connected(marks: Sequence[Set[str]]) -> list[list[int]]:
     for index, marked in enumerate(marks):
         near = [group for group in groups if not group[0].isdisjoint(marked)]
         groups = [group for group in groups if group not in near]
-        groups.append((set(marked).union(*(known for known, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
+        groups.append((set(marked).union(*(others for others, _ in near)), sorted([index, *(i for _, members in near for i in members)])))
     return sorted(members for _, members in groups)

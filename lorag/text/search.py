@@ -70,8 +70,8 @@ class NeighbourSearch:
         if self._index is None:
             best = (self.vectors @ query).topk(count)
             return best.values, best.indices
-        _, found = self._index.search(_padded(query[None]).numpy(), max(_COMPARED, 2 * count))
-        places = torch.from_numpy(found[0])
+        _, indices = self._index.search(_padded(query[None]).numpy(), max(_COMPARED, 2 * count))
+        places = torch.from_numpy(indices[0])
         places = places[places >= 0]
         best = (self.vectors[places] @ query).topk(min(count, len(places)))
         return best.values, places[best.indices]

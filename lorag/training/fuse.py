@@ -157,7 +157,7 @@ def fuse_experts(
         return method.decode((z + turn @ z)[None], v[None])
 
     support: list[Task] = []
-    found: tuple[float, float] | None = None
+    reduced: tuple[float, float] | None = None
     if suite is not None:
         tasks = tasks_of(suite, names)
         runner = generator.runner()
@@ -172,7 +172,7 @@ def fuse_experts(
                 codes = code().to(runner.device).expand(len(names), -1)
                 return runner.losses(space.differentiable(codes), support, count, f"fusion/{seed}/{draw}")
 
-            found = minimise([([logits], learning_rate), ([turn], learning_rate / size)], losses, steps, reduction)
+            reduced = minimise([([logits], learning_rate), ([turn], learning_rate / size)], losses, steps, reduction)
     with torch.no_grad():
         (factors,) = generator.space.decode(code(), rank or generator.rank)
         learned = shares().tolist()
@@ -192,8 +192,8 @@ def fuse_experts(
         "parents": parents(names, {name: bank[name].license for name in names}, learned),
         "versions": versions(),
     }
-    if found is not None:
-        info["settings"] |= {"reduction": reduction, "steps": steps, "support_loss": [round(value, 4) for value in found]}
+    if reduced is not None:
+        info["settings"] |= {"reduction": reduction, "steps": steps, "support_loss": [round(value, 4) for value in reduced]}
     return replace(adapter, info=info)
 
 

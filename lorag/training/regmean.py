@@ -119,9 +119,9 @@ def _regress(
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         total: dict[str, Tensor] = {}
         for adapter, task, share in zip(adapters, support, shares, strict=True):
-            found = input_moments(runner, stacked, task, _PASSES * len(task.examples), seed, names)
+            moments = input_moments(runner, stacked, task, _PASSES * len(task.examples), seed, names)
             for name in names:
-                moment = found[name].cpu().double() * share
+                moment = moments[name].cpu().double() * share
                 rows[name].append(adapter.factors.pair(name, torch.float64)[0] @ moment)
                 total[name] = moment if name not in total else total[name].add_(moment)
         for name in names:

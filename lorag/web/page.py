@@ -123,24 +123,24 @@ def build_page(session: Session, downloads: Downloads, inputs: str = "") -> Any:
                 shown[task_map] = drawings.draw_map(preview)
                 cosine = preview.neighbours[0][1]
                 try:
-                    made = session.make(request, lambda share, what: progress(share, desc=what))
+                    variants = session.make(request, lambda share, what: progress(share, desc=what))
                 except UnknownTaskError as refusal:
                     shown[verdict] = drawings.draw_verdict(preview.verdict, cosine)
                     remedy = f"Describe it otherwise, or tick “{_FORCE}”."
                     shown[status] = drawings.draw_message(f"{refusal.what}; {refusal.got}. {remedy}", "error")
                     return
                 progress(0.95, desc="packing")
-                names = [one.label for one in made if one.repeats is None]
-                shown.update(hand_out(request, made[0]))
-                shown[verdict] = drawings.draw_verdict(made[0].adapter.info["gate"], cosine)
-                shown[adapters] = drawings.draw_results(made, request)
+                names = [one.label for one in variants if one.repeats is None]
+                shown.update(hand_out(request, variants[0]))
+                shown[verdict] = drawings.draw_verdict(variants[0].adapter.info["gate"], cosine)
+                shown[adapters] = drawings.draw_results(variants, request)
                 shown[choice] = gr.Dropdown(names, value=names[0], visible=len(names) > 1)
                 shown[results] = gr.Column(visible=True)
                 shown[kept] = request
-                repeats = len(made) - len(names)
+                repeats = len(variants) - len(names)
                 note = f" {repeats} more came out the same: the method does not sample." if repeats else ""
                 several = "1 adapter" if len(names) == 1 else f"{len(names)} adapters"
-                shown[status] = drawings.draw_message(f"Made {several} in {sum(one.seconds for one in made):.1f} s.{note}")
+                shown[status] = drawings.draw_message(f"Made {several} in {sum(one.seconds for one in variants):.1f} s.{note}")
 
             failed = _sentence(work)
             if failed is not None:
@@ -152,9 +152,9 @@ def build_page(session: Session, downloads: Downloads, inputs: str = "") -> Any:
 
             def work() -> None:
                 if request is not None:
-                    made = session.make(request)
+                    variants = session.make(request)
                     tell = lambda share, what: progress(share, desc=what)  # noqa: E731
-                    shown[0] = drawings.draw_answers(session.answers(made, lines.splitlines(), choices.splitlines(), tell))
+                    shown[0] = drawings.draw_answers(session.answers(variants, lines.splitlines(), choices.splitlines(), tell))
 
             failed = _sentence(work)
             return shown[0] if failed is None else drawings.draw_message(failed, "error")

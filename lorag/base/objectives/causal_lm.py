@@ -91,9 +91,9 @@ class CausalLM(LanguageModel):
         ids = pad_rows(prompts, self.tokenizer.pad_token_id)
         mask = pad_rows([[1] * len(prompt) for prompt in prompts], 0)
         start = shared_start(prompts) if len(prompts) > 1 else 0
-        own = mask.bool()
-        own[:, :start] = False
-        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": torch.ones(1, dtype=torch.long)}, own
+        seen = mask.bool()
+        seen[:, :start] = False
+        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": torch.ones(1, dtype=torch.long)}, seen
 
     def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, list[int]]]:
         return [(prompt, answer) for prompt, answer in self.prompts.rows(pairs)]
@@ -119,8 +119,8 @@ class CausalLM(LanguageModel):
         """Logits (k, v) of the k answer tokens: the head, larger than all else in a small model, sees their states alone."""
         if self._head_sees_rows(model):
             return super()._answer_logits(model, batch)
-        width, known = batch.targets.shape[1], (batch.targets != -100).to(model.device)
-        return self._forward(model, batch.arguments, lambda states: states[:, -width - 1 : -1][known][None], width + 1).logits[0]
+        width, answered = batch.targets.shape[1], (batch.targets != -100).to(model.device)
+        return self._forward(model, batch.arguments, lambda states: states[:, -width - 1 : -1][answered][None], width + 1).logits[0]
 
     @staticmethod
     def _head_sees_rows(model: PreTrainedModel) -> bool:
@@ -151,8 +151,8 @@ class CausalLM(LanguageModel):
         mask = pad_rows([[1] * len(p) for p in prompts], 0, left=True)
         places = (mask.cumsum(1) - 1).clamp_min(0)
         arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
-        found: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
-        return found.hidden_states[-1][:, -1].float()
+        outputs: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
+        return outputs.hidden_states[-1][:, -1].float()
 
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to inputs, one per row."""

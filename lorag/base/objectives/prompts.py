@@ -33,9 +33,9 @@ class Conversation(str):
 
     def __new__(cls, description: str, shots: Sequence[tuple[str, str]], last: str) -> Conversation:  # noqa: D102 - the class says it
         parts = [description, *(f"Input: {text}\nOutput: {answer}" for text, answer in shots), f"Input: {last}\nOutput:"]
-        made = super().__new__(cls, "\n\n".join(parts))
-        made.description, made.shots, made.last = description, tuple(shots), last
-        return made
+        prompt = super().__new__(cls, "\n\n".join(parts))
+        prompt.description, prompt.shots, prompt.last = description, tuple(shots), last
+        return prompt
 
     def __getnewargs__(self) -> tuple[str, tuple[tuple[str, str], ...], str]:  # type: ignore[override]  # copies keep the parts
         return self.description, self.shots, self.last
@@ -187,8 +187,8 @@ class Chat(Prompts):
         self.tokenizer, self.system, self._merged = tokenizer, system, False
         prompt = self._probe()
         whole = self._render([*self._turns(_PROBE), {"role": "assistant", "content": _ANSWER}], False)
-        before, found, tail = whole.partition(_ANSWER)
-        if not found or _PROBE not in prompt:
+        before, mark, tail = whole.partition(_ANSWER)
+        if not mark or _PROBE not in prompt:
             raise ConfigError("the tokenizer's chat template leaves texts out", got=whole[:80], remedy=_REMEDY)
         self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
         super().__init__(tokenizer, self._end(tail), max_length)

@@ -220,7 +220,7 @@ class Prototypes(_Encoder):
         self, rows: RowAdapters, adapters: Stacked | Cores | None, tasks: Sequence[Task], *, limit: int, seed: int = 0
     ) -> list[dict[str, float]]:
         """Accuracy and macro-F1, averaged over draws of the prototypes' labelled texts (from the training split)."""
-        found = []
+        measured = []
         for index, task in enumerate(tasks):
             rng = random.Random(seed)
             test = [example for example in test_examples(task, limit)]
@@ -242,8 +242,8 @@ class Prototypes(_Encoder):
                 guessed = (texts @ F.normalize(means, dim=-1).T).argmax(-1).tolist()
                 results.append((_accuracy(guessed, right), _macro_f1(guessed, right)))
             accuracy, macro = (sum(values) / len(values) for values in zip(*results, strict=True))
-            found.append({"accuracy": accuracy, "macro_f1": macro})
-        return found
+            measured.append({"accuracy": accuracy, "macro_f1": macro})
+        return measured
 
 
 def _class_losses(queries: Tensor, classes: Tensor, batch: _Texts, temperature: float) -> Tensor:

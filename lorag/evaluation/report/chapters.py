@@ -46,19 +46,19 @@ class Chapter:
     draw: Callable[[Theme], Figure] | None = None
 
 
-def write_chapters(found: Findings) -> list[Chapter]:
+def write_chapters(findings: Findings) -> list[Chapter]:
     """All chapters in their order, also those that have nothing to show."""
-    return [_ladder(found), _pairs(found), _distances(found), _map(found), _selective(found), _norms(found), _curves(found)]
+    return [chapter(findings) for chapter in (_ladder, _pairs, _distances, _map, _selective, _norms, _curves)]
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _ladder(found: Findings) -> Chapter:
-    question, methods = "How far does each method get from a description alone?", found.ladder
+def _ladder(findings: Findings) -> Chapter:
+    question, methods = "How far does each method get from a description alone?", findings.ladder
     rows = tuple((r.name, r.role, _number(r.score), f"{r.low:.3f} to {r.high:.3f}", _number(r.gap)) for r in methods)
-    subject = next((r for r in methods if r.name == found.subject), methods[-1])
+    subject = next((r for r in methods if r.name == findings.subject), methods[-1])
     rivals = sorted((r for r in methods if r.role == "baseline"), key=lambda r: -r.score)
     answer = f"{subject.name} reaches {subject.score:.3f} ({subject.low:.3f} to {subject.high:.3f})"
     answer += "" if subject.gap is None else f" and closes {subject.gap:.1%} of the gap between the base model and the oracle"
@@ -71,14 +71,14 @@ def _ladder(found: Findings) -> Chapter:
         "Every method is scored on the same examples. A generator that does not beat the baselines and its own controls has "
         "learned nothing from the description. Intervals: 95 % bootstrap over tasks.",
         f"Dots with intervals for {len(methods)} methods, from {methods[0].name} to {methods[-1].name}. {answer}",
-        ("method", "role", found.metric, "95 % interval", "gap closed"),
+        ("method", "role", findings.metric, "95 % interval", "gap closed"),
         rows,
-        lambda theme: figures.draw_ladder(theme, question, methods, found.metric, f"n = {found.tasks} tasks"),
+        lambda theme: figures.draw_ladder(theme, question, methods, findings.metric, f"n = {findings.tasks} tasks"),
     )
 
 
-def _pairs(found: Findings) -> Chapter:
-    question, pairs = "Does the description matter?", found.pairs
+def _pairs(findings: Findings) -> Chapter:
+    question, pairs = "Does the description matter?", findings.pairs
     if isinstance(pairs, Absent):
         return Chapter("description", "Own description and another's", question, pairs.reason)
     answers = []
@@ -94,15 +94,15 @@ def _pairs(found: Findings) -> Chapter:
         answer,
         "Each task is served twice by the same generator: with its own description, and with that of another task. Points below the dashed "
         "line score higher with their own; on the line, the description made no difference. Larger marks stand for several tasks.",
-        f"Scatter of the {found.metric} of {found.tasks} tasks with matched against shuffled descriptions. {answer}",
+        f"Scatter of the {findings.metric} of {findings.tasks} tasks with matched against shuffled descriptions. {answer}",
         ("generator", "task", "own description", "another's"),
         rows,
-        lambda theme: figures.draw_pairs(theme, question, pairs, found.metric, f"n = {found.tasks} tasks"),
+        lambda theme: figures.draw_pairs(theme, question, pairs, findings.metric, f"n = {findings.tasks} tasks"),
     )
 
 
-def _distances(found: Findings) -> Chapter:
-    question, far = "Does it hold far from the bank?", found.distances
+def _distances(findings: Findings) -> Chapter:
+    question, far = "Does it hold far from the bank?", findings.distances
     if isinstance(far, Absent):
         return Chapter("distance", "Distance to the bank", question, far.reason)
     near, last = far.bins[0], far.bins[-1]
@@ -126,17 +126,17 @@ def _distances(found: Findings) -> Chapter:
     )
 
 
-def _map(found: Findings) -> Chapter:
-    question, tasks = "Where do the tasks lie, and where does it fail?", found.map
+def _map(findings: Findings) -> Chapter:
+    question, tasks = "Where do the tasks lie, and where does it fail?", findings.map
     if isinstance(tasks, Absent):
         return Chapter("map", "The map of tasks", question, tasks.reason)
-    known = [(share, name) for name, share in zip(tasks.names, tasks.gap_closed, strict=True) if share is not None]
-    failed = sorted((share, name) for share, name in known if share < figures.BAD)
-    good = sum(share >= figures.GOOD for share, _ in known)
-    answer = f"{good} of {len(known)} tasks close at least {figures.GOOD:.0%} of the gap, {len(failed)} less than {figures.BAD:.0%}"
+    measured = [(share, name) for name, share in zip(tasks.names, tasks.gap_closed, strict=True) if share is not None]
+    failed = sorted((share, name) for share, name in measured if share < figures.BAD)
+    good = sum(share >= figures.GOOD for share, _ in measured)
+    answer = f"{good} of {len(measured)} tasks close at least {figures.GOOD:.0%} of the gap, {len(failed)} less than {figures.BAD:.0%}"
     answer += ": " + ", ".join(name for _, name in failed[:_MOST_NAMED]) if failed else ""
     answer += f" and {len(failed) - _MOST_NAMED} more." if len(failed) > _MOST_NAMED else "."
-    if not known:
+    if not measured:
         answer = "The map shows where the tasks lie; no share of the gap is known."
     rows = tuple(
         (name, f"{x:.3f}", f"{y:.3f}", _number(g)) for name, (x, y), g in zip(tasks.names, tasks.points, tasks.gap_closed, strict=True)
@@ -155,8 +155,8 @@ def _map(found: Findings) -> Chapter:
     )
 
 
-def _selective(found: Findings) -> Chapter:
-    question, one = "Does the gate know what will fail?", found.selective
+def _selective(findings: Findings) -> Chapter:
+    question, one = "Does the gate know what will fail?", findings.selective
     if isinstance(one, Absent):
         return Chapter("gate", "The gate", question, one.reason)
     parts = (("evaluated tasks", one.held_out, one.held_out_best), ("with unknown ones", one.with_unknown, one.with_unknown_best))
@@ -185,8 +185,8 @@ def _selective(found: Findings) -> Chapter:
     )
 
 
-def _norms(found: Findings) -> Chapter:
-    question, norms = "Are generated adapters as large as real ones?", found.norms
+def _norms(findings: Findings) -> Chapter:
+    question, norms = "Are generated adapters as large as real ones?", findings.norms
     if isinstance(norms, Absent):
         return Chapter("norms", "Sizes of adapters", question, norms.reason)
     ratios = sorted((g[1] / r[1], name) for name, r, g in zip(norms.modules, norms.real, norms.generated, strict=True) if r[1] > 0)
@@ -214,8 +214,8 @@ def _three(values: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"{value:.3g}" for value in values)
 
 
-def _curves(found: Findings) -> Chapter:
-    question, curves = "Had training settled?", found.curves
+def _curves(findings: Findings) -> Chapter:
+    question, curves = "Had training settled?", findings.curves
     if isinstance(curves, Absent):
         return Chapter("training", "Training", question, curves.reason)
     parts, rows = [], []

@@ -113,12 +113,12 @@ def draw_pairs(theme: Theme, title: str, pairs: Sequence[Pairs], metric: str, no
     return figure
 
 
-def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Figure:
+def draw_distances(theme: Theme, title: str, distances: Distances, note: str) -> Figure:
     """A dot for each task; a square with its interval for each group of tasks of like distance."""
     figure, (axes,) = _figure(theme, title, 3.7)
     axes.scatter(
-        found.distance,
-        found.gap_closed,
+        distances.distance,
+        distances.gap_closed,
         s=_DOT,
         marker="o",
         facecolor=theme.blue,
@@ -127,10 +127,10 @@ def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Fig
         label="a task",
         clip_on=False,
     )
-    if len(found.bins) > 1:
-        far, mean, low, high = zip(*found.bins, strict=True)
+    if len(distances.bins) > 1:
+        far, mean, low, high = zip(*distances.bins, strict=True)
         errors = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
-        label = f"mean of about {len(found.gap_closed) / len(found.bins):.0f} tasks, 95 % interval"
+        label = f"mean of about {len(distances.gap_closed) / len(distances.bins):.0f} tasks, 95 % interval"
         axes.errorbar(
             far,
             mean,
@@ -144,17 +144,17 @@ def draw_distances(theme: Theme, title: str, found: Distances, note: str) -> Fig
             linewidth=1.2,
             label=label,
         )
-    axes.set_ylim(min(-0.05, *found.gap_closed) - 0.02, 1.06)
+    axes.set_ylim(min(-0.05, *distances.gap_closed) - 0.02, 1.06)
     axes.set_xlabel(f"distance: 1 − cosine to the nearest expert's descriptions ({note})")
     axes.set_ylabel("share of the gap closed")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handletextpad=0.4)
     return figure
 
 
-def draw_map(theme: Theme, title: str, found: Tasks, note: str) -> Figure:
+def draw_map(theme: Theme, title: str, tasks: Tasks, note: str) -> Figure:
     """Small rings for the bank's tasks; the evaluated ones filled, by how much of the gap was closed."""
     figure, (axes,) = _figure(theme, title, 4.6)
-    xs, ys = zip(*found.experts, strict=True)
+    xs, ys = zip(*tasks.experts, strict=True)
     axes.scatter(xs, ys, s=16, marker="o", facecolor="none", edgecolor=theme.grey, linewidth=0.9, alpha=0.8, label=f"expert ({len(xs)})")
     kinds = (
         (f"at least {GOOD:.0%} closed", "blue", "o", GOOD, math.inf),
@@ -163,7 +163,7 @@ def draw_map(theme: Theme, title: str, found: Tasks, note: str) -> Figure:
         ("not known", "ink", "P", math.nan, math.nan),
     )
     for label, colour, marker, low, high in kinds:
-        rows = zip(found.points, found.gap_closed, strict=True)
+        rows = zip(tasks.points, tasks.gap_closed, strict=True)
         inside = [point for point, closed in rows if (math.isnan(low) if closed is None else low <= closed < high)]
         if inside:
             xs, ys = zip(*inside, strict=True)
@@ -178,50 +178,50 @@ def draw_map(theme: Theme, title: str, found: Tasks, note: str) -> Figure:
     return figure
 
 
-def draw_selective(theme: Theme, title: str, found: Selective) -> Figure:
+def draw_selective(theme: Theme, title: str, selective: Selective) -> Figure:
     """Two panels: the evaluated tasks, and these among descriptions that the bank cannot serve."""
     figure, panels = _figure(theme, title, 3.7, 2, share=True)
     parts: tuple[tuple[str, RiskCoverage, RiskCoverage], ...] = (
-        (f"Held-out tasks (n = {found.tasks})", found.held_out, found.held_out_best),
-        (f"With {found.unknown} that no bank serves", found.with_unknown, found.with_unknown_best),
+        (f"Held-out tasks (n = {selective.tasks})", selective.held_out, selective.held_out_best),
+        (f"With {selective.unknown} that no bank serves", selective.with_unknown, selective.with_unknown_best),
     )
     for axes, (label, gate, best) in zip(panels, parts, strict=True):
         axes.axhline(gate.risk[-1], color=theme.grey, linestyle=":", linewidth=1.8, label="any order, on average")
         axes.plot(best.coverage, best.risk, color=theme.green, linestyle="--", linewidth=1.8, label="the best order there is")
         axes.plot(gate.coverage, gate.risk, color=theme.blue, linewidth=2.4, label="the gate's order")
         axes.set_title(label, fontsize=10)
-        axes.set(xlim=(0, 1.02), ylim=(-0.02, max(0.2, *found.with_unknown.risk, *found.held_out.risk) + 0.05))
+        axes.set(xlim=(0, 1.02), ylim=(-0.02, max(0.2, *selective.with_unknown.risk, *selective.held_out.risk) + 0.05))
         axes.set_xlabel("coverage: share served")
     panels[0].set_ylabel("risk: share of the gap left open")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
 
-def draw_norms(theme: Theme, title: str, found: Norms) -> Figure:
+def draw_norms(theme: Theme, title: str, norms: Norms) -> Figure:
     """A row for each module: where the norms of generated adapters lie beside those of the bank's experts."""
-    figure, (axes,) = _figure(theme, title, 0.34 * len(found.modules) + 1.0)
+    figure, (axes,) = _figure(theme, title, 0.34 * len(norms.modules) + 1.0)
     rows = (
-        ("experts", found.experts, found.real, "grey", "s", -0.16),
-        ("generated adapters", found.adapters, found.generated, "blue", "o", 0.16),
+        ("experts", norms.experts, norms.real, "grey", "s", -0.16),
+        ("generated adapters", norms.adapters, norms.generated, "blue", "o", 0.16),
     )
     for name, count, values, colour, marker, shift in rows:
         for row, (low, middle, high) in enumerate(values):
             axes.plot([low, high], [row + shift] * 2, color=theme.colour(colour), linewidth=2.4, solid_capstyle="butt")
             axes.plot(middle, row + shift, marker, color=theme.colour(colour), markersize=6)
         axes.plot([], [], f"{marker}-", color=theme.colour(colour), markersize=6, label=f"{count} {name}")
-    axes.set_yticks(range(len(found.modules)), [shorten(module) for module in found.modules])
-    axes.set_ylim(len(found.modules) - 0.4, -0.6)
+    axes.set_yticks(range(len(norms.modules)), [shorten(module) for module in norms.modules])
+    axes.set_ylim(len(norms.modules) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
-    kind = "root mean square over the modules of a kind; " if found.grouped else ""
+    kind = "root mean square over the modules of a kind; " if norms.grouped else ""
     axes.set_xlabel(f"‖ΔW‖ of a module (Frobenius; {kind}median, 5th to 95th percentile)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
-def draw_curves(theme: Theme, title: str, found: Curves) -> Figure:
+def draw_curves(theme: Theme, title: str, curves: Curves) -> Figure:
     """A panel for each stage of training."""
-    shown = found.stages[:_MOST_PANELS]
+    shown = curves.stages[:_MOST_PANELS]
     figure, panels = _figure(theme, title, 3.0, len(shown))
     for axes, stage in zip(panels, shown, strict=True):
         axes.plot(stage.steps, stage.loss, "o-", color=theme.grey, markersize=3, linewidth=1.4, label="training loss, of one batch")

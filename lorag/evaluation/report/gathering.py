@@ -156,9 +156,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, shares: Sequence[float | None] | None) -> Tasks | Absent:
+def _map(generator: LoraGenerator, names: Sequence[str], places: Tensor, shares: Sequence[float | None] | None) -> Tasks | Absent:
     try:
-        tasks = TaskMap.fit(made.conditioner.names, made.conditioner.centroids)
+        tasks = TaskMap.fit(generator.conditioner.names, generator.conditioner.centroids)
     except LoragError as error:
         return Absent(f"The map cannot be drawn: {error}.")
     unit = torch.nn.functional.normalize(places.float(), dim=1)  # as the experts' centroids are
@@ -172,27 +172,27 @@ def _map(made: LoraGenerator, names: Sequence[str], places: Tensor, shares: Sequ
 
 
 def _selective(
-    made: LoraGenerator, evidence: Sequence[Sequence[Evidence]], shares: Sequence[float | None] | None, quiet: bool
+    generator: LoraGenerator, evidence: Sequence[Sequence[Evidence]], shares: Sequence[float | None] | None, quiet: bool
 ) -> Selective | Absent:
-    if made.gate is None or made.gate.gap_closed is None:
+    if generator.gate is None or generator.gate.gap_closed is None:
         return Absent("The generator has no gate that expects a gap to be closed; lorag gate fit GENERATOR fits one.")
     if shares is None:
         return Absent(_NO_GAINS)
     strange = [text for texts in unknown_tasks("test").values() for text in texts]
     rows = [(of_task, 1 - share) for of_task, share in zip(evidence, shares, strict=True) if share is not None]
-    known = len(rows)
-    rows += [([made.gather(text)], 1.0) for text in progress_bar(strange, desc="judging", disable=quiet, leave=False)]
-    expected = [_mean([float(made.gate.decide(one).expected_gap_closed or 0.0) for one in described]) for described, _ in rows]
+    held_out = len(rows)
+    rows += [([generator.gather(text)], 1.0) for text in progress_bar(strange, desc="judging", disable=quiet, leave=False)]
+    expected = [_mean([float(generator.gate.decide(one).expected_gap_closed or 0.0) for one in described]) for described, _ in rows]
     trust, risk = torch.tensor(expected, dtype=torch.float64), torch.tensor([lost for _, lost in rows], dtype=torch.float64)
     return Selective(
-        risk_coverage(trust[:known], risk[:known]),
-        risk_coverage(-risk[:known], risk[:known]),
+        risk_coverage(trust[:held_out], risk[:held_out]),
+        risk_coverage(-risk[:held_out], risk[:held_out]),
         risk_coverage(trust, risk),
         risk_coverage(-risk, risk),
-        known,
+        held_out,
         len(strange),
-        trust[:known].mean().item(),
-        1 - risk[:known].mean().item(),
+        trust[:held_out].mean().item(),
+        1 - risk[:held_out].mean().item(),
     )
 
 
@@ -212,7 +212,7 @@ def _norms(bank: AdapterBank, generator: LoraGenerator, evidence: Sequence[Evide
     for label, module in zip(_labels(modules), modules, strict=True):
         members.setdefault(module.rpartition(".")[2] if grouped else label, []).append(module)
     real, generated = (
-        tuple(_percentiles([_root_mean_square([one[m] for m in own]) for one in rows]) for own in members.values())
+        tuple(_percentiles([_root_mean_square([one[m] for m in members_of]) for one in rows]) for members_of in members.values())
         for rows in (experts, adapters)
     )
     return Norms(tuple(members), real, generated, len(experts), len(adapters), grouped)

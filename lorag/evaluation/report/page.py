@@ -30,7 +30,7 @@ PAGE = "report.html"
 _POLICY = Markup("default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'")
 
 
-def write_report(folder: str | Path, found: Findings) -> Path:
+def write_report(folder: str | Path, findings: Findings) -> Path:
     """Draws all figures and writes `CHAPTER.png`, for light paper, and `report.html`, which needs none of them.
 
     The same findings give the same bytes. The page comes last; each file is written whole or not at all, and the picture of a
@@ -38,7 +38,7 @@ def write_report(folder: str | Path, found: Findings) -> Path:
 
     Args:
         folder: Where it is written; other files in it are left alone.
-        found: What to show.
+        findings: What to show.
 
     Returns:
         The page's path.
@@ -48,7 +48,7 @@ def write_report(folder: str | Path, found: Findings) -> Path:
         StorageError: If a file cannot be written.
     """
     require_matplotlib()
-    folder, chapters = Path(folder), write_chapters(found)
+    folder, chapters = Path(folder), write_chapters(findings)
     pictures: dict[str, tuple[bytes, bytes]] = {}
     for chapter in chapters:
         if chapter.draw is None:
@@ -60,8 +60,8 @@ def write_report(folder: str | Path, found: Findings) -> Path:
                 drawn.append(to_png(chapter.draw(theme)))
         pictures[chapter.name] = (drawn[0], drawn[1])
         write_bytes(folder / f"{chapter.name}.png", drawn[0])
-    title = f"{found.subject}: from descriptions to adapters, measured"
-    write_bytes(folder / PAGE, render_page(title, found.facts, chapters, pictures).encode())
+    title = f"{findings.subject}: from descriptions to adapters, measured"
+    write_bytes(folder / PAGE, render_page(title, findings.facts, chapters, pictures).encode())
     return folder / PAGE
 
 

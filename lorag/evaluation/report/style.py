@@ -119,8 +119,8 @@ def drawing(theme: Theme) -> Iterator[None]:
         # Writing that the font lacks is drawn as boxes; the page's tables hold the same names in words.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         # A backend is the user's; figures made without pyplot are drawn by Agg whichever it is.
-        own: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")} | settings
-        matplotlib.rcParams.update(own)
+        values: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")} | settings
+        matplotlib.rcParams.update(values)
         yield
 
 

@@ -152,9 +152,9 @@ def _batch(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, forms: di
         branches.append(torch.tensor(branch))
     pad = torch.nn.utils.rnn.pad_sequence
     packed = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    own = pad(branches, batch_first=True, padding_value=-1)
+    padded = pad(branches, batch_first=True, padding_value=-1)
     length = packed.shape[1]
-    same = (own[:, :, None] == own[:, None, :]) | (own[:, None, :] == 0)
+    same = (padded[:, :, None] == padded[:, None, :]) | (padded[:, None, :] == 0)
     visible = same & torch.ones(length, length, dtype=torch.bool).tril()
     return _Batch(
         ids=packed,

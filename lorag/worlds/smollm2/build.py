@@ -76,33 +76,33 @@ def _grid(drafts: Sequence[Draft]) -> list[tuple[Draft, Format, str]]:
     """Every draft in plain form, then in others; the forms of held-out combinations are drawn first."""
     held: dict[str, list[tuple[Format, str]]] = {}
     rng = random.Random(13)
-    known = [draft for draft in drafts if draft.side == "train"]
-    fitting = {draft.task.name: _fitting(draft) for draft in known}
+    training = [draft for draft in drafts if draft.side == "train"]
+    fitting = {draft.task.name: _fitting(draft) for draft in training}
     for split, count in _HELD_FORMATS.items():
         for kind in _FORMATTED:
-            chosen = [draft.task.name for draft in rng.sample(known, len(known)) if draft.kind == kind and fitting[draft.task.name]]
+            chosen = [draft.task.name for draft in rng.sample(training, len(training)) if draft.kind == kind and fitting[draft.task.name]]
             for name in chosen[:count]:
                 taken = [form for form, _ in held.get(name, [])]
                 held.setdefault(name, []).append((_draw(fitting[name], rng, taken), split))
-    found = []
+    formatted = []
     for draft in drafts:
-        found.append((draft, PLAIN, draft.side))
+        formatted.append((draft, PLAIN, draft.side))
         if draft.side != "train":
             continue
         mine, forms = held.get(draft.task.name, []), fitting[draft.task.name]
-        found += [(draft, form, split) for form, split in mine]
+        formatted += [(draft, form, split) for form, split in mine]
         taken = [form for form, _ in mine]
         for _ in range(min(_FORMATTED[draft.kind], len(forms) - len(taken))):
             taken.append(_draw(forms, rng, taken))
-            found.append((draft, taken[-1], "train"))
-    return found
+            formatted.append((draft, taken[-1], "train"))
+    return formatted
 
 
 def _fitting(draft: Draft) -> list[Format]:
     """The forms that change a task's answers and leave no doubt about them."""
     outputs = sorted({example.output for example in draft.task.examples})
     verbatim = draft.task.name in read("sources")["verbatim"]
-    found = []
+    formats = []
     named = set(draft.task.name.split("_"))  # "negative" as the answer whether something is negative would be a trap
     for words in _WORDS[draft.kind] if "do" not in draft.phrases.texts or draft.kind != "yes_no" else ("plain",):
         if words in _ANSWERED and named & set(answers(words)):
@@ -113,8 +113,8 @@ def _fitting(draft: Draft) -> list[Format]:
         for case, change in CASES.items():
             if case != "plain" and (verbatim or sum(change(text) != text for text in worded) < 0.8 * len(worded)):
                 continue
-            found += [Format(words, case, wrap) for wrap in WRAPS if _wraps(wrap, worded)]
-    return [form for form in found if form != PLAIN]
+            formats += [Format(words, case, wrap) for wrap in WRAPS if _wraps(wrap, worded)]
+    return [form for form in formats if form != PLAIN]
 
 
 def _wraps(wrap: str, outputs: Sequence[str]) -> bool:
@@ -142,8 +142,8 @@ def _task(draft: Draft, form: Format, split: str) -> Task:
     labels = None if draft.task.labels is None else tuple(sorted({form.apply(label) for label in draft.task.labels}))
     rng = random.Random(zlib.crc32(name.encode()))
     part = split if split in ("train", "validation") else "eval"
-    known = draft.side == "train"
-    texts = describe(draft.phrases, form, part, _WORDINGS[part], rng, known=known)
+    training = draft.side == "train"
+    texts = describe(draft.phrases, form, part, _WORDINGS[part], rng, known=training)
     kept = describe(draft.phrases, form, "eval", _KEPT, rng, known=True) if split == "train" else ()
     return replace(
         draft.task,

@@ -37,8 +37,8 @@ def detector(label: Label, others: Sequence[Label], train: int, test: int) -> Ta
     for split, most in (("train", train), ("test", test)):
         positives = rng.sample(label.texts[split], min(len(label.texts[split]), most // 2))
         wanted = len(positives)
-        own = _draw([pool[split] for pool in near], wanted - wanted // 2 if far else wanted, used, rng)
-        negatives = own + _draw([pool[split] for pool in far], wanted - len(own), used, rng)
+        similar = _draw([pool[split] for pool in near], wanted - wanted // 2 if far else wanted, used, rng)
+        negatives = similar + _draw([pool[split] for pool in far], wanted - len(similar), used, rng)
         rows = [Example(text, "yes", split) for text in positives[: len(negatives)]] + [Example(text, "no", split) for text in negatives]
         rng.shuffle(rows)
         examples += rows
@@ -58,14 +58,14 @@ def _pools(label: Label, others: Sequence[Label]) -> tuple[list[dict[str, list[s
 
 def _draw(pools: Sequence[Sequence[str]], count: int, used: set[str], rng: random.Random) -> list[str]:
     """Texts of each pool in turn, none twice."""
-    found: list[str] = []
+    drawn: list[str] = []
     left = [rng.sample(pool, len(pool)) for pool in pools if pool]
     rng.shuffle(left)
-    while len(found) < count and left:
+    while len(drawn) < count and left:
         for pool in left:
             text = pool.pop()
-            if text not in used and len(found) < count:
+            if text not in used and len(drawn) < count:
                 used.add(text)
-                found.append(text)
+                drawn.append(text)
         left = [pool for pool in left if pool]
-    return found
+    return drawn

@@ -62,14 +62,14 @@ def draft_sources(sources: Iterable[Source], held: Set[str], sides: Mapping[tupl
         limits: Numbers of examples.
     """
     aliases, renamed = read("sources")["aliases"], read("sources")["labels"]
-    found = []
+    drafts = []
     for source in sources:
         names = renamed.get(source.family, {}) | renamed.get(source.task.name, {})
-        known = aliases.get(source.task.name, {})
+        alias_of = aliases.get(source.task.name, {})
         side = sides.get((source.family, source.task.name), source.side)
         rows: list[Example] = []
         for row in source.task.examples:
-            label = known.get(row.output, row.output)
+            label = alias_of.get(row.output, row.output)
             if side != "train" or (row.input not in held and (source.family, label) not in sides):
                 rows.append(replace(row, output=row.output if source.task.labels is None else names.get(label, label)))
         labels = None if source.task.labels is None else tuple(sorted({row.output for row in rows}))
@@ -77,8 +77,8 @@ def draft_sources(sources: Iterable[Source], held: Set[str], sides: Mapping[tupl
         train = max(limits.train, 2 * len(labels or ()))
         task = replace(source.task, labels=labels, examples=sample(rows, train, limits.test, source.task.name))
         phrases = _phrases(source, labels)
-        found.append(Draft(task, "text" if labels is None else "yes_no" if yes_no else "labels", side, phrases))
-    return found
+        drafts.append(Draft(task, "text" if labels is None else "yes_no" if yes_no else "labels", side, phrases))
+    return drafts
 
 
 def _phrases(source: Source, labels: tuple[str, ...] | None) -> Phrases:
@@ -96,7 +96,7 @@ def _phrases(source: Source, labels: tuple[str, ...] | None) -> Phrases:
 
 def draft_subsets(drafts: Iterable[Draft], count: int, limits: Limits) -> list[Draft]:
     """Cuts large label sets of training into subsets of two to five labels, which descriptions list."""
-    found = []
+    drawn = []
     for draft in drafts:
         labels = draft.task.labels
         if draft.kind != "labels" or draft.side != "train" or labels is None or len(labels) < _LARGE:
@@ -108,8 +108,8 @@ def draft_subsets(drafts: Iterable[Draft], count: int, limits: Limits) -> list[D
             name = f"{draft.task.name}_subset{number + 1}"
             task = replace(draft.task, name=name, labels=tuple(sorted(chosen)), examples=sample(rows, limits.train, limits.test, name))
             if len(task.split("train")) >= _FEWEST and len(task.split("test")) >= _FEWEST // 3:
-                found.append(replace(draft, task=task, phrases=replace(draft.phrases, labels=chosen, listed=True)))
-    return found
+                drawn.append(replace(draft, task=task, phrases=replace(draft.phrases, labels=chosen, listed=True)))
+    return drawn
 
 
 def draft_detectors(labels: Iterable[Label], limits: Limits) -> list[Draft]:
@@ -119,7 +119,7 @@ def draft_detectors(labels: Iterable[Label], limits: Limits) -> list[Draft]:
     """
     labels = list(labels)
     taught = {label.concept for label in labels if label.side == "train"}
-    found = []
+    drafts = []
     families: Counter[str] = Counter()
     for label in sorted(labels, key=lambda label: (bool(label.members), zlib.crc32(label.name.encode()))):
         families[label.family] += label.side == "unseen_task" and label.concept not in taught
@@ -127,5 +127,5 @@ def draft_detectors(labels: Iterable[Label], limits: Limits) -> list[Draft]:
             continue
         home = "unseen_task" if label.side == "unseen_task" else "train"
         task = detector(label, [other for other in labels if other.side == home], limits.train, limits.test)
-        found.append(Draft(task, "yes_no", label.side, label.phrases))
-    return sorted(found, key=lambda draft: draft.task.name)
+        drafts.append(Draft(task, "yes_no", label.side, label.phrases))
+    return sorted(drafts, key=lambda draft: draft.task.name)

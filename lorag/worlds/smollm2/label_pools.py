@@ -58,8 +58,8 @@ class Label:
     @property
     def words(self) -> frozenset[str]:
         """Stems of what it is about; labels of other sets that share one are not negatives."""
-        found = re.findall(r"[a-z0-9]+", f"{self.name} {self.concept}".lower())
-        return frozenset(word[:5] for word in found if word not in _EMPTY_WORDS)
+        parts = re.findall(r"[a-z0-9]+", f"{self.name} {self.concept}".lower())
+        return frozenset(word[:5] for word in parts if word not in _EMPTY_WORDS)
 
     @property
     def plain(self) -> bool:
@@ -76,38 +76,38 @@ def pool_labels(sources: Iterable[Source], sides: Mapping[tuple[str, str], str],
         held: Texts that training must not see, beside those of held-out labels.
     """
     aliases, sets, glosses = read("sources")["aliases"], read("sources")["sets"], read_glosses()
-    found: dict[tuple[str, str], Label] = {}
+    pools: dict[tuple[str, str], Label] = {}
     groups: list[Label] = []
     mentions: list[Label] = []
     for source in sources:
         about = glosses.get(source.task.name, {"labels": {}})
-        known, members = aliases.get(source.task.name, {}), sets.get(source.task.name, source.family)
+        alias_of, members = aliases.get(source.task.name, {}), sets.get(source.task.name, source.family)
         if "rule" in about:
             mentions += [_mention(source, about, label) for label in about["labels"]]
             continue
         if source.task.labels is None or {label.lower() for label in source.task.labels} <= {"yes", "no"}:
             continue
         for label, entry in about["labels"].items():
-            name = known.get(label, label)
-            found.setdefault((members, name), _label(source, members, name, sides.get((source.family, name), source.side), about, entry))
+            name = alias_of.get(label, label)
+            pools.setdefault((members, name), _label(source, members, name, sides.get((source.family, name), source.side), about, entry))
         for group, entry in about.get("groups", {}).items():
             name = f"{source.task.name.removeprefix(f'{source.family}_')} {group}"
-            made = _label(source, members, name, source.side, about, entry)
-            made.members = tuple(known.get(member, member) for member in entry["members"])
-            groups.append(made)
+            joined = _label(source, members, name, source.side, about, entry)
+            joined.members = tuple(alias_of.get(member, member) for member in entry["members"])
+            groups.append(joined)
     for source in sources:
-        known, members = aliases.get(source.task.name, {}), sets.get(source.task.name, source.family)
+        alias_of, members = aliases.get(source.task.name, {}), sets.get(source.task.name, source.family)
         for example in source.task.examples if source.task.labels is not None else ():
-            at = found.get((members, known.get(example.output, example.output)))
+            at = pools.get((members, alias_of.get(example.output, example.output)))
             if at is not None and size(example.input) <= _MOST_IN and example.input not in at.texts[example.split]:
                 at.texts[example.split].append(example.input)
-    kept_out = set(held) | {text for label in found.values() if label.side != "train" for texts in label.texts.values() for text in texts}
-    for label in (*found.values(), *mentions):
+    kept_out = set(held) | {text for label in pools.values() if label.side != "train" for texts in label.texts.values() for text in texts}
+    for label in (*pools.values(), *mentions):
         if label.side == "train":
             label.texts = {split: [text for text in texts if text not in kept_out] for split, texts in label.texts.items()}
             label.against = {split: [text for text in texts if text not in kept_out] for split, texts in label.against.items()}
-    united = [_unite(group, found) for group in groups]
-    every = (*found.values(), *united, *mentions)
+    united = [_unite(group, pools) for group in groups]
+    every = (*pools.values(), *united, *mentions)
     return [label for label in every if len(label.texts["train"]) >= _FEWEST_TRAIN and len(label.texts["test"]) >= _FEWEST_TEST]
 
 
@@ -120,11 +120,11 @@ def _label(source: Source, members: str, name: str, side: str, about: Mapping[st
 
 def _mention(source: Source, about: Mapping[str, Any], label: str) -> Label:
     """What the outputs of an extraction task say: that something is there at all, or that it is among what is listed."""
-    made = _label(source, source.task.name, label, source.side, about, about["labels"][label])
+    pool = _label(source, source.task.name, label, source.side, about, about["labels"][label])
     for example in source.task.examples:
         holds = example.output != "none" if about["rule"] == "present" else label in example.output.split(", ")
-        (made.texts if holds else made.against)[example.split].append(example.input)
-    return made
+        (pool.texts if holds else pool.against)[example.split].append(example.input)
+    return pool
 
 
 def _unite(group: Label, labels: Mapping[tuple[str, str], Label]) -> Label:

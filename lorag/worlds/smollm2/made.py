@@ -82,11 +82,11 @@ def _in_words(number: int) -> str:
 def _roman(number: int) -> str | None:
     if number >= 200:
         return None
-    found = ""
+    numeral = ""
     for value, letters in _ROMAN:
-        found += letters * (number // value)
+        numeral += letters * (number // value)
         number %= value
-    return found
+    return numeral
 
 
 def _ordinal(number: int) -> str:

@@ -99,7 +99,7 @@ def draft_made(sources: Iterable[Source], held: Set[str], limits: Limits) -> lis
 def _draft(
     kind: str, name: str, answer: Callable[[str], str | None], words: Mapping[str, list[str]], pools: Mapping[str, _Pools], limits: Limits
 ) -> Draft:
-    found: dict[str, Example] = {}
+    distinct: dict[str, Example] = {}
     for split in ("train", "test"):
         rng = random.Random(zlib.crc32(f"{name}/{split}".encode()))
         for _ in range(_DRAWS):
@@ -108,8 +108,8 @@ def _draft(
                 continue
             output = answer(text)
             if output and size(output) <= _MOST_OUT:
-                found.setdefault(text, Example(text, output, split))
-    examples = sample(found.values(), limits.train, limits.test, name)
+                distinct.setdefault(text, Example(text, output, split))
+    examples = sample(distinct.values(), limits.train, limits.test, name)
     yes_no = {example.output for example in examples} == {"yes", "no"}
     texts = {key: value for key, value in words.items() if not key.startswith("eval_")}
     held = {key.removeprefix("eval_"): value for key, value in words.items() if key.startswith("eval_")}

@@ -48,7 +48,7 @@ def read_sources(folder: Path) -> list[Source]:
     chosen = read("sources")
     suite = TaskSuite.from_folder(folder)
     tested = {example.input for about in chosen["families"].values() for name in about["tasks"] for example in suite[name].split("test")}
-    found = []
+    sources = []
     for family, about in chosen["families"].items():
         if about["side"] not in SIDES:
             raise TaskError(f"sources.yaml: family {family} stands on no side", got=about["side"], expected=" or ".join(SIDES))
@@ -60,18 +60,18 @@ def read_sources(folder: Path) -> list[Source]:
                 if size(example.input) <= (_MOST_IN_LONG if long else _MOST_IN)
                 and size(example.output) <= (_MOST_OUT_LONG if free else _MOST_OUT)
             )
-            found.append(Source(replace(task, examples=kept, free_text=free), family, about["side"], about["noun"]))
-    return found
+            sources.append(Source(replace(task, examples=kept, free_text=free), family, about["side"], about["noun"]))
+    return sources
 
 
 def sample(examples: Iterable[Example], train: int, test: int, name: str) -> tuple[Example, ...]:
     """Draws examples of both splits, the outputs of a closed set evenly; which ones depends on the task's name alone."""
     rows = list(examples)
     rng = random.Random(zlib.crc32(name.encode()))
-    found: list[Example] = []
+    drawn: list[Example] = []
     for split, most in (("train", train), ("test", test)):
-        found += _evenly([row for row in rows if row.split == split], most, rng)
-    return tuple(found)
+        drawn += _evenly([row for row in rows if row.split == split], most, rng)
+    return tuple(drawn)
 
 
 def _evenly(rows: list[Example], most: int, rng: random.Random) -> Iterator[Example]:

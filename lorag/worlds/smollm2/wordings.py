@@ -60,14 +60,14 @@ def describe(phrases: Phrases, form: Format, part: str, count: int, rng: random.
     else:
         pools = {kind: [*phrases.held.get(kind, ()), *phrases.texts.get(kind, ())] for kind in {**phrases.texts, **phrases.held}}
     choices = [(kind, text) for kind in sorted(pools) for text in pools[kind]]
-    found: dict[str, None] = dict.fromkeys(phrases.first if part == "eval" and not form.name else ())
+    written: dict[str, None] = dict.fromkeys(phrases.first if part == "eval" and not form.name else ())
     for _ in range(_ATTEMPTS):
-        if len(found) == count:
-            return tuple(found)
+        if len(written) == count:
+            return tuple(written)
         kind, text = rng.choice(choices)
-        found[_form(_task(kind, text, phrases, form, part, rng), form, part, rng)] = None
+        written[_form(_task(kind, text, phrases, form, part, rng), form, part, rng)] = None
     raise TaskError(
-        "the words of a task give too few descriptions", got=f"{len(found)}, such as {next(iter(found))!r}", expected=str(count)
+        "the words of a task give too few descriptions", got=f"{len(written)}, such as {next(iter(written))!r}", expected=str(count)
     )
 
 
