@@ -13,11 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests/words_to_clean.txt"
 _COMPARED = "longer|more|less|better|worse|larger|smaller|faster|slower|higher|lower|greater|further|shorter|fewer|nearer|different"
-_UNITS = "task|module|step|expert|description|token|row|adapter|line|skill|method|second|minute|file|value|character|seed|epoch|layer|batch"
+_UNITS = (
+    "task|module|step|expert|description|token|row|adapter|line|skill|method|second|minute|file|value|character|seed|epoch|layer|batch"
+    "|side|group|example|category|query|validation"
+)
+_COUNTED = (
+    "examples?|descriptions?|wordings?|checkpoints?|values?|rows?|tokens?|samples?|bytes|one|lines?|runs?|vectors?|loss|scale|class|id|activations"
+)
 # What a reader should not meet in prose, and what to write instead.
 PROSE = {
     rf"(?<!there )\b(?:is|are|was|were) no (?!(?:{_COMPARED}|one|matter|use|need)\b)": '"is not a …"',
-    rf"\b(?:examples?|descriptions?|wordings?|checkpoints?|values?|rows?|tokens?|samples?|bytes|one) a (?:{_UNITS})\b": '"per"',
+    rf"\b(?:{_COUNTED}) a (?:{_UNITS})\b": '"per"',
     r"\bkin\b": "groups",
     r"\bcolleagues?\b": "ensemble members",
     r"\bpupils?\b": "student",

@@ -81,7 +81,7 @@ def train_group(
     progress: Bar | None = None,
     record: Callable[[int, float], None] | None = None,
 ) -> list[list[LoraAdapter]]:
-    """Trains one adapter a task, all at once.
+    """Trains one adapter per task, all at once.
 
     Args:
         runner: The base model.

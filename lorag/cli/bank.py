@@ -66,7 +66,7 @@ def add(
         typer.Argument(help="Adapters (folders, or files in another format than PEFT's), folders of such, or hub ids such as user/name."),
     ] = None,
     listed: Annotated[
-        Path | None, typer.Option("--from", help="File with a folder or hub id a line, and by tabs a name and a description.")
+        Path | None, typer.Option("--from", help="File with a folder or hub id per line, and after tabs a name and a description.")
     ] = None,
     hub_base: Annotated[
         str | None, typer.Option(help="Hub id of a base model: all its adapters on the hub; says what there is, and with --yes adds it.")

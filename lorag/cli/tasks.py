@@ -63,7 +63,7 @@ def tasks_coco(
     held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the categories held out.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of which images and categories are taken.")] = 0,
 ) -> None:
-    """Make a suite with one task a category of images: finding its boxes, or, with captions, telling its images apart."""
+    """Make a suite with one task per category of images: finding its boxes, or, with captions, telling its images apart."""
     from lorag.tasks.coco import import_coco
 
     counts = import_coco(instances, images, out, captions=captions, train=train, test=test, held_out=held_out, seed=seed)

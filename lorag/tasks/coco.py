@@ -1,4 +1,4 @@
-"""Annotations in COCO's format to a suite of images: one task a category, boxes as location tokens or captions to be found."""
+"""Annotations in COCO's format to a suite of images: one task per category, boxes as location tokens or captions to be found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def import_coco(
     held_out: float = 0.2,
     seed: int = 0,
 ) -> Mapping[str, int]:
-    """Writes a suite with one task a category, and copies its images below `out/images`.
+    """Writes a suite with one task per category, and copies its images below `out/images`.
 
     Without captions a task's outputs are its category's boxes, label first, in reading order, as location tokens:
     `dog<loc_x1><loc_y1><loc_x2><loc_y2>…`, in thousandths of width and height; boxes of crowds are left out. With

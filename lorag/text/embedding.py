@@ -41,7 +41,7 @@ _NOT_FETCHED = [
 
 @dataclass(frozen=True)
 class Embedding:
-    """One embedded description: pooled (e,), of unit length, and one vector a token (t, e); both fp32 on the CPU."""
+    """One embedded description: pooled (e,), of unit length, and one vector per token (t, e); both fp32 on the CPU."""
 
     pooled: Tensor
     tokens: Tensor

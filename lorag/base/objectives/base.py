@@ -1,6 +1,6 @@
 """What an objective is: how tasks are sampled, learned and scored with one kind of base model.
 
-Everything runs n tasks at once: a batch holds equal runs of rows, one run a task, so that `RowAdapters` can give each
+Everything runs n tasks at once: a batch holds equal runs of rows, one run per task, so that `RowAdapters` can give each
 task its own adapter.
 """
 
@@ -97,7 +97,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def hidden(self, model: PreTrainedModel, inputs: Sequence[str]) -> Tensor:
-        """What the model makes of inputs: one vector a row (b, h), of which ICM-LoRA's task vector is the mean."""
+        """What the model makes of inputs: one vector per row (b, h), of which ICM-LoRA's task vector is the mean."""
 
     @abc.abstractmethod
     def scores(

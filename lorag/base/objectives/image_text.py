@@ -28,7 +28,7 @@ __all__ = ["ImageText", "open_images", "recall"]
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Rows of images and texts in equal runs, one run a task."""
+    """Rows of images and texts in equal runs, one run per task."""
 
     pixels: Tensor  # (b, 3, height, width)
     texts: dict[str, Tensor]  # tokens (b, t)

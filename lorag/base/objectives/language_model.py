@@ -83,7 +83,7 @@ class LanguageModel(Objective):
 
     @abc.abstractmethod
     def _collate(self, rows: Sequence[tuple[Any, list[int]]], tasks: int) -> TokenRows:
-        """Rows in equal runs, one run a task, as one batch."""
+        """Rows in equal runs, one run per task, as one batch."""
 
     def _size(self, row: tuple[Any, list[int]]) -> int:
         """Tokens that a row takes."""

@@ -62,7 +62,7 @@ def fitting(examples: Sequence[Tokens], most: int) -> Sequence[Tokens]:
 
 
 def pack(groups: Sequence[Sequence[Tokens]], pad: int) -> PackedRows:
-    """Packs (prompt, answer) of tokens, one group a row.
+    """Packs (prompt, answer) of tokens, one group per row.
 
     Args:
         groups: n groups.

@@ -27,7 +27,7 @@ __all__ = ["LabelMatching", "Prototypes"]
 
 @dataclass(frozen=True)
 class _Texts:
-    """Rows of texts in equal runs, one run a task, and what is right about them."""
+    """Rows of texts in equal runs, one run per task, and what is right about them."""
 
     arguments: dict[str, Tensor]
     tasks: int
@@ -184,7 +184,7 @@ class Prototypes(_Encoder):
         return {**super().settings(), "shots": self.shots, "draws": self.draws, "ways": self.ways}
 
     def sample(self, tasks: Sequence[Task], count: int, seed: str) -> _Texts:
-        """Draws an episode a task: up to `ways` classes, `count` supports and `count` queries of each."""
+        """Draws an episode per task: up to `ways` classes, `count` supports and `count` queries of each."""
         episodes = []
         for task in tasks:
             rng = task_rng(task, seed)

@@ -134,8 +134,8 @@ class Norms:
 
     Attributes:
         modules: Labels of the m rows.
-        real: Of the bank's experts, a triple a row.
-        generated: Of the generated adapters, a triple a row.
+        real: Of the bank's experts, a triple per row.
+        generated: Of the generated adapters, a triple per row.
         experts: Number of experts.
         adapters: Number of generated adapters.
         grouped: Whether a row stands for all modules of its kind: root mean square over them.
