@@ -7,12 +7,11 @@ checkpoints, so that a thousand small adapters are not a hundred thousand tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from lorag.adapters.adapter import LoraAdapter
@@ -20,8 +19,9 @@ from lorag.adapters.merging import merge
 from lorag.adapters.publishing import bank_card, push_files, require_public
 from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, shard_name, stack_checkpoints
 from lorag.base.runner import BankBase
-from lorag.errors import BankError, LoragError, StorageError
+from lorag.errors import BankError, LoragError
 from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
+from lorag.files.atomic import locked
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
 from lorag.tasks.descriptions import check_description
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["AdapterBank", "BankBase", "Expert", "find_bank"]
 
 _MANIFEST, _KIND, _FORMAT = "bank.json", "bank", 1
+_PATIENCE = 120.0  # seconds that another process may take to write to a bank
 _EMBEDDED = {"sandbox": "data/sandbox/bank"}  # banks that come with the package, by name
 
 
@@ -149,19 +150,8 @@ class AdapterBank:
         with self._lock():
             yield AdapterBank._open(self.folder, contents=False)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.folder / ".lock", timeout=120)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise BankError(f"{self.folder} is locked by another process", remedy="Wait for it to finish.") from error
-        except OSError as error:
-            raise StorageError(f"{self.folder} cannot be locked: {error.strerror or error}", remedy="Is it writable?") from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def _lock(self) -> AbstractContextManager[None]:
+        return locked(self.folder / ".lock", _PATIENCE, "Wait for it to finish.")
 
     def write_manifest(self) -> AdapterBank:
         """Writes the manifest and returns the bank as it now is. Shards that the manifest before listed are not read again."""

@@ -1,4 +1,4 @@
-"""Writing so that a kill at any moment, or a full disk, leaves what was there before: siblings, flushed and renamed."""
+"""Writing so that a kill at any moment, a full disk or another process leaves what was there before: siblings, renamed, and locks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lorag.errors import StorageError
 
 try:
@@ -20,6 +22,7 @@ except ImportError:  # Windows
 __all__ = [
     "finish_replacing",
     "flush_folder",
+    "locked",
     "replace_together",
     "require_empty",
     "sweep",
@@ -179,6 +182,27 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(file: Path, seconds: float, remedy: str) -> Iterator[None]:
+    """Holds a file locked, for which other processes wait up to so many seconds; it is left behind.
+
+    Raises:
+        StorageError: If another process holds it longer, for which the remedy is meant, or if it cannot be locked.
+    """
+    lock = FileLock(file, timeout=seconds)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise StorageError(f"another process holds {file} for too long", remedy=remedy) from error
+    except OSError as error:
+        raise StorageError(f"{file} cannot be locked: {error.strerror or error}", remedy="Is its folder writable?") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def flush_folder(folder: Path) -> None:

@@ -6,14 +6,11 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lorag.errors import StorageError
-from lorag.files.atomic import write_folder
+from lorag.files.atomic import locked, write_folder
 
 __all__ = ["cache_folder", "cached_folder"]
 
@@ -61,28 +58,10 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    with _locked(folder):
+    with locked(folder.with_name(f".{folder.name}.lock"), _PATIENCE, "End it, or remove that file."):
         if not folder.is_dir():
             write_folder(folder, make)
     return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_PATIENCE)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise StorageError(
-            f"another process has been making {folder} for too long", remedy=f"End it, or remove {lock.lock_file}."
-        ) from error
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error.strerror or error}", remedy="Set LORAG_CACHE to another folder.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _usual_place() -> Path:

@@ -9,21 +9,18 @@ folder appears complete, by one rename, and stays as it is:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from lorag.errors import ArtifactError, StorageError, StoreFullError
+from lorag.errors import ArtifactError, StoreFullError
 from lorag.files.artifacts import read_json, sha256, write_json
-from lorag.files.atomic import flush_folder, sweep, writing
+from lorag.files.atomic import flush_folder, locked, sweep, writing
 
 __all__ = ["AdapterStore", "StoreLimits", "Usage", "content_hash"]
 
@@ -139,7 +136,7 @@ class AdapterStore:
                 flush_folder(staging)
                 name = content_hash(staging)
                 size = sum(path.stat().st_size for path in staging.iterdir())
-                with self._lock():
+                with locked(self.folder / ".lock", _WAIT, "Does a server hang?"):
                     target = adapters / name
                     if target.is_dir():
                         self._verify(target)
@@ -176,15 +173,3 @@ class AdapterStore:
             raise StoreFullError(
                 "no more adapters fit", got=f"{usage.bytes + more} bytes", expected=f"at most {self.limits.bytes}", remedy=remedy
             )
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.folder / ".lock", timeout=_WAIT)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise StorageError(f"{self.folder} is locked by another process", remedy="Does a server hang?") from error
-        try:
-            yield
-        finally:
-            lock.release()
