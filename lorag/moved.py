@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import warnings
@@ -33,8 +32,8 @@ _MOVED = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked last of all: only for names that nothing else has."""
+class _Finder:
+    """Asked last of all: only for names that nothing else has. A loader by what it does: importlib.abc takes long to import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,7 +41,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         room = ".".join(fullname.split(".")[:2])
         if room not in _MOVED:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=fullname == room)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=fullname == room)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return None

@@ -7,7 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Required, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 from tqdm.auto import tqdm
 
@@ -97,57 +97,47 @@ class Lines(Generic[T]):
 Bar: TypeAlias = "tqdm[Any] | Lines[Any]"
 
 
+class BarSettings(TypedDict, total=False):
+    """What bars and lines have in common.
+
+    Attributes:
+        desc: What is being done.
+        total: Steps in all; by default the iterable's length, if it has one.
+        initial: Steps that were done before, by default 0.
+        leave: Whether the finished bar stays, as it does by default.
+    """
+
+    desc: Required[str]
+    total: int | None
+    initial: int
+    leave: bool
+
+
 @overload
-def progress_bar(
-    iterable: None = None,
-    *,
-    desc: str,
-    total: int | None = None,
-    initial: int = 0,
-    disable: bool = False,
-    leave: bool = True,
-    every: float = _EVERY,
-) -> Bar: ...
+def progress_bar(iterable: None = None, *, disable: bool = False, every: float = _EVERY, **settings: Unpack[BarSettings]) -> Bar: ...
 
 
 @overload
 def progress_bar(
-    iterable: Iterable[T],
-    *,
-    desc: str,
-    total: int | None = None,
-    initial: int = 0,
-    disable: bool = False,
-    leave: bool = True,
-    every: float = _EVERY,
+    iterable: Iterable[T], *, disable: bool = False, every: float = _EVERY, **settings: Unpack[BarSettings]
 ) -> tqdm[T] | Lines[T]: ...
 
 
 def progress_bar(
-    iterable: Iterable[T] | None = None,
-    *,
-    desc: str,
-    total: int | None = None,
-    initial: int = 0,
-    disable: bool = False,
-    leave: bool = True,
-    every: float = _EVERY,
+    iterable: Iterable[T] | None = None, *, disable: bool = False, every: float = _EVERY, **settings: Unpack[BarSettings]
 ) -> tqdm[T] | Lines[T]:
     """A bar with the time that is left, or lines that say it where standard error is not a terminal.
 
     Args:
         iterable: What is gone through; without it, `update` advances.
-        desc: What is being done.
-        total: Steps in all.
-        initial: Steps that were done before.
         disable: Shows nothing.
-        leave: Whether the finished bar stays.
         every: Seconds between lines.
+        settings: `desc`, which must be given, and the others of `BarSettings`.
     """
     # In a notebook tqdm.auto has a class of its own, which draws a widget.
     if disable or sys.stderr.isatty() or tqdm.__module__ == "tqdm.auto":
-        return tqdm(iterable, desc=desc, total=total, initial=initial, disable=disable, leave=leave)
-    return Lines(iterable, desc=desc, total=total, initial=initial, leave=leave, every=every)
+        return tqdm(iterable, disable=disable, **settings)
+    return Lines(iterable, every=every, **settings)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from toy_world import HELD_OUT, TRAINING, WordEmbedder, make_bank, make_suite, s
 from lorag.cli import main as cli
 from lorag.errors import MissingDependencyError
 from lorag.evaluation.folders import Ladder
-from lorag.evaluation.report import writing
 from lorag.evaluation.report.chapters import write_chapters
 from lorag.evaluation.report.figures import ROLES, draw_ladder, draw_pairs
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
@@ -227,7 +226,7 @@ def test_a_failure_leaves_the_report_that_was_there(tmp_path, findings, monkeypa
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "render_page", broken)
+    monkeypatch.setattr("lorag.evaluation.report.page.render_page", broken)
     names = ("pairs", "distances", "map", "selective", "norms", "curves")
     with pytest.raises(OSError, match="No space"):
         write_report(tmp_path, replace(findings, **dict.fromkeys(names, Absent("None."))))

@@ -18,7 +18,8 @@ _UNITS = (
     "|side|group|example|category|query|validation"
 )
 _COUNTED = (
-    "examples?|descriptions?|wordings?|checkpoints?|values?|rows?|tokens?|samples?|bytes|one|lines?|runs?|vectors?|loss|scale|class|id|activations"
+    "examples?|descriptions?|wordings?|checkpoints?|values?|rows?|tokens?|samples?|bytes|one"
+    "|lines?|runs?|vectors?|loss|scale|class|id|activations"
 )
 # What a reader should not meet in prose, and what to write instead.
 PROSE = {

@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 
@@ -29,6 +29,7 @@ __all__ = [
     "BESIDE",
     "LARGEST_BESIDE",
     "TOKENIZER",
+    "ExportSettings",
     "Exported",
     "export_as",
     "export_portable",
@@ -45,17 +46,27 @@ LARGEST_BESIDE = 2**28
 _KEEP = 0.99  # of ‖ΔW‖², where nothing else is said
 
 
-def export_portable(
-    path: str | Path,
-    out: str | Path,
-    *,
-    base_model: str | None = None,
-    kind: str | None = None,
-    strength: float = 1.0,
-    rank: int | None = None,
-    keep: float | None = None,
-    convert: bool = False,
-) -> Exported:
+class ExportSettings(TypedDict, total=False):
+    """What every export takes.
+
+    Attributes:
+        base_model: The base model, where the adapter does not say enough of it, or nothing.
+        kind: The base model's kind.
+        strength: Factor on ΔW.
+        rank: Rank of the nearest ΔW that is written.
+        keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
+        convert: Also take DoRA and adapters of PEFT's other methods, as the nearest LoRA; the base model's weights are read for it.
+    """
+
+    base_model: str | None
+    kind: str | None
+    strength: float
+    rank: int | None
+    keep: float | None
+    convert: bool
+
+
+def export_portable(path: str | Path, out: str | Path, **settings: Unpack[ExportSettings]) -> Exported:
     """Writes an adapter anew as a PEFT folder with one rank and one lora_alpha; ΔW stays the same, unless a rank is asked for.
 
     rsLoRA, rank_pattern and alpha_pattern are folded into the factors, which programs other than PEFT need, and names of a
@@ -64,20 +75,14 @@ def export_portable(
     Args:
         path: Adapter folder or file in any format, or hub id.
         out: A new folder.
-        base_model: The base model, where the adapter does not say enough of it, or nothing.
-        kind: The base model's kind.
-        strength: Factor on ΔW.
-        rank: Rank of the nearest ΔW that is written.
-        keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
-        convert: Also take DoRA and adapters of PEFT's other methods, as the nearest LoRA; the base model's weights are read for it.
+        settings: Those of `ExportSettings`.
 
     Raises:
         AdapterError: If it is not a plain, whole and finite LoRA.
         ConfigError: If rank or keep cannot be used.
         StorageError: If `out` is not empty, or writing fails.
     """
-    adapter, source, _ = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
-    done = _truncated(adapter, rank, None if convert else keep)
+    done, source, _ = _prepared(path, **settings)
 
     def write(folder: Path) -> None:
         done.adapter.save_pretrained(folder)
@@ -87,30 +92,14 @@ def export_portable(
     return done
 
 
-def export_as(
-    path: str | Path,
-    out: str | Path,
-    name: str,
-    *,
-    base_model: str | None = None,
-    kind: str | None = None,
-    strength: float = 1.0,
-    rank: int | None = None,
-    keep: float | None = None,
-    convert: bool = False,
-) -> Exported:
+def export_as(path: str | Path, out: str | Path, name: str, **settings: Unpack[ExportSettings]) -> Exported:
     """Writes an adapter in another format than PEFT's, reads it back, and compares before it is moved into place.
 
     Args:
         path: Adapter folder or file in any format, or hub id.
         out: A new file or folder, whichever the format is.
         name: The format, one of FORMATS that are written.
-        base_model: The base model, where the adapter does not say enough of it, or nothing.
-        kind: The base model's kind.
-        strength: Factor on ΔW.
-        rank: Rank of the nearest ΔW that is written.
-        keep: Share of ‖ΔW‖² that it must keep, instead of a rank.
-        convert: Also take DoRA and adapters of PEFT's other methods, as the nearest LoRA; the base model's weights are read for it.
+        settings: Those of `ExportSettings`.
 
     Raises:
         AdapterError: If it is not a plain, whole and finite LoRA, or the format cannot hold it.
@@ -123,9 +112,7 @@ def export_as(
     if target is None or target.writes is None:
         written = ", ".join(one.name for one in FORMATS.values() if one.writes)
         raise ConfigError("format of adapters cannot be written", got=repr(name)[:40], expected=written)
-    adapter, source, base = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
-    adapter.factors.check_values()
-    done = _truncated(adapter, rank, None if convert else keep)
+    done, source, base = _prepared(path, **settings)
     place = Path(out)
 
     def write(into: Path) -> None:
@@ -156,6 +143,22 @@ class Exported:
 
     adapter: LoraAdapter
     error: float = 0.0
+
+
+def _prepared(
+    path: str | Path,
+    *,
+    base_model: str | None = None,
+    kind: str | None = None,
+    strength: float = 1.0,
+    rank: int | None = None,
+    keep: float | None = None,
+    convert: bool = False,
+) -> tuple[Exported, Path, BaseModel | None]:
+    """What is written, with the folder in PEFT's format that it comes from, and the base model that was named."""
+    adapter, source, base = open_adapter(path, base_model, kind, strength, _share(rank, keep) if convert else None)
+    adapter.factors.check_values()
+    return _truncated(adapter, rank, None if convert else keep), source, base
 
 
 def _share(rank: int | None, keep: float | None) -> float:

@@ -39,7 +39,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Precision of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write an adapter as a PEFT folder of one rank and one alpha, which every program reads, in another format, or merged."""
-    from lorag.adapters.export import export_as, export_portable
+    from lorag.adapters.export import ExportSettings, export_as, export_portable
     from lorag.adapters.merged import export_merged
 
     if merge + gguf + mlx > 1:
@@ -53,11 +53,9 @@ def export(
         typer.echo(f"{out}: {base_model or merged.base_model} with the adapter merged into {len(merged.layout)} weights")
         typer.echo(f'next: AutoModel….from_pretrained("{out}")')
         return
-    if gguf or mlx:
-        name = "gguf" if gguf else "mlx"
-        done = export_as(adapter, out, name, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
-    else:
-        done = export_portable(adapter, out, base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
+    settings = ExportSettings(base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
+    name = "gguf" if gguf else "mlx" if mlx else None
+    done = export_portable(adapter, out, **settings) if name is None else export_as(adapter, out, name, **settings)
     typer.echo(f"{out}: rank {done.adapter.rank} adapter of {base_model or done.adapter.base_model}, one lora_alpha for all modules")
     if rank is not None or keep is not None or convert:
         typer.echo(f"relative error of ΔW: {done.error:.3g}")

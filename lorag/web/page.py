@@ -185,7 +185,7 @@ def _sentence(work: Callable[[], None]) -> str | None:
         work()
     except LoragError as error:
         return f"{error}"
-    except Exception as error:
+    except Exception as error:  # the page must answer whatever happened
         _log.exception("the page failed")
         return f"Something failed inside lorag ({type(error).__name__}); the terminal says more."
     return None
