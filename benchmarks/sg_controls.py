@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.runner import Runner
-from lorag.evaluation.ladder import evaluate, format_table
+from lorag.evaluation.ladder import evaluate
+from lorag.evaluation.tables import format_table
 from lorag.files.artifacts import embedded
 from lorag.methods.baselines import MixtureSettings, TopK
 from lorag.methods.method import Method, State, nested, part

@@ -15,8 +15,10 @@ from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.runner import Runner
 from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
 from lorag.evaluation.folders import open_ladder
-from lorag.evaluation.ladder import JUNK, _junk, _shuffled, bootstrap, evaluate, format_table
+from lorag.evaluation.ladder import JUNK, _junk, _shuffled, evaluate
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
+from lorag.evaluation.statistics import bootstrap
+from lorag.evaluation.tables import format_table
 from lorag.files.artifacts import write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type

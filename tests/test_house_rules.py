@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lorag"
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))}
 MOST_LINES = 400
 # What the plan has come down to; these may only shrink. Imports for type checkers do not count, and packages of one line are no modules.
-MOST_IMPORTS, LONGEST_CHAIN, MOST_FLOORS = 4.4, 18, 10
+MOST_IMPORTS, LONGEST_CHAIN, MOST_FLOORS = 4.35, 18, 10
 
 
 def _room(module):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorag.errors import BankError
-from lorag.files.artifacts import require_name
 from lorag.files.atomic import require_empty
 
 if TYPE_CHECKING:
@@ -42,4 +41,4 @@ def export_arrow(bank: AdapterBank, out: str | Path, names: Sequence[str] | None
     rank = max(expert.rank for expert in chosen)
     for expert in chosen:
         adapter = bank.adapter(expert.name)
-        yield replace(adapter, factors=adapter.factors.padded(rank)).save_pretrained(out / require_name(expert.name))
+        yield replace(adapter, factors=adapter.factors.padded(rank)).save_pretrained(out / expert.name)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lorag.adapters.factors import Factors
-from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.evaluation.folders import open_ladder
-from lorag.evaluation.ladder import format_table
+from lorag.evaluation.side_by_side import side_by_side
+from lorag.evaluation.tables import format_table
 from lorag.generator.generate import generate_loras, open_generator
 from lorag.tasks.finding import find_tasks
 from lorag.training.train import TrainConfig, train
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Example
 
 __all__ = ["quickstart", "show_real_model"]
 
@@ -45,18 +47,13 @@ def quickstart(out: Path, *, quiet: bool = False) -> Iterator[str]:
     ]
     texts = ["summarise legal text", *[task.descriptions[0] for task in tasks[1 : _SHOWN + 1]]]
     adapters = generate_loras(texts, generator=generator)
-    tokenizer = generator.base.model.tokenizer()
-    objective: Any = make_objective(generator.base.objective, tokenizer, generator.base.settings)
+    runner = Runner.open(generator.base, config.device)
     for text, task, adapter in zip(texts, tasks, adapters, strict=False):
         example = task.split("test")[0]
         with torch.inference_mode():
-            plain = objective.generate(generator.base.model.load(config.device), [example.input])[0]
-            answer = objective.generate(adapter.apply_to(generator.base.model.load(config.device)), [example.input])[0]
-        yield f'   "{text}"'
-        yield f"     text      {example.input}"
-        yield f"     base      {plain}"
-        yield f"     adapted   {answer}"
-        yield f"     right     {example.output}"
+            adapted = adapter.apply_to(generator.base.model.load(config.device))
+            answers = {"base": runner.generate([example.input]), "adapter": runner.objective.generate(adapted, [example.input])}
+        yield from _answers(text, example, answers)
     folder = adapters[0].save_pretrained(out / "adapter")
     yield f"   {folder}: the first of them, for PEFT\n"
     yield "3. The ladder: every control beside it, on held-out tasks"
@@ -80,24 +77,23 @@ def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
     suite = find_tasks(_REAL, "unseen_task")
     for number, name in enumerate(_REAL_TASKS):
         task = suite[name]
-        description, text = task.descriptions[0], task.split("test")[0]
+        description, example = task.descriptions[0], task.split("test")[0]
         adapter = generator.generate(description, on_unknown="ignore")
         if number == 0:
             adapter.save_pretrained(out)
-        stacked = Factors.stack([adapter.factors], runner.device)
-        answers = {
-            "base": runner.generate([text.input], max_new_tokens=_WORDS),
-            "prompted": runner.generate([f"{description}\n\n{text.input}"], max_new_tokens=_WORDS),
-            "adapted": runner.generate([text.input], stacked, max_new_tokens=_WORDS),
-        }
-        yield f'   "{description}"'
-        yield f"     text      {_one_line(text.input)}"
-        for label, (answer,) in answers.items():
-            yield f"     {label:<9} {_one_line(answer)}"
-        yield f"     right     {_one_line(text.output)}"
+        yield from _answers(
+            description, example, side_by_side(runner, adapter, [example.input], description=description, max_new_tokens=_WORDS).columns
+        )
     yield f'   {out}: the first of them, for PEFT\n\nnext: lorag generate "your description" --generator {_REAL} --out my-adapter'
 
 
-def _one_line(text: str, most: int = 110) -> str:
+def _answers(description: str, example: Example, answers: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """What was asked, the one answer of each, and the right one."""
+    yield f'   "{description}"'
+    for label, text in {"text": example.input, **{name: answer for name, (answer,) in answers.items()}, "right": example.output}.items():
+        yield f"     {label:<9} {_one_line(text)}"
+
+
+def _one_line(text: str, most: int = 240) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"

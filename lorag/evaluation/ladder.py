@@ -17,8 +17,7 @@ from lorag.errors import BankError, ConfigError
 from lorag.evaluation.reproduction import Reproduction
 from lorag.evaluation.rivals import random_like, train_fresh
 from lorag.evaluation.scoring import Scorer, longer_prompts
-from lorag.evaluation.statistics import Scores, bootstrap, differences, summarise
-from lorag.evaluation.tables import format_table
+from lorag.evaluation.statistics import Scores, differences, summarise
 from lorag.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["BASELINES", "CONTROLS", "bootstrap", "evaluate", "format_table", "is_learned", "shown_descriptions"]
+__all__ = ["BASELINES", "CONTROLS", "evaluate", "is_learned", "shown_descriptions"]
 
 # Meaningless where a description is due; adapters made from them show what a generator gives to anything at all.
 JUNK = (

@@ -12,8 +12,9 @@ from torch import Tensor
 import lorag
 from lorag.adapters.provenance import public_name
 from lorag.errors import LoragError
-from lorag.evaluation.ladder import CONTROLS, bootstrap, is_learned, shown_descriptions
+from lorag.evaluation.ladder import CONTROLS, is_learned, shown_descriptions
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
+from lorag.evaluation.statistics import bootstrap
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
 from lorag.progress import progress_bar
