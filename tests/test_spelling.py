@@ -64,7 +64,9 @@ def test_a_generator_reads_what_was_meant(tmp_path, tiny_models, tokenizer):
     """The same adapter as without the error, which says how it was read; the words come back from its folder, and old folders have none."""
     base = save_base(tmp_path / "base", tiny_models["llama"], tokenizer)
     make_bank(tmp_path / "bank", base, TRAINING[:6])
-    config = TrainConfig(bank=str(tmp_path / "bank"), method="kernel", tasks=None, settings={"steps": 2}, k=8, out=str(tmp_path / "g"), strength=1.0)
+    config = TrainConfig(
+        bank=str(tmp_path / "bank"), method="kernel", tasks=None, settings={"steps": 2}, k=8, out=str(tmp_path / "g"), strength=1.0
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorag.training.train.open_embedder", lambda name, device: Knowing())
         train(config, quiet=True)
