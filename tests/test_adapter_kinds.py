@@ -170,6 +170,20 @@ def test_each_layer_is_merged_the_way_it_is_stored(flag):
         "It has been trained using [TRL](https://example.org).",
         "This model was trained with SFT.",
         "The following hyperparameters were used during training:",
+        "This model was trained using AutoTrain. For more information, please visit [AutoTrain](https://example.org).",
+        "This model [mlx-community/x](https://x.org) was\nconverted to MLX format from `y/x`\nusing mlx-lm version **0.19.0**.",
+        "The Model [mlx-community/x](https://example.org) was converted to MLX format from [y/x](https://example.org).",
+        "This LoRA adapter was converted to GGUF format from [`y/x`](https://example.org) via the ggml.ai's GGUF-my-lora space.\n"
+        "Refer to the [original adapter repository](https://example.org) for more details.",
+        "These are me/x LoRA adaption weights for y/z-1.0.\n\nThe weights were trained  using [DreamBooth](https://example.org).\n\n"
+        "LoRA for the text encoder was enabled: False.\n\nSpecial VAE used for training: y/vae-fix.",
+        "This is the model card of a 🤗 transformers model This model card has been automatically generated.",
+        "LoRA adapter for y/z-8B trained with Tinker.",
+        "This is a [LoRA](https://example.org) for the y.1-dev text-to-image model. It can be used with diffusers.",
+        "It was trained on [Replicate](https://example.org) using AI toolkit: https://example.org/train",
+        "Your description goes here",
+        "このモデルは[x](https://example.org)をLoRAでファインチューニングしたものです。",
+        "本模型基于x使用LLaMA-Factory微调得到。",
     ],
 )
 def test_boilerplate_of_trainers_is_not_a_task(text):
@@ -185,10 +199,22 @@ def test_boilerplate_of_trainers_is_not_a_task(text):
         "회의록을 짧게 요약하는 어댑터입니다.",
         "Fasst Protokolle von Sitzungen in drei Sätzen zusammen.",
         "This model summarises minutes of meetings in three sentences.",
+        "This model was trained to summarise minutes of meetings.",
+        "This adapter was fine-tuned on the x dataset to answer questions about a passage.",
+        "This model is a fine-tuned version of x/y that writes haiku about cats.",
+        "This model can be used to detect sarcasm in tweets.",
+        "This model was trained with LoRA for summarising court rulings.",
+        "These weights teach the model to answer in rhyme.",
+        "本模型基于x微调，用于将法律文本总结成三句话。",
     ],
 )
 def test_text_in_any_script_is_a_task(text):
     assert card_text(f"# adapter\n\n{text}\n") == text
+
+
+def test_a_task_between_sentences_of_a_template_is_found():
+    card = "# x\n\nThis model is a fine-tuned version of [x/y](https://x.org). It routes complaints by urgency. It was made by TRL."
+    assert card_text(card) == "It routes complaints by urgency."
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -38,22 +38,38 @@ _TELLING = re.compile(
     re.I,
 )
 _NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
-# What templates and trainers write into every card; matched against the start of a paragraph.
-_EMPTY = re.compile(
-    r"\[?more information needed|this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
-    r"|(this|the) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint) (was|has been|is) (further )?"
+# What templates and trainers write into every card; matched against the start of a sentence. A sentence of `_MADE` counts all the same
+# if it goes on with what the model does.
+_MADE = re.compile(
+    r"this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
+    r"|(this|the|these) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint|weights)( \S+/\S+)? (was|were|has been|is) (further )?"
     r"(fine-?tuned|trained|extracted|merged|converted|quantised|quantized|created|made|uploaded|built|generated)"
-    r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d)"
-    r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|\d)"
+    r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d|to \S+ format)"
+    r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|on \S+ using|\d)"
     r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
     r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from) "
-    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|\w+ version\b|quick ?start\b"
-    r"|this (model|adapter) can be (used|loaded)|to use this (model|adapter)|training (was|procedure|logs?|loss)\b"
-    r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|developed by|本模型(是|基于).{0,40}微调"
-    r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) \S+\.?$|use the code below|users \(both direct"
-    r"|this (model )?card|it achieves the following|provide a quick summary|\w+ adapters? for \S+\.?$",
+    r"|these are .{0,80}\bweights\b|\w+ (adapters?|weights) (for|of) \S+ (trained|fine-?tuned|made) (with|using|by|on|via) "
+    r"|this (model|adapter) can be (used|loaded)\b"
+    r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
     re.I,
 )
+_DOES = re.compile(
+    r"\b(?:to (?!(?:use|load|run|be|get|the|a|an|this|their|its)\b)[a-z]{3,} (?!format)"
+    r"|(?:that|which) (?!(?:was|were|is|are|has|have|had|can|you|we|i)\b)[a-z]{3,}"
+    r"|for (?!training|testing|inference|fine|using|causal)[a-z]{3,}ing\b)|用于|用来|ための|ために"
+)
+_EMPTY = re.compile(
+    r"\[?more information needed|your description\b|this is the model card of|this model card has been"
+    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|\w+ version\b|quick ?start\b"
+    r"|to use this (model|adapter)|training (was|procedure|logs?|loss)\b"
+    r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|developed by"
+    r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) (the )?\S+( \S+)?( model)?\.?$|use the code below"
+    r"|users \(both direct|this (model )?card|it achieves the following|provide a quick summary|\w+ (adapters?|weights) for \S+\.?$"
+    r"|(refer to|see|visit|for more|you can find|it can be used with|download)\b.{0,200}$"
+    r"|(was )?lora for the text encoder|special vae used",
+    re.I,
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,7 @@ def card_text(card: str) -> str | None:
     """The first paragraph of a model card that tells what the model is for, in one line, or None.
 
     It must stand right under the title, or under a heading such as Model Description, Summary, Task or Intended Use;
-    lists, tables, quotes, images, code and what every template says are passed over.
+    lists, tables, quotes, images, code and sentences that every template says are passed over.
     """
     body = visible_text(split_front(card)[1][:_READ_CARD])
     telling, start = True, 0
@@ -143,10 +159,17 @@ def card_text(card: str) -> str | None:
         lines = [line for line in paragraph.splitlines() if line.strip()]
         if not lines or any(_NO_TEXT.match(line) for line in lines):
             continue
-        text = plain_text(" ".join(lines))
-        if _words(text) >= _FEWEST_WORDS and not _EMPTY.match(text):
+        text = _beyond_templates(plain_text(" ".join(lines)))
+        if _words(text) >= _FEWEST_WORDS:
             return _shortened(text)
     return None
+
+
+def _beyond_templates(text: str) -> str:
+    """A paragraph without the sentences that every template says."""
+    parts = [part for part in _SENTENCE.split(text) if part]
+    kept = [part for part in parts if not _EMPTY.match(part) and (not _MADE.match(part) or _DOES.search(part))]
+    return text if len(kept) == len(parts) else " ".join(kept)
 
 
 def _words(text: str) -> int:
