@@ -622,6 +622,41 @@ def test_what_is_no_adapter_is_said_to_be_none(tmp_path, bases, random_adapter):
     assert find_sources([str(tmp_path / "both" / "one.gguf")])[0].name == "one"
 
 
+def test_files_are_tried_and_fused_as_folders_are(world, tmp_path, capsys):
+    """A GGUF of lorag's names its base model; one of llama.cpp's that does not is asked for it in one line, and works with it."""
+    adapter = dataclasses.replace(
+        true_adapter(world.layout, "red", "cat"),
+        base_model=world.model.name,
+        task_type="CAUSAL_LM",
+        info={"description": "paint the red cat", "base_model": {"name": world.model.name}},
+    )
+    own, foreign = tmp_path / "own.gguf", tmp_path / "foreign.gguf"
+    export_as(_saved(adapter, tmp_path / "peft"), own, "gguf")
+    config = transformers.AutoConfig.from_pretrained(world.model.name)
+    _write_foreign(foreign, adapter, heads={"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads})
+
+    def lorag(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    of_folder, of_file = (lorag("try", place, "paint", "--tokens", 4) for place in (tmp_path / "peft", own))
+    assert of_folder[0] == 0 and of_file[:2] == of_folder[:2]
+    code, _, err = lorag("try", foreign, "paint", "--tokens", 4)
+    assert code == 1 and "--base-model" in err and len(err.splitlines()) == 1
+    assert lorag("try", foreign, "paint", "--tokens", 4, "--base-model", world.model.name, "--no-prompted")[0] == 0
+    both = (f"{own}=.7", f"{foreign}=.3", "--method", "cat", "--out", tmp_path / "fused")
+    code, _, err = lorag("fuse", *both)
+    assert code == 1 and "--base-model" in err and len(err.splitlines()) == 1
+    assert lorag("fuse", *both, "--base-model", world.model.name)[0] == 0
+    fused = LoraAdapter.from_pretrained(tmp_path / "fused")
+    assert fused.base_model == world.model.name
+    _same(adapter, fused, atol=1e-6)
+    code, _, err = lorag("fuse", "a", "b", "--bank", "sandbox", "--base-model", world.model.name, "--out", tmp_path / "x")
+    assert code == 1 and "no bank" in err
+
+
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 

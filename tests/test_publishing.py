@@ -321,13 +321,15 @@ def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
     assert _file_bytes(one) == _file_bytes(two)
 
 
-def test_nothing_but_named_files_is_fetched(standin, fitted):
-    """Pickles, code and whole models that lie beside an adapter are not even asked for."""
+def test_nothing_but_named_files_is_fetched(standin, fitted, caplog):
+    """Pickles, code and whole models that lie beside an adapter are not even asked for; weights of something else are named."""
     fitted("nearest").generate("red bird").push_to_hub("me/mixed", base_model="toys/base-lm")
     strange = ("adapter_model.bin", "evil.py", "model-00001-of-00099.safetensors", "experts/x.safetensors", "training_args.bin")
     standin.put("me/mixed", {name: b"\x80\x04." for name in strange})
     LoraAdapter.from_pretrained("me/mixed")
     assert standin.fetched("me/mixed") == {"adapter_config.json", "adapter_model.safetensors", "lorag.json", CARD}
+    (said,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert "passed over model-00001-of-00099.safetensors beside" in said and "me/mixed" in said
 
 
 def test_a_bank_is_started_from_hub_ids(standin, hosted, toy, tmp_path, capsys):

@@ -14,16 +14,16 @@ from lorag import __version__
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import PROVENANCE
 from lorag.adapters.factors import MAX_RANK
-from lorag.adapters.formats import FORMATS, Base, peft_folder
+from lorag.adapters.formats import FORMATS, Base, named_base, peft_folder
 from lorag.adapters.purpose import find_purpose, stated_licence
 from lorag.adapters.tensor_names import KEY, PREFIX
-from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.errors import AdapterError, ConfigError, StorageError, UndescribedError
 from lorag.files.artifacts import require_plain, write_json
 from lorag.files.atomic import write_atomically, write_folder
 
 if TYPE_CHECKING:
     from lorag.adapters.formats.format import PeftForm
+    from lorag.base.base_model import BaseModel
 
 __all__ = [
     "BESIDE",
@@ -170,10 +170,8 @@ def open_adapter(
     path: str | Path, base_model: str | None, kind: str | None, strength: float, convert: float | None = None
 ) -> tuple[LoraAdapter, Path, BaseModel | None]:
     """The adapter with what its folder says, times the strength; its folder in PEFT's format; the base model that was named."""
-    base = None
-    if base_model is not None:
-        base = BaseModel(base_model, kind or kind_of(base_model), None, is_trusted(base_model))
-    source = peft_folder(path, Base(base), more=BESIDE, convert=convert)
+    known = named_base(base_model, kind)
+    base, source = known.model, peft_folder(path, known, more=BESIDE, convert=convert)
     adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
     if adapter.base_model is None and base is not None:
         adapter = replace(adapter, base_model=base.name)

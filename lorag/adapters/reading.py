@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ __all__ = [
     "read_folder",
     "read_provenance",
     "side_files",
+    "warn_of_side_files",
     "weight_digest",
 ]
 
@@ -224,15 +225,8 @@ def read_folder(
     weights, spec = folder / WEIGHTS, _read_spec(folder, _MAX_HEADER + _HEADER_OF_MODULE * len(layout))
     matched = match(spec, layout, scalings, weights, allow_missing=allow_missing, ignore_extra=ignore_extra, rename=rename, repair=repair)
     info = read_provenance(folder)
-    beside = side_files(folder)
-    if beside:
-        shown = ", ".join(beside[:4]) + (f" and {len(beside) - 4} more" if len(beside) > 4 else "")
-        logger.warning(
-            "passed over %s beside the LoRA of %s: weights that were trained or saved along (a head, a projector, embeddings), without "
-            "which it may not do what it was trained for",
-            shown,
-            folder,
-        )
+    with os.scandir(folder) as entries:
+        warn_of_side_files([entry.name for entry in entries if not entry.is_dir()], folder)
     if check is not None:
         check(config, info, matched)
     squares = _squares(weights, spec, matched, scalings)
@@ -246,14 +240,25 @@ def read_folder(
     return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share, copies)
 
 
-def side_files(folder: Path) -> list[str]:
-    """Names of files beside an adapter that hold weights of something else, such as non_lora_trainables.bin or a value head.
+def side_files(names: Iterable[str]) -> list[str]:
+    """Of the files beside an adapter those that hold weights of something else, such as non_lora_trainables.bin or a value head.
 
-    They are not opened. Other forms of the same adapter and states of a trainer do not belong to it.
+    Other forms of the same adapter and states of a trainer do not belong to it.
     """
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.is_dir())
-    return [name for name in names if _WEIGHTS_OF_SOMETHING.fullmatch(name) and not _NO_PART.fullmatch(name)]
+    return sorted(name for name in names if _WEIGHTS_OF_SOMETHING.fullmatch(name) and not _NO_PART.fullmatch(name))
+
+
+def warn_of_side_files(names: Iterable[str], where: object) -> None:
+    """Says which files beside an adapter hold weights of something else. They are not opened."""
+    beside = side_files(names)
+    if beside:
+        shown = ", ".join(beside[:4]) + (f" and {len(beside) - 4} more" if len(beside) > 4 else "")
+        logger.warning(
+            "passed over %s beside the LoRA of %s: weights that were trained or saved along (a head, a projector, embeddings), without "
+            "which it may not do what it was trained for",
+            shown,
+            where,
+        )
 
 
 def _digest(path: Path, key: str) -> str:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _DEEPEST = 4
 _CHECKPOINT = re.compile(r"(checkpoint|step|epoch|global_step|iter)[-_]?\d+.*|checkpoint.*", re.I)
+_NUMBERED = re.compile(r"((?:checkpoint|step|epoch|global_step|iter)[-_]?)(\d{1,12})", re.I)
+_EPOCH = re.compile(r"(.+)-(?:\d{6}|step\d{8})")  # of a file, as kohya's trainers number what they save on the way to the last one
 _MAX_LIST = 64 * 2**20
 
 
@@ -129,7 +131,8 @@ def listed_sources(path: Path) -> list[Source]:
 def _adapters(root: Path) -> Iterator[Path]:
     """Folders with an adapter, also below another one, as PEFT saves several, and files with one; what is passed over is said.
 
-    A trainer's checkpoints belong to the adapter above them. Links are not followed: they may lead anywhere.
+    A trainer's checkpoints belong to the adapter above them, and without one to the last of them. Links are not followed: they may
+    lead anywhere.
     """
     adapters: list[Path] = []
     for path, folders, files in os.walk(root):
@@ -146,7 +149,10 @@ def _adapters(root: Path) -> Iterator[Path]:
                     logger.warning("passed over %s: it lies more than %d folders deep; name it to take it", here / name, _DEEPEST)
             folders[:] = []
         if CONFIG not in files and WEIGHTS not in files:
-            yield from adapter_files(here) if any(name.endswith((".gguf", ".safetensors")) for name in files) else ()
+            for name in _earlier(here, folders):
+                logger.warning("passed over %s: an earlier state than the last one beside it; name it to take it", here / name)
+                folders.remove(name)
+            yield from _files(here) if any(name.endswith((".gguf", ".safetensors")) for name in files) else ()
             continue
         above = any(parent in adapters for parent in here.parents)
         if above and _CHECKPOINT.fullmatch(here.name):
@@ -155,6 +161,25 @@ def _adapters(root: Path) -> Iterator[Path]:
             continue
         adapters.append(here)
         yield here
+
+
+def _earlier(folder: Path, names: Sequence[str]) -> list[str]:
+    """Folders with a trainer's checkpoint of an adapter, but for the last of each kind of name."""
+    states = [(found[1], int(found[2]), name) for name in names if (found := _NUMBERED.fullmatch(name)) and _is_adapter(folder / name)]
+    last = {kind: number for kind, number, _ in sorted(states)}
+    return [name for kind, number, name in states if number < last[kind]]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files with an adapter, without the numbered states of one that is there too."""
+    found = adapter_files(folder)
+    names = {path.stem for path in found}
+    for path in found:
+        state = _EPOCH.fullmatch(path.stem)
+        if state is not None and state[1] in names:
+            logger.warning("passed over %s: an earlier state of %s; name it to take it", path, folder / f"{state[1]}{path.suffix}")
+        else:
+            yield path
 
 
 def _is_adapter(folder: Path) -> bool:

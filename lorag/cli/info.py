@@ -12,13 +12,12 @@ from typing import Any
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE
-from lorag.adapters.formats import Base, adapter_files, format_of, peft_folder
+from lorag.adapters.formats import adapter_files, format_of, named_base, peft_folder
 from lorag.adapters.portability import check_portability
 from lorag.adapters.provenance import UNKNOWN, derive, licence_of, prompt_of
 from lorag.adapters.reading import read_facts, read_provenance
 from lorag.bank.bank import AdapterBank
 from lorag.bank.index import BankIndex
-from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.errors import ArtifactError, LoragError, printable
 from lorag.evaluation.harness import lm_eval_command
 from lorag.files.artifacts import read_json
@@ -248,8 +247,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _foreign(path: Path, file: Path, base_model: str | None) -> dict[str, Any]:
     """An adapter in another format, by what it is in PEFT's."""
-    base = None if base_model is None else BaseModel(base_model, kind_of(base_model), None, is_trusted(base_model))
-    folder = peft_folder(path, Base(base))
+    folder = peft_folder(path, named_base(base_model))
     known = format_of(file)
     card = _adapter(folder)
     card.pop("to score it", None)  # the harness reads PEFT's format alone

@@ -228,7 +228,9 @@ def evaluate(
 
 @app.command()
 def fuse(
-    names: Annotated[list[str], typer.Argument(help="Experts of the bank, or adapter folders and hub ids; NAME=WEIGHT weighs them.")],
+    names: Annotated[
+        list[str], typer.Argument(help="Experts of the bank, or adapter folders, files and hub ids; NAME=WEIGHT weighs them.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
     bank: Annotated[str | None, typer.Option(help="The bank; by default 'sandbox', or none for folders and hub ids.")] = None,
     method: Annotated[str, typer.Option(help="mean, task_arithmetic, ties, dare_ties, cat, lego, tsv, regmean or icm_fusion.")] = "mean",
@@ -236,6 +238,7 @@ def fuse(
     rule: Annotated[str, typer.Option(help="Of icm_fusion: uniform, conflict or learned.")] = "uniform",
     tasks: Annotated[str | None, typer.Option(help="Suite of the experts' tasks, to learn from and to warn of shared inputs.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Base model of adapters whose files do not say it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -246,7 +249,18 @@ def fuse(
     weights_of = read_weights(names)
     if bank is None and not all("/" in name or Path(name).exists() for name in weights_of):
         bank = "sandbox"
-    adapter = run(weights_of, bank=bank, method=method, generator=generator, rule=rule, tasks=tasks, rank=rank, seed=seed, device=device)
+    adapter = run(
+        weights_of,
+        bank=bank,
+        method=method,
+        generator=generator,
+        rule=rule,
+        tasks=tasks,
+        rank=rank,
+        base_model=base_model,
+        seed=seed,
+        device=device,
+    )
     folder = adapter.save_pretrained(out)
     parts = "adapters" if bank is None else "experts"
     print(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, {len(names)} {parts} by {method}")

@@ -25,7 +25,10 @@ def register(app: typer.Typer) -> None:
 
 
 def try_adapter(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id; or a description of several words, which is generated.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(help="Adapter folder, file or hub id; or a description of several words, which is generated."),
+    ],
     texts: Annotated[list[str], typer.Argument(help="What to ask.")],
     base: Annotated[bool, typer.Option("--base/--no-base", help="Also the bare base model.")] = True,
     prompted: Annotated[
@@ -48,7 +51,7 @@ def try_adapter(
     from lorag.errors import ConfigError
     from lorag.evaluation.side_by_side import open_for, side_by_side
 
-    opened, template, said = _open(adapter, generator, seed)
+    opened, template, said = _open(adapter, generator, seed, base_model, kind)
     said = description or said
     if prompted and said is None:
         raise ConfigError(f"nothing says what {adapter} is for", remedy='Give --description "…", or leave --prompted out.')
@@ -63,13 +66,15 @@ def try_adapter(
         typer.echo(compared.effect.line())
 
 
-def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, str | None, str | None]:
+def _open(
+    place: str, generator: str | None, seed: int, base_model: str | None, kind: str | None
+) -> tuple[LoraAdapter, str | None, str | None]:
     """The adapter, the chat template beside it, and what it is for; several words that name no folder are a description."""
     from lorag.adapters.adapter import LoraAdapter
+    from lorag.adapters.formats import named_base, peft_folder
     from lorag.adapters.purpose import find_purpose
     from lorag.adapters.reading import CHAT_FILES, own_chat_template
     from lorag.errors import DescriptionError, UndescribedError
-    from lorag.files.hub import fetch
     from lorag.generator.generate import generate_lora
 
     if len(place.split()) > 1 and not Path(place).exists():
@@ -77,7 +82,7 @@ def _open(place: str, generator: str | None, seed: int) -> tuple[LoraAdapter, st
         return adapter, None, str(adapter.info["description"])
     if generator is not None:
         raise typer.BadParameter("--generator is for an adapter that is described by several words")
-    folder = fetch(place, "adapter", more=CHAT_FILES)
+    folder = peft_folder(place, named_base(base_model, kind), more=CHAT_FILES)
     opened = LoraAdapter.from_pretrained(folder, repair=True)
     try:
         said = find_purpose(folder, opened.info).descriptions[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import re
 import sys
@@ -16,7 +17,9 @@ from pathlib import Path
 from lorag.errors import ArtifactError, StorageError
 from lorag.files.artifacts import read_json, resolve_inside
 
-__all__ = ["fetch", "fetch_small", "list_adapters", "push"]
+__all__ = ["fetch", "fetch_small", "list_adapters", "list_files", "push"]
+
+logger = logging.getLogger(__name__)
 
 # What is fetched of an adapter. Of banks and generators it is the manifest, then what the manifest lists. A repository may
 # hold anything else, such as pickles or a whole model; it stays there.
@@ -74,6 +77,19 @@ def _snapshot(repository: str, kind: str, revision: str | None, patterns: list[s
             got=f"no such folder, and from the hub: {_reason(error)}",
             remedy="Check the name, the network and HF_HUB_OFFLINE; for a private repository log in with `hf auth login`.",
         ) from _cause(error)
+
+
+def list_files(repository: str, revision: str) -> list[str]:
+    """Names of all files of a repository; none where the hub cannot be asked, as when what is in its client's cache is used offline."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        return [str(name) for name in HfApi().list_repo_files(repository, revision=revision)]
+    except _failures() as error:
+        logger.debug("the files of %s cannot be listed: %s", repository, _reason(error))
+        return []
 
 
 def list_adapters(base: str, limit: int) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.formats import named_base
 from lorag.adapters.merging import MERGES, aligned, merge
 from lorag.adapters.provenance import base_fields, parents, versions
 from lorag.bank.bank import AdapterBank, find_bank
@@ -215,14 +216,15 @@ def fuse(
     rule: str = "uniform",
     tasks: str | None = None,
     rank: int | None = None,
+    base_model: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> LoraAdapter:
     """Opens everything by name and fuses adapters into one.
 
     Args:
-        names: Experts of the bank, or, without a bank, adapter folders and hub ids, of any ranks and scalings; as a mapping, with
-            the weight of each.
+        names: Experts of the bank, or, without a bank, adapter folders, files in any format and hub ids, of any ranks and scalings; as a
+            mapping, with the weight of each.
         bank: Bank folder, hub id, or "sandbox"; None for adapters that are in no bank.
         method: A rule of `merging`; "regmean", which needs the tasks; or "icm_fusion".
         generator: Folder of an `icm_fusion` generator, for that method only.
@@ -231,6 +233,7 @@ def fuse(
             trained from nothing on the same examples does better (`info["controls"]`), and
             `icm_fusion` may learn; `regmean` looks at what flows through the base model on their examples.
         rank: Rank of the result.
+        base_model: Base model of adapters in no bank whose files do not say it.
         seed: Seed of `dare_ties`, and of the choice of examples.
         device: Where the base model runs.
 
@@ -255,9 +258,15 @@ def fuse(
     if bank is None:
         if tasks is not None or generator is not None:
             raise ConfigError("tasks and generators are of a bank's experts", got="no bank", remedy="Add the adapters to one.")
-        loose = [LoraAdapter.from_pretrained(name) for name in names]
-        named = [replace(one, info={"expert": Path(name).name, **one.info}) for name, one in zip(names, loose, strict=True)]
+        known = named_base(base_model).model
+        loose = [LoraAdapter.from_pretrained(name, repair=True, base=known) for name in names]
+        named = [
+            replace(one, base_model=one.base_model or base_model, info={"expert": Path(name).name, **one.info})
+            for name, one in zip(names, loose, strict=True)
+        ]
         return merge(aligned(named), method, weights=weights, rank=rank, rng=rng)
+    if base_model is not None:
+        raise ConfigError("a base model is given for adapters in no bank", got=f"bank {bank}", remedy="Leave one of the two out.")
     experts = find_bank(bank)
     for name in names:
         experts[name]  # raises before anything is loaded

@@ -18,14 +18,16 @@ from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm
 from lorag.adapters.formats.gguf import Gguf
 from lorag.adapters.formats.mlx import Mlx
 from lorag.adapters.formats.other_methods import OtherMethods
+from lorag.adapters.reading import warn_of_side_files
+from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.base.names import locate
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import is_foreign_link, read_bounded, sha256, write_json
 from lorag.files.cache import cache_folder, cached_folder
-from lorag.files.hub import fetch
+from lorag.files.hub import fetch, list_files
 from lorag.files.tensors import save_tensors
 
-__all__ = ["FORMATS", "Base", "adapter_files", "format_of", "peft_folder"]
+__all__ = ["FORMATS", "Base", "adapter_files", "format_of", "named_base", "peft_folder"]
 
 FORMATS: Mapping[str, AdapterFormat] = {one.name: one for one in (Gguf(), Mlx(), Diffusion())}
 
@@ -79,6 +81,8 @@ def peft_folder(
             )
     else:
         folder = fetch(path, "adapter", revision, more=more)
+        if folder != named:  # of a repository only what belongs to an adapter was fetched
+            warn_of_side_files((name for name in list_files(str(path), folder.name) if "/" not in name), path)
         other = None if convert is None else OtherMethods(convert)
         if other is not None and other.weights(folder):
             return _converted(folder / WEIGHTS, other, other.stated(folder / WEIGHTS, base or Base()), more)
@@ -93,6 +97,15 @@ def peft_folder(
         if source_format is None:
             raise AssertionError(f"{file} was recognised a moment ago")
     return _converted(file, source_format, base or Base(), more)
+
+
+def named_base(name: str | None, kind: str | None = None) -> Base:
+    """What is known of a base model that a user names, or nothing.
+
+    Raises:
+        BaseModelError: If its config cannot be read.
+    """
+    return Base(None if name is None else BaseModel(name, kind or kind_of(name), None, is_trusted(name)))
 
 
 def _expected() -> str:

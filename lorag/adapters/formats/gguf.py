@@ -52,6 +52,7 @@ class Gguf(AdapterFormat):
     name = "gguf"
     title = "GGUF"
     writes = "file"
+    version = 2
 
     def weights(self, folder: Path) -> list[Path]:
         """GGUF files that say that they are adapters; models are left where they are."""
@@ -75,7 +76,8 @@ class Gguf(AdapterFormat):
                 f"GGUF file {file} belongs to an architecture that lorag does not know", got=architecture, expected=_architectures()
             )
         alpha = fields.get("adapter.lora.alpha", 0.0)
-        stated = _stated_base(fields)
+        info = _info(file, fields)
+        stated = _stated_base(fields) or _known_base(info)
         heads = self._heads(file, header, base, stated) if architecture in _PERMUTED else {}
         values = _values(file, header)
         composite = base.model is not None and hasattr(stored_config(base.model.name, base.model.revision), "text_config")
@@ -86,7 +88,7 @@ class Gguf(AdapterFormat):
                 b = _unpermuted(b, heads[part], name)
             scaling = alpha / a.shape[0] if alpha else 1.0  # llama.cpp takes 0 for a scaling of 1
             updates[module] = Update(a, b, scaling)
-        return peft_form(updates, base_model=stated, task_type="CAUSAL_LM", info=_info(file, fields))
+        return peft_form(updates, base_model=stated, task_type="CAUSAL_LM", info=info)
 
     @staticmethod
     def _heads(file: Path, header: GgufHeader, base: Base, stated: str | None) -> dict[str, int]:
@@ -269,6 +271,13 @@ def _stated_base(fields: Mapping[str, Any]) -> str | None:
         if isinstance(address, str) and re.fullmatch(re.escape(_HUB) + r"[\w.-]{1,96}/[\w.-]{1,96}/?", address):
             return address.removeprefix(_HUB).rstrip("/")
     return None
+
+
+def _known_base(info: Mapping[str, Any]) -> str | None:
+    """The base model's name in what lorag wrote down: a folder or a name of its own, for which llama.cpp's converter has no place."""
+    base = info.get("base_model")
+    name = base.get("name") if isinstance(base, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 def _info(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
