@@ -1,14 +1,14 @@
-"""Commands on banks: build, add, remove, list, check, export, compress."""
+"""Commands on banks: build, add, remove, list, check, describe, export, compress, transfer."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorag.cli.options import Address, Cpus, Gpus, OnBackend, Quiet
+from lorag.cli.options import Address, Cpus, Device, Dtype, Gpus, OnBackend, Quiet
 from lorag.errors import BankError, BaseModelError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -322,3 +322,58 @@ def compress(
     typer.echo(f"modules keep {low} to {high} directions on a side")
     typer.echo(f"energy kept {small.energy:.2%} on average, least {small.energies[small.worst]:.2%} ({small.worst})")
     typer.echo(f"next: lorag bank check {out}")
+
+
+@app.command("transfer")
+def transfer(
+    bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox'.")],
+    to: Annotated[str, typer.Option(help="The new base model: a hub id, folder, GGUF file or short name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE settings, such as answers.keep=.9, experts.steps=100 or objective_settings.template='{input}'."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Suite with the experts' tasks, whose inputs are answered; labels are not used.")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Text file whose lines every expert answers.")] = None,
+    by: Annotated[
+        Literal["auto", "copy", "answers"],
+        typer.Option(help="auto: a copy where experts fit and, if there are inputs, give the same answers; else learned from answers."),
+    ] = "auto",
+    expert: Annotated[list[str] | None, typer.Option(help="An expert to be transferred; may be repeated. All by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The new base model's revision on the hub.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Make a bank of the same tasks for another base model, without labelled data."""
+    from lorag.bank.bank import find_bank
+    from lorag.bank.transferring import TransferConfig, read_inputs, task_inputs, transfer_bank
+    from lorag.base.base_model import BaseModel, is_trusted
+    from lorag.config import load_config
+    from lorag.tasks.finding import find_tasks
+
+    if tasks is not None and inputs is not None:
+        raise typer.BadParameter("--tasks and --inputs are two ways to say the same; give one")
+    opened = find_bank(bank)
+    config = load_config(TransferConfig, None, settings or [])
+    names = opened.names if expert is None else expert
+    asked = task_inputs(find_tasks(tasks), names) if tasks is not None else None if inputs is None else read_inputs(inputs, names)
+    base = BaseModel(to, opened.base.model.kind, revision, is_trusted(to))
+    done = transfer_bank(opened, out, base, by=by, inputs=asked, names=expert, config=config, device=device, dtype=dtype, quiet=quiet)
+    alike = done.likeness
+    if alike.similarity is not None and alike.least is not None:
+        low, where = alike.least
+        typer.echo(f"weights of both bases: mean cosine {alike.similarity:.4f}, least {low:.4f} ({where})")
+        typer.echo(f"the base moved {done.moved:.2f} times as far as an expert changes it")
+    if done.by == "copy":
+        typer.echo(f"{out}: {len(done.bank)} experts, copied to {base.name}")
+    else:
+        kept, answered = (sum(counts) for counts in zip(*done.kept.values(), strict=True))
+        typer.echo(f"{out}: {len(done.bank)} experts of {base.name}, learned from {kept} of {answered} answers")
+    if done.agreement is not None:
+        typer.echo(f"in {done.agreement:.1%} of the cases tried they give the answer that the old base and expert give")
+    if done.left_out:
+        typer.echo(f"left out, with too few sound answers: {', '.join(done.left_out[:8])}{' …' if len(done.left_out) > 8 else ''}")
+    typer.echo(f"next: lorag train bank={out}")

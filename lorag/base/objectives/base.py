@@ -129,6 +129,14 @@ class Objective(abc.ABC):
         """
         raise ConfigError(f"objective {self.name} writes no answers", expected="an objective that generates text")
 
+    def judge(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each (input, answer): whether each token of the answer is the likeliest, and its log-likelihood; the last one ends it.
+
+        Raises:
+            ConfigError: If this objective writes no answers.
+        """
+        raise ConfigError(f"objective {self.name} writes no answers", expected="an objective that generates text")
+
     def prompt_tokens(self, inputs: Sequence[str]) -> list[int]:
         """Tokens of the prompt of each input.
 

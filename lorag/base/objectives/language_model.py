@@ -210,6 +210,14 @@ class LanguageModel(Objective):
             results.append(score)
         return results
 
+    @torch.inference_mode()
+    def judge(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each (input, answer): whether each token of the answer is the likeliest, and its log-likelihood; the last one ends it."""
+        batch = self.encode([pairs])
+        lengths = (batch.targets != -100).sum(1).tolist()
+        right, likely = self._judge(model, batch)
+        return list(zip(right.split(lengths), likely.split(lengths), strict=True))
+
     def _judge(self, model: PreTrainedModel, batch: TokenRows) -> tuple[Tensor, Tensor]:
         """Whether each answer token (k,) is the likeliest, and its log-likelihood (k,)."""
         logits = self._answer_logits(model, batch)
