@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from lorag.bank.bank import AdapterBank
 from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.precision import stored_types
 from lorag.base.runner import BankBase
-from lorag.base.weights import precisions, weights_identity
+from lorag.base.weights import weights_identity
 from lorag.errors import ArtifactError, BaseModelError
 from lorag.files.artifacts import sha256
 
@@ -129,7 +130,7 @@ def test_precisions_are_each_tensor_s(stored, tmp_path):
     tensors[names[0]] = tensors[names[0]].to(torch.bfloat16)
     tensors[names[1]] = tensors[names[1]].to(torch.float8_e4m3fn)
     save_file(tensors, stored / "model.safetensors", {"format": "pt"})
-    found = precisions(stored)
+    found = stored_types(BaseModel(str(stored), "causal_lm"))
     assert set(found) == set(names)
     assert (found[names[0]], found[names[1]], {found[name] for name in names[2:]}) == ("BF16", "F8_E4M3", {"F32"})
     assert weights_identity(stored).startswith("tensors:")

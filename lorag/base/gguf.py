@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import BaseModelError, LoragError, MissingDependencyError
-from lorag.files.artifacts import looks_like, read_json, require_plain, sha256, write_json
+from lorag.files.artifacts import looks_like, require_plain, sha256, write_json
 from lorag.files.cache import cached_folder
 from lorag.progress import progress_bar, quiet_loading
 
-__all__ = ["ORIGIN", "converted", "is_gguf", "origin_of"]
+__all__ = ["ORIGIN", "converted", "is_gguf"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,6 @@ def converted(path: Path, digest: str | None = None) -> Path:
     digest = digest or sha256(path)
     name = "-".join(re.findall("[a-z0-9]+", path.stem.lower()))[:48]
     return cached_folder(f"bases/{name}-{digest[:16]}-{_FORMAT}", lambda folder: _convert(path, folder, digest))
-
-
-def origin_of(folder: Path) -> dict[str, str] | None:
-    """What a converted folder was made from: `file`, `sha256` and `format`, such as "Q4_1, dequantised"; None for other folders."""
-    return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else None
 
 
 @dataclass(frozen=True)

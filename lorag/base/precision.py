@@ -9,6 +9,7 @@ import torch
 
 from lorag.base.base_model import BaseModel, stored_config
 from lorag.base.names import locate
+from lorag.base.weights import weight_files
 from lorag.errors import AdapterError, BaseModelError
 
 __all__ = ["cast_files", "require_plain_weights", "stored_types"]
@@ -59,7 +60,7 @@ def _files(base: BaseModel) -> list[Path]:
             if isinstance(cached, str):
                 folder = Path(cached).parent
                 break
-    return sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    return weight_files(folder) if folder.is_dir() else []
 
 
 def cast_files(folder: Path, types: Mapping[str, str]) -> None:

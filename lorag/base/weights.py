@@ -1,11 +1,10 @@
-"""A base model's weights on disk: which files they are, what identifies them, and each tensor's precision."""
+"""A base model's weights on disk: which files they are, and what identifies them."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from lorag.errors import ArtifactError
@@ -13,7 +12,7 @@ from lorag.files.artifacts import read_json, sha256
 from lorag.files.tensors import read_header, tensor_bytes
 from lorag.progress import progress_bar
 
-__all__ = ["precisions", "same_weights", "weight_files", "weights_identity"]
+__all__ = ["same_weights", "weight_files", "weights_identity"]
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 64 * 2**20
@@ -53,11 +52,6 @@ def same_weights(folder: Path, identity: str) -> bool:
     return identity == weights_identity(folder)
 
 
-def precisions(folder: Path) -> Mapping[str, str]:
-    """The type in which each tensor of a base model is stored, as safetensors spells it, such as "BF16"."""
-    return {name: dtype for file in weight_files(folder) for name, (dtype, _) in read_header(file, _MAX_HEADER, every_type=True)[0].items()}
-
-
 def _state(file: Path) -> tuple[int, int]:
     try:
         state = file.stat()
@@ -77,9 +71,8 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     done, total = 0, sum(size for _, size, _ in files)
     with progress_bar(total=total // _PIECE, desc="reading the base model (pieces of 8 MiB)", disable=total < _LONG, leave=False) as bar:
         for path, _, _ in files:
-            spec, _ = read_header(
-                path, _MAX_HEADER, every_type=True
-            )  # checked: tensors follow one another without gaps, in the order of the spec
+            # Checked: tensors follow one another without gaps, in the order of the spec.
+            spec, _ = read_header(path, _MAX_HEADER, every_type=True)
             with path.open("rb") as file:
                 file.seek(8 + int.from_bytes(file.read(8), "little"))
                 for name, (dtype, shape) in spec.items():
