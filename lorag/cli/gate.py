@@ -55,19 +55,17 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure refusals, expected gap closed and selective risk on held-out tasks and on descriptions of nothing that the bank does."""
-    from lorag.bank.bank import find_bank
+    from lorag.evaluation.folders import find_oracles
     from lorag.evaluation.gate import format_gate, measure_gate
-    from lorag.files.artifacts import embedded, write_json
+    from lorag.files.artifacts import write_json
     from lorag.generator.generate import open_generator
     from lorag.tasks.finding import find_tasks
     from lorag.tasks.unknown import read_unknown
 
     opened = open_generator(generator, device=device)
     suite = find_tasks(tasks, None if split == "all" else split)
-    where = embedded("data/sandbox/oracles") if oracles is None and tasks == "sandbox" else oracles
-    experts = None if where is None else find_bank(where)
     listed = None if unknown is None else read_unknown(unknown, "test")
-    report = measure_gate(opened, suite, experts, unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
+    report = measure_gate(opened, suite, find_oracles(oracles, tasks), unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
     typer.echo(format_gate(report))
     if json_file is not None:
         write_json(json_file, report)

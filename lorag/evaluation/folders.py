@@ -27,7 +27,7 @@ from lorag.training.train import fit_generator
 if TYPE_CHECKING:
     from lorag.tasks.suite import TaskSuite
 
-__all__ = ["Ladder", "embedded_suite", "open_ladder"]
+__all__ = ["Ladder", "embedded_suite", "find_oracles", "open_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
 MULTITASK = "multitask"
@@ -135,7 +135,7 @@ def open_ladder(
     everything = opened | (_fit_baselines(first, experts, tasks, seen, opened, methods, device, dtype, quiet) if len(experts) else {})
     order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    oracle_bank = _find_oracles(oracles, experts, tasks, seen)
+    oracle_bank = experts if oracles is None and seen and len(experts) else find_oracles(oracles, tasks)
     return Ladder(experts, next(iter(splits.values())), oracle_bank, ranked, places, methods, device, dtype, splits)
 
 
@@ -150,11 +150,10 @@ def embedded_suite(base: str) -> str:
     return _SUITES[base]
 
 
-def _find_oracles(oracles: str | None, experts: AdapterBank, tasks: str, seen: bool) -> AdapterBank | None:
+def find_oracles(oracles: str | None, tasks: str) -> AdapterBank | None:
+    """Experts of evaluated tasks: the bank that is named, else the one that is embedded for their suite, if there is one."""
     if oracles is not None:
-        return AdapterBank.from_pretrained(oracles)
-    if seen and len(experts):
-        return experts
+        return find_bank(oracles)
     return AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == _SANDBOX else None
 
 
