@@ -29,7 +29,7 @@ from lorag.bank.experts import train_group
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
-from lorag.methods.support_examples import few_examples, learn_weights, tasks_of
+from lorag.methods.support_examples import few_examples, learn_weights
 from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.fuse import fuse_experts
@@ -142,7 +142,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
 
 def run_set(world: World, names: Sequence[str], seed: int) -> dict[str, list[float]]:
     """Scores of each task, by method."""
-    tasks = tasks_of(world.suite, names)
+    tasks = world.suite.of_experts(names)
     found = {"base": world.scores(None, tasks), "single": world.scores(list(world.bank.adapters(names)), tasks)}
     for name, make in methods(world, names, tasks, seed).items():
         found[name] = world.scores([make()], tasks)
@@ -151,7 +151,7 @@ def run_set(world: World, names: Sequence[str], seed: int) -> dict[str, list[flo
 
 def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, list[float]]:
     """The same where the first task has 8 examples in all, and its expert was trained on them; its score comes first."""
-    tasks = tasks_of(world.suite, names)
+    tasks = world.suite.of_experts(names)
     few = few_examples(tasks[0], RARE, seed)
     expert = train_group(world.generator.runner(), [few], 4, TRAINING)[0][-1]
     expert = replace(expert, base_model=world.bank.base.model.name)

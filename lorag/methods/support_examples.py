@@ -14,14 +14,13 @@ from torch import Tensor
 
 from lorag.adapters.factors import Factors
 from lorag.base.objectives.base import task_rng, training_examples
-from lorag.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.base.runner import Runner
-    from lorag.tasks.suite import Task, TaskSuite
+    from lorag.tasks.suite import Task
 
-__all__ = ["Reduction", "minimise", "few_examples", "learn_weights", "shared_inputs", "tasks_of", "told_apart", "warn_of_shared_inputs"]
+__all__ = ["Reduction", "minimise", "few_examples", "learn_weights", "shared_inputs", "told_apart", "warn_of_shared_inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +29,6 @@ Losses = Callable[[str, int], Tensor]  # of each task (n,), from a draw's name a
 _BATCH = 8
 _PROBED = 32  # inputs of each task by which tasks are told apart
 _APART = 3.0
-
-
-def tasks_of(suite: TaskSuite, names: Sequence[str]) -> list[Task]:
-    """The tasks of experts, in their order.
-
-    Raises:
-        ConfigError: If the suite lacks one.
-    """
-    by_key = {task.key: task for task in suite}
-    missing = [name for name in names if name not in by_key]
-    if missing:
-        raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-    return [by_key[name] for name in names]
 
 
 def few_examples(task: Task, most: int, seed: int) -> Task:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorag.errors import ArtifactError, DescriptionError, TaskError
+from lorag.errors import ArtifactError, ConfigError, DescriptionError, TaskError
 from lorag.files.artifacts import parse_json, read_json, require_plain, safe_name
 from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
@@ -105,6 +105,18 @@ class TaskSuite:
     def select(self, names: Sequence[str]) -> TaskSuite:
         """The suite of these tasks, in this order."""
         return TaskSuite(self[name] for name in names)
+
+    def of_experts(self, names: Sequence[str]) -> list[Task]:
+        """The tasks of experts, in their order; an expert's name is its task's key.
+
+        Raises:
+            ConfigError: If one is missing.
+        """
+        by_key = {task.key: task for task in self}
+        missing = [name for name in names if name not in by_key]
+        if missing:
+            raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
+        return [by_key[name] for name in names]
 
     # --- files ---------------------------------------------------------------------------------------------------
 

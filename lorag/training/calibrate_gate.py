@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorag.errors import ConfigError, GeneratorError
+from lorag.errors import GeneratorError
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import Reference, gather
 from lorag.generator.gate import Gate, digest
@@ -89,10 +89,7 @@ def fit_gate(
         )
     names, experts = bank.names, len(bank)
     owned = [i for i in held if i < experts]
-    tasks = {task.key: task for task in suite} if suite is not None and owned else {}
-    missing = [names[i] for i in owned if tasks and names[i] not in tasks]
-    if missing:
-        raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
+    tasks = {} if suite is None else {task.key: task for task in suite.of_experts([names[i] for i in owned])}
     described = {i: (bank[names[i]].descriptions if i < experts else others[i - experts].descriptions) for i in held}
     rows = [(i, text) for i in held for text in described[i][: settings.wordings]]
     group_of = torch.tensor(list(groups[:experts]))

@@ -24,7 +24,7 @@ from lorag.errors import ArtifactError, ConfigError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.icm_fusion import IcmFusion
-from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, tasks_of, warn_of_shared_inputs
+from lorag.methods.support_examples import Reduction, few_examples, learn_weights, minimise, warn_of_shared_inputs
 from lorag.networks.vae import resolve_conflicts
 from lorag.tasks.finding import find_tasks
 from lorag.training.controls import compare_with_fresh
@@ -160,7 +160,7 @@ def fuse_experts(
     support: list[Task] = []
     reduced: tuple[float, float] | None = None
     if suite is not None:
-        tasks = tasks_of(suite, names)
+        tasks = suite.of_experts(names)
         runner = generator.runner()
         warn_of_shared_inputs(runner, tasks)
         support = [few_examples(task, examples, seed) for task in tasks]
@@ -280,7 +280,7 @@ def fuse(
         base = experts.base
         base.check()
         runner = Runner.open(base, device)
-        their_tasks = tasks_of(suite, names)
+        their_tasks = suite.of_experts(names)
         warn_of_shared_inputs(runner, their_tasks)
         if method == "regmean":
             return regmean(runner, list(experts.adapters(names)), their_tasks, weights=weights, rank=rank, seed=seed)

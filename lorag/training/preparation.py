@@ -140,11 +140,7 @@ def prepare(
     embeddings = [[next(flat) for _ in of_task] for of_task in texts]
     examples, near = [], space
     if suite is not None and runner is not None:
-        tasks = {task.key: task for task in suite}
-        missing = [name for name in bank.names if name not in tasks]
-        if missing:
-            raise ConfigError("tasks: the suite lacks tasks of experts", got=f"{len(missing)} such as {missing[0]}")
-        examples = [*(tasks[name] for name in bank.names), *more]
+        examples = [*suite.of_experts(bank.names), *more]
         near = space.to(runner.device, torch.float32)
     data = TrainingSet(
         space=near,
