@@ -101,7 +101,7 @@ def test_experts_of_another_shape_learn_from_answers(learned, bank, other, suite
     stacked = Factors.stack([new.adapter(task.key).factors for task in tasks])
     bare, adapted = ([one["exact_match"] for one in runner.scores(given, tasks, limit=6)] for given in (None, stacked))
     assert max(bare) == 0 and min(adapted) >= 0.5 and sum(adapted) / 3 >= 0.7
-    assert learned.agreement >= 0.7 and learned.left_out == ()
+    assert learned.agreement >= 0.7 and learned.skipped == ()
 
 
 def test_labels_are_never_looked_at(bank, other, suite, tmp_path):
@@ -229,7 +229,7 @@ def test_an_expert_with_too_few_answers_is_left_out(bank, other, suite, tmp_path
     inputs = task_inputs(suite, bank.names)
     first, *others = bank.names
     done = transfer_bank(bank, tmp_path / "bank", other, inputs={**inputs, first: inputs[first][:4]}, config=SHORT)
-    assert done.left_out == (first,) and sorted(done.bank.names) == sorted(others) and done.kept[first] == (4, 4)
+    assert done.skipped == (first,) and sorted(done.bank.names) == sorted(others) and done.kept[first] == (4, 4)
 
 
 def test_inputs_from_a_file(tmp_path):

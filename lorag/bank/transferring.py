@@ -98,7 +98,7 @@ class Transferred:
         agreement: Share of the old experts' answers that the new ones give too: copies to all inputs that were tried, others to those that
             they did not learn from. None where nothing was tried.
         kept: Of each expert, answers that were kept, and inputs that it answered; empty for a copy.
-        left_out: Experts of which too few answers were kept.
+        skipped: Experts of which too few answers were kept.
     """
 
     bank: AdapterBank
@@ -107,7 +107,7 @@ class Transferred:
     moved: float | None = None
     agreement: float | None = None
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def transfer_bank(
@@ -190,7 +190,7 @@ def transfer_bank(
             )
         return Transferred(_copied(bank, out, to, names, settings), "copy", likeness, moved, agreed)
     tasks, kept = _tasks(bank, found, answers)
-    left_out = tuple(name for name, (count, _) in kept.items() if count < _LEAST)
+    skipped = tuple(name for name, (count, _) in kept.items() if count < _LEAST)
     if not tasks:
         counts = ", ".join(f"{name} {count} of {asked}" for name, (count, asked) in list(kept.items())[:3])
         raise BankError(
@@ -211,7 +211,7 @@ def transfer_bank(
         quiet=quiet,
     )
     scores = [score for task in tasks if (score := new[task.key].score) is not None]
-    return Transferred(new, "answers", likeness, moved, statistics.fmean(scores) if scores else None, kept, left_out)
+    return Transferred(new, "answers", likeness, moved, statistics.fmean(scores) if scores else None, kept, skipped)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def read_inputs(path: str | Path, names: Sequence[str]) -> dict[str, list[str]]:
         raise ConfigError(f"inputs cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ConfigError(f"{path} holds no inputs", expected="one text a line")
+        raise ConfigError(f"{path} holds no inputs", expected="one text per line")
     return {name: lines for name in names}
 
 

@@ -374,6 +374,6 @@ def transfer(
         typer.echo(f"{out}: {len(done.bank)} experts of {base.name}, learned from {kept} of {answered} answers")
     if done.agreement is not None:
         typer.echo(f"in {done.agreement:.1%} of the cases tried they give the answer that the old base and expert give")
-    if done.left_out:
-        typer.echo(f"left out, with too few sound answers: {', '.join(done.left_out[:8])}{' …' if len(done.left_out) > 8 else ''}")
+    if done.skipped:
+        typer.echo(f"left out, with too few sound answers: {', '.join(done.skipped[:8])}{' …' if len(done.skipped) > 8 else ''}")
     typer.echo(f"next: lorag train bank={out}")
