@@ -170,8 +170,8 @@ def open_adapter(
     path: str | Path, base_model: str | None, kind: str | None, strength: float, convert: float | None = None
 ) -> tuple[LoraAdapter, Path, BaseModel | None]:
     """The adapter with what its folder says, times the strength; its folder in PEFT's format; the base model that was named."""
-    known = named_base(base_model, kind)
-    base, source = known.model, peft_folder(path, known, more=BESIDE, convert=convert)
+    stated = named_base(base_model, kind)
+    base, source = stated.model, peft_folder(path, stated, more=BESIDE, convert=convert)
     adapter = _with_purpose(LoraAdapter.from_pretrained(source, repair=True), source)
     if adapter.base_model is None and base is not None:
         adapter = replace(adapter, base_model=base.name)

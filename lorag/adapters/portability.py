@@ -303,8 +303,8 @@ def _gguf_transposed(facts: Facts) -> Finding | None:
 
 
 def _gguf_layers(facts: Facts) -> Finding | None:
-    found = facts.config.get("layer_replication")
-    return Finding(False, "layer_replication is set, but the base model keeps its layers", _MERGE) if found else None
+    replicated = facts.config.get("layer_replication")
+    return Finding(False, "layer_replication is set, but the base model keeps its layers", _MERGE) if replicated else None
 
 
 def _gguf_outer(facts: Facts) -> Finding | None:

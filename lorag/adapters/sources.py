@@ -165,16 +165,16 @@ def _adapters(root: Path) -> Iterator[Path]:
 
 def _earlier(folder: Path, names: Sequence[str]) -> list[str]:
     """Folders with a trainer's checkpoint of an adapter, but for the last of each kind of name."""
-    states = [(found[1], int(found[2]), name) for name in names if (found := _NUMBERED.fullmatch(name)) and _is_adapter(folder / name)]
+    states = [(match[1], int(match[2]), name) for name in names if (match := _NUMBERED.fullmatch(name)) and _is_adapter(folder / name)]
     last = {kind: number for kind, number, _ in sorted(states)}
     return [name for kind, number, name in states if number < last[kind]]
 
 
 def _files(folder: Path) -> Iterator[Path]:
     """Files with an adapter, without the numbered states of one that is there too."""
-    found = adapter_files(folder)
-    names = {path.stem for path in found}
-    for path in found:
+    files = adapter_files(folder)
+    names = {path.stem for path in files}
+    for path in files:
         state = _EPOCH.fullmatch(path.stem)
         if state is not None and state[1] in names:
             logger.warning("passed over %s: an earlier state of %s; name it to take it", path, folder / f"{state[1]}{path.suffix}")

@@ -61,7 +61,7 @@ def answer_inputs(runner: Runner, adapter: LoraAdapter, inputs: Sequence[str], *
     stacked = Factors.stack([adapter.factors], runner.device)
     lengths = runner.objective.prompt_tokens(inputs)
     order = sorted(range(len(inputs)), key=lambda place: lengths[place])
-    found: dict[int, Answer] = {}
+    answered: dict[int, Answer] = {}
     for start in range(0, len(order), _ROWS):
         places = order[start : start + _ROWS]
         texts = runner.generate([inputs[place] for place in places], stacked, max_new_tokens=max_new_tokens)
@@ -69,8 +69,8 @@ def answer_inputs(runner: Runner, adapter: LoraAdapter, inputs: Sequence[str], *
         with runner.use(stacked) as model:
             judged = runner.objective.judge(model, pairs)
         for place, (text, answer), (right, likely) in zip(places, pairs, judged, strict=True):
-            found[place] = Answer(text, answer, bool(right[-1]), round(math.exp(likely.mean().item()), 6))
-    return [found[place] for place in range(len(inputs))]
+            answered[place] = Answer(text, answer, bool(right[-1]), round(math.exp(likely.mean().item()), 6))
+    return [answered[place] for place in range(len(inputs))]
 
 
 def answers_in(file: Path, runner: Runner, adapter: LoraAdapter, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[Answer]:

@@ -161,8 +161,8 @@ class _Import:
                         self._add([entry])
                     except StorageError:
                         raise
-                    except LoragError as own:
-                        refused[entry[0].name] = own
+                    except LoragError as failure:
+                        refused[entry[0].name] = failure
         if self.descriptions is not None:
             self.descriptions.cover(self.bank, quiet=self.quiet)
         for one, adapter, texts, _ in waiting:

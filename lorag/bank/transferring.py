@@ -176,10 +176,10 @@ def transfer_bank(
             got="no inputs to answer",
             remedy="Give texts without labels that look like the tasks' inputs: --tasks SUITE or --inputs FILE.",
         )
-    found = {} if inputs is None else _answers(bank, out, names, inputs, answers, device, dtype, quiet)
+    by_expert = {} if inputs is None else _answers(bank, out, names, inputs, answers, device, dtype, quiet)
     copy, agreed = fits and by != "answers", None
-    if copy and found:
-        agreed = _agreed(bank, to, settings, found, device, dtype)
+    if copy and by_expert:
+        agreed = _agreed(bank, to, settings, by_expert, device, dtype)
         copy = by == "copy" or agreed >= _AGREE
     if copy:
         if moved is not None and moved > RELATED and (agreed is None or agreed < _AGREE):
@@ -189,7 +189,7 @@ def transfer_bank(
                 "with inputs (--tasks, --inputs) copies are tried, and learned anew where they fail",
             )
         return Transferred(_copied(bank, out, to, names, settings), "copy", likeness, moved, agreed)
-    tasks, kept = _tasks(bank, found, answers)
+    tasks, kept = _tasks(bank, by_expert, answers)
     skipped = tuple(name for name, (count, _) in kept.items() if count < _LEAST)
     if not tasks:
         counts = ", ".join(f"{name} {count} of {asked}" for name, (count, asked) in list(kept.items())[:3])
@@ -260,19 +260,21 @@ def _answers(
             f"objective {bank.base.objective} writes no answers to texts, so that nothing can be learned from them",
             remedy="Train the new base's experts on labelled examples: lorag bank build.",
         )
-    found = {}
+    by_expert = {}
     for name in progress_bar(names, desc="old experts answer", disable=quiet):
         texts = sorted(set(inputs.get(name, ())))
         random.Random(f"{config.seed}/{name}").shuffle(texts)
         file, chosen = out / "answers" / f"{name}.json", texts[: config.inputs]
-        found[name] = answers_in(file, runner, bank.adapter(name), chosen, max_new_tokens=config.max_new_tokens)
-    return found
+        by_expert[name] = answers_in(file, runner, bank.adapter(name), chosen, max_new_tokens=config.max_new_tokens)
+    return by_expert
 
 
-def _tasks(bank: AdapterBank, found: Mapping[str, Sequence[Answer]], config: AnswerConfig) -> tuple[list[Task], dict[str, tuple[int, int]]]:
+def _tasks(
+    bank: AdapterBank, by_expert: Mapping[str, Sequence[Answer]], config: AnswerConfig
+) -> tuple[list[Task], dict[str, tuple[int, int]]]:
     """Tasks made of the kept answers, and of each expert how many were kept of how many inputs."""
     tasks, kept, source = [], {}, f"answers of {bank.base.model.name}"
-    for name, answers in found.items():
+    for name, answers in by_expert.items():
         expert, good = bank[name], surest(answers, config.keep)
         kept[name] = (len(good), len(answers))
         if len(good) >= _LEAST:
@@ -290,11 +292,11 @@ def _size(bank: AdapterBank) -> float:
 
 
 def _agreed(
-    bank: AdapterBank, to: BaseModel, settings: Mapping[str, Any], found: Mapping[str, Sequence[Answer]], device: str, dtype: str
+    bank: AdapterBank, to: BaseModel, settings: Mapping[str, Any], by_expert: Mapping[str, Sequence[Answer]], device: str, dtype: str
 ) -> float:
     """The share of the old answers that the new base gives with copied experts, mean over experts."""
     runner = Runner.open(replace(bank.base, model=to, settings=settings), device, dtype)
-    shares = [agreement(runner, bank.adapter(name), answers[:_TRIED]) for name, answers in found.items() if answers]
+    shares = [agreement(runner, bank.adapter(name), answers[:_TRIED]) for name, answers in by_expert.items() if answers]
     return statistics.fmean(shares) if shares else 0.0
 
 

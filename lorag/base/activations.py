@@ -79,18 +79,18 @@ def input_statistics(runner: Runner, texts: Sequence[str], batch: int = 32) -> I
 
     ordered = sorted(texts, key=len)
     for start in range(0, len(ordered), batch):
-        arguments, own = runner.objective.read(ordered[start : start + batch])
+        arguments, mask = runner.objective.read(ordered[start : start + batch])
         with _watched(runner, hook):
             runner.model(**{key: value.to(runner.device) for key, value in arguments.items()})
-        own = own.to(runner.device)
+        mask = mask.to(runner.device)
         places: dict[int, int] = {}
         entry = tuple(places.setdefault(id(seen[name]), len(places)) for name in runner.layout.names)
         distinct = {number: seen[name] for name, number in zip(runner.layout.names, entry, strict=True)}
         means, moments = [], []
         for number in range(len(distinct)):
             x = distinct[number].float()
-            means.append(((x * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu())
-            tokens = x[own]
+            means.append(((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu())
+            tokens = x[mask]
             moments.append((tokens.T @ tokens / len(tokens)).cpu())
         yield InputStatistics(entry, tuple(means), tuple(moments))
 

@@ -75,10 +75,10 @@ def _tokens(model: BaseModel, texts: Sequence[str]) -> list[list[int]]:
 @torch.inference_mode()
 def _compared(one: BaseModel, other: BaseModel, adapted: Set[str]) -> tuple[dict[str, float], float]:
     """Cosine of each weight matrix that both models have in one shape, and the norm of what changed in some; both are held in bf16."""
-    known = dict(one.load("cpu", "bfloat16").named_parameters())
+    before = dict(one.load("cpu", "bfloat16").named_parameters())
     cosines, changed = {}, 0.0
     for name, weight in other.load("cpu", "bfloat16").named_parameters():
-        mine = known.get(name)
+        mine = before.get(name)
         if mine is not None and mine.shape == weight.shape and weight.dim() > 1:
             a, b = mine.flatten().float(), weight.flatten().float()
             cosines[name] = torch.nn.functional.cosine_similarity(a, b, dim=0).item()

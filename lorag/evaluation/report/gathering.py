@@ -81,13 +81,13 @@ def _facts(ladder: Ladder, report: Mapping[str, Any], subject: str) -> dict[str,
     generators = ladder.generators[subject]
     model, layout = generators[0].base.model, generators[0].base.layout
     seen = sum(task.key in ladder.bank for task in ladder.suite)
-    known = f"{seen} of which have an expert" if seen else "none of which has an expert"
+    shown = f"{seen} of which have an expert" if seen else "none of which has an expert"
     return {
         "Generator": f"{subject}, revision {generators[0].revision[:16]}"
         + (f", and {len(generators) - 1} more seeds" if len(generators) > 1 else ""),
         "Base model": f"{public_name(model.name)}; {len(layout)} modules: {', '.join(layout.target_modules[:8])}",
         "Bank": f"{len(ladder.bank)} experts",
-        "Tasks": f"{len(report['tasks'])} of {report['suite']}, {known} in the bank",
+        "Tasks": f"{len(report['tasks'])} of {report['suite']}, {shown} in the bank",
         "Score": f"{str(report['metric']).replace('_', ' ')} on up to {report['examples']} test examples per task, {_seeds(report)}",
         "Upper end": "no oracles" if ladder.oracles is None else "experts trained on the tasks' own examples (oracle)",
         "Made with": f"lorag {lorag.__version__}",
