@@ -55,7 +55,7 @@ STARTS = (
     b"\0",
 )
 DTYPES = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "I64", "F64", "F8_E4M3", "U64", "F4", "")
-_BEYOND = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RecursionError, struct.error, zlib.error)
+_BEYOND = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RecursionError, MemoryError, struct.error, zlib.error)
 BATCH = 5000  # cases of one process
 SLOWEST = 5.0  # seconds of processor time
 
@@ -341,6 +341,9 @@ def run_apart(cases: int, seed: int, start: int, memory: int) -> Report:
             with open(writing, "w") as pipe:
                 json.dump({"outcomes": outcomes, "escapes": found.escapes, "slowest": found.slowest}, pipe)
             code = 0
+        except BaseException:  # nobody else would say what ended it
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(code)
     os.close(writing)
