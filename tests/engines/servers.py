@@ -17,6 +17,7 @@ import pytest
 import torch
 
 BIN = Path(os.environ.get("LORAG_VLLM", "/nonexistent"))
+DTYPE = os.environ.get("LORAG_VLLM_DTYPE", "float32")  # in another one answers need not be those of transformers
 needs_vllm = pytest.mark.skipif(not (BIN / "vllm").is_file(), reason="vLLM is not there: bash tests/engines/run.sh")
 QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -42,7 +43,7 @@ def greedy(model, prompts, tokens, ends):
 
 
 class Server:
-    """`vllm serve` of a base model in fp32, with the plug-in.
+    """`vllm serve` of a base model, with the plug-in.
 
     Args:
         base: Folder of the base model.
@@ -57,7 +58,7 @@ class Server:
         config = Path(store).parent / "serving.yaml"
         config.write_text(json.dumps({"folder": str(store), **settings}), encoding="utf-8")
         environment = {**os.environ, **QUIET, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "lorag"}
-        command = [str(BIN / "vllm"), "serve", base, "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+        command = [str(BIN / "vllm"), "serve", base, "--dtype", DTYPE, "--enforce-eager", "--max-model-len", "256"]
         command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "3", "--host", "127.0.0.1", "--port", str(self.port)]
         self.log: collections.deque[str] = collections.deque(maxlen=4000)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
