@@ -33,7 +33,7 @@ from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.sandbox.wordings import describe
 
 EXAMPLES, TESTS = 8, 8
-REAL_EXAMPLES, REAL_TESTS = 32, 4
+REAL_EXAMPLES, REAL_TESTS = 256, 4
 
 
 def _said(found: Mapping[str, Sequence[Sequence[float]]]) -> None:

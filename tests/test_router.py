@@ -151,19 +151,33 @@ def test_without_a_bank_known_tasks_are_served_by_generated_adapters(router, tas
 
 
 def test_an_index_of_texts():
-    """Mean cosine to the nearest texts of each task, -1 for a task without any."""
-    vectors = torch.eye(4)[[0, 0, 1, 2]]
+    """Mean of the cosines to the nearest texts of each task and to their mean, -1 for a task without any."""
+    vectors = torch.eye(4)[[0, 0, 0, 2]]
     index = TextIndex(["a", "b", "c"], vectors, torch.tensor([0, 0, 0, 1]))
-    scores = index.scores(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    torch.testing.assert_close(scores, torch.tensor([[2 / 3, 0.0, -1.0]]))
+    scores = index.scores(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.0]]))
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0.0, -1.0], [0.6, 0.0, -1.0]]))
+    assert TextIndex([], torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)).scores(torch.eye(4)).shape == (4, 0)
+
+
+def test_what_all_texts_of_a_task_share_counts():
+    """Texts differ far more by what any task may be about than from task to task: the nearest ones mislead, the means do not."""
+    rng = torch.Generator().manual_seed(0)
+    tasks, count = torch.randn(12, 16, generator=rng), 40
+    about = torch.cat([3 * torch.randn(12, count, 16, generator=rng), torch.zeros(12, count, 16)], 2)
+    texts = about + torch.cat([torch.zeros(12, 16), tasks], 1)[:, None] + 0.3 * torch.randn(12, count, 32, generator=rng)
+    texts = torch.nn.functional.normalize(texts, dim=2)
+    known, asked, owners = texts[:, 1:].flatten(0, 1), texts[:, 0], torch.arange(12).repeat_interleave(count - 1)
+    nearest = torch.stack([(asked @ known[owners == task].T).topk(5).values.mean(1) for task in range(12)], 1)
+    right = (TextIndex([str(task) for task in range(12)], known, owners).scores(asked).argmax(1) == torch.arange(12)).sum()
+    assert right >= 11 > (nearest.argmax(1) == torch.arange(12)).sum()
 
 
 def test_the_first_text_of_each_task_is_judged_by_the_others():
     """Itself held out; a task with one text is not asked."""
-    vectors = torch.eye(4)[[0, 1, 0, 2]]
+    vectors = torch.eye(4)[[0, 0, 0, 2]]
     scores, owners = TextIndex(["a", "b"], vectors, torch.tensor([0, 0, 0, 1])).held_out()
     assert owners.tolist() == [0]
-    torch.testing.assert_close(scores, torch.tensor([[(0 + 1 - 1) / 3, 0.0]]))
+    torch.testing.assert_close(scores, torch.tensor([[((1 + 1 - 1) / 3 + 1) / 2, 0.0]]))  # itself counts -1
 
 
 class _Codes:

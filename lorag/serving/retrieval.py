@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["DescriptionIndex", "TextIndex"]
 
 _NEAREST = 5  # of a task's examples; their mean cosine is what speaks for it
-_EXAMPLES = 64  # kept of each task
-_WORDINGS = 4  # of each task that are compared: more find no more
+_EXAMPLES, _MOST_EXAMPLES = range(64, 257), 8000  # kept of each task, and of all
+_WORDINGS, _MOST_WORDINGS = range(4, 13), 5000  # of each task, and of all: more tell better how much wordings of one task differ
 _PROJECTED = 1024  # dimensions in which codes are compared
 _FEW = 2  # tasks that are not centred: of two, each would be the opposite of the other
 _RIDGE = 2.0  # of the covariance of wordings, in shares of its mean variance
 _WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)  # that cosines may have before the softmax
 _UNFITTED = 10.0  # where no task has two wordings, or two examples
+
+
+def _share(most: int, tasks: int, bounds: range) -> int:
+    """How many of `most` each task gets, within bounds."""
+    return min(max(most // max(tasks, 1), bounds.start), bounds.stop - 1)
 
 
 class TextIndex:
@@ -42,19 +47,25 @@ class TextIndex:
 
     def __init__(self, names: Sequence[str], vectors: Tensor, owners: Tensor) -> None:
         self.names, self._vectors, self._owners = tuple(names), vectors, owners
+        self._means = self._view(torch.ones(len(owners), dtype=torch.bool))
 
     @classmethod
     def embed(cls, texts: Mapping[str, Sequence[str]], embedder: TextEmbedder, *, quiet: bool = True) -> TextIndex:
-        """Embeds at most 64 texts of each task."""
-        kept = {name: list(dict.fromkeys(of_task))[:_EXAMPLES] for name, of_task in texts.items()}
+        """Embeds at most 256 texts of each task, fewer of many tasks and no fewer than 64."""
+        each = _share(_MOST_EXAMPLES, len(texts), _EXAMPLES)
+        kept = {name: list(dict.fromkeys(of_task))[:each] for name, of_task in texts.items()}
         embedded = embedder.embed([text for of_task in kept.values() for text in of_task], quiet=quiet)
         owners = torch.tensor([place for place, of_task in enumerate(kept.values()) for _ in of_task], dtype=torch.long)
         vectors = torch.stack([one.pooled for one in embedded]) if embedded else torch.zeros(0, embedder.size)
         return cls(list(kept), vectors, owners)
 
     def scores(self, queries: Tensor) -> Tensor:
-        """Mean cosine (q, n) of each query (q, e) to the five nearest texts of each task; -1 for a task without texts."""
-        return self._nearest(queries @ self._vectors.T)
+        """How near each query (q, e) is to each task (q, n); -1 for a task without texts.
+
+        The mean of two cosines: to the five nearest texts of the task, and to the mean of its texts, in directions in which texts of one
+        task differ least. The first knows tasks that fall into clusters, the second what all texts of a task share.
+        """
+        return self._near(queries, queries @ self._vectors.T, *self._means)
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Scores (q, n) of the first text of each task that has two or more, itself held out, and their tasks (q,)."""
@@ -63,14 +74,21 @@ class TextIndex:
         firsts = torch.tensor([int((self._owners == place).nonzero()[0]) for place in places.tolist()], dtype=torch.long)
         cosines = self._vectors[firsts] @ self._vectors.T
         cosines[torch.arange(len(firsts)), firsts] = -1.0
-        return self._nearest(cosines), places
+        kept = torch.ones(len(self._owners), dtype=torch.bool)
+        kept[firsts] = False
+        return self._near(self._vectors[firsts], cosines, *self._view(kept)), places
 
-    def _nearest(self, cosines: Tensor) -> Tensor:
-        best = torch.full((len(cosines), len(self.names)), -1.0)
-        for place in self._owners.unique().tolist():
+    def _view(self, kept: Tensor) -> tuple[_View, Tensor]:
+        """Tasks as means of some of their texts, and which tasks these are."""
+        present, owners = self._owners[kept].unique(return_inverse=True)
+        return _View(self._vectors[kept], owners, len(present)), present
+
+    def _near(self, queries: Tensor, cosines: Tensor, means: _View, present: Tensor) -> Tensor:
+        near = torch.full((len(cosines), len(self.names)), -1.0)
+        for place, mean in zip(present.tolist(), means.scores(queries).T, strict=True):
             of_task = cosines[:, self._owners == place]
-            best[:, place] = of_task.topk(min(_NEAREST, of_task.shape[1]), dim=1).values.mean(1)
-        return best
+            near[:, place] = (of_task.topk(min(_NEAREST, of_task.shape[1]), dim=1).values.mean(1) + mean) / 2
+        return near
 
 
 class _View:
@@ -85,7 +103,7 @@ class _View:
     def __init__(self, vectors: Tensor, owners: Tensor, count: int) -> None:
         sizes = torch.bincount(owners, minlength=count)[:, None]
         means = torch.zeros(count, vectors.shape[1]).index_add_(0, owners, vectors) / sizes
-        self._centre = means.mean(0) if count > _FEW else torch.zeros_like(means[0])
+        self._centre = means.mean(0) if count > _FEW else means.new_zeros(means.shape[1])
         within = vectors - means[owners]
         variance = within.square().mean()
         self._whitening: Tensor | None = None
@@ -139,8 +157,9 @@ class DescriptionIndex:
 
     @classmethod
     def generate(cls, generator: LoraGenerator, descriptions: Mapping[str, Sequence[str]]) -> DescriptionIndex:
-        """Embeds at most four descriptions of each task, one or more, and generates their codes."""
-        kept = {name: list(texts)[:_WORDINGS] for name, texts in descriptions.items() if texts}
+        """Embeds four to twelve descriptions of each task, fewer of many tasks, and generates their codes."""
+        each = _share(_MOST_WORDINGS, len(descriptions), _WORDINGS)
+        kept = {name: list(texts)[:each] for name, texts in descriptions.items() if texts}
         size = min(_PROJECTED, generator.space.size)
         projection = torch.randn(generator.space.size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
         embedded = generator.embedder.embed([text for texts in kept.values() for text in texts])

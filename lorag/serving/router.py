@@ -226,7 +226,7 @@ class LoraRouter:
         return self.texts
 
     def _text_scores(self, texts: Sequence[str]) -> Tensor:
-        """Mean cosine (q, n) of texts to the nearest examples of each task."""
+        """How near texts are to the examples of each task (q, n)."""
         return self._texts().scores(torch.stack([one.pooled for one in self.generator.embedder.embed(list(texts))]))
 
     def _by_text(self, texts: Sequence[str]) -> list[Route]:
