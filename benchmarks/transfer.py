@@ -27,6 +27,7 @@ from lorag.evaluation.statistics import bootstrap
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.sandbox.base_lm import PretrainConfig, pretrain
+from lorag.worlds.sandbox.grid import build_suite, splits
 
 # Small enough for minutes of one core: the shipped base is 128 wide, 4 deep, and saw 32 texts a step.
 OTHER = PretrainConfig(hidden_size=96, intermediate_size=288, layers=5, heads=4, steps=1000, texts=8, seed=1)
@@ -121,7 +122,7 @@ def relatives(work: Path, tasks: TaskSuite) -> None:
 
 
 def other(work: Path, tasks: TaskSuite, seed: int, keeps: Sequence[float], kinds: Sequence[str], lines: int) -> None:
-    """A base of other shapes: answers to the tasks' own inputs, to a file's, and labels."""
+    """A base of other shapes: answers to the tasks' own inputs, to four times as many of them, to a file's, and labels."""
     trained, bank = work / "other-base", find_bank("sandbox")
     if not (trained / "model.safetensors").exists():
         pretrain(trained, OTHER)
@@ -134,7 +135,9 @@ def other(work: Path, tasks: TaskSuite, seed: int, keeps: Sequence[float], kinds
     own = task_inputs(tasks, names)
     texts = task_inputs(find_tasks("sandbox", "train"), bank.names).values()
     every = sorted({text for own_texts in texts for text in own_texts[:lines]})  # twelve domains, of which a task has one
-    sources: dict[str, Mapping[str, Sequence[str]]] = {"own": own, "file": {name: every for name in names}}
+    cells = tuple(cell for cell in splits()["train"] if cell.name in names)
+    more = task_inputs(build_suite(cells, train=384, test=0, descriptions=1, wording="train"), names)
+    sources: dict[str, Mapping[str, Sequence[str]]] = {"own": own, "more": more, "file": {name: every for name in names}}
     for source in kinds:
         for keep in keeps:
             folder = work / f"{source}-{seed}-{keep:g}-{lines}"
@@ -170,7 +173,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--tasks", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", nargs="+", choices=["own", "file"], default=["own", "file"])
+    parser.add_argument("--inputs", nargs="+", choices=["own", "more", "file"], default=["own", "file"])
     parser.add_argument("--lines", type=int, default=1, help="texts of the file from each task, and 128 times as many inputs at most")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
     given = parser.parse_args()
