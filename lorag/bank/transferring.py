@@ -58,7 +58,7 @@ class AnswerConfig:
         seed: Seed of the choice of inputs.
     """
 
-    inputs: int = 128
+    inputs: int = 384
     keep: float = 0.8
     max_new_tokens: int = 64
     seed: int = 0
