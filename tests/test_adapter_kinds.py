@@ -19,6 +19,7 @@ from lorag.adapters.reading import side_files
 from lorag.adapters.sources import find_sources
 from lorag.adapters.tensor_names import KEY, read_names
 from lorag.base.layout import LoraLayout
+from lorag.base.names import same_model
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, UnsupportedLoraError
 from lorag.files.artifacts import decode_text
@@ -251,6 +252,21 @@ def test_the_revision_of_the_base_model_is_kept(llama_layout, random_adapter, tm
     again = export_portable(folder, tmp_path / "again").adapter
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["revision"] == "v1" and again.base_revision == "v1"
     assert read.stated_base("other/base", "causal_lm").revision is None
+
+
+def test_eight_bit_factors_are_refused_as_such(llama_layout, random_adapter, tmp_path):
+    folder = random_adapter(llama_layout).save_pretrained(tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(path).items()}, path)
+    with pytest.raises(ArtifactError, match=r"does not compute with.*F8_E4M3.*Convert it"):
+        LoraAdapter.from_pretrained(folder)
+
+
+def test_a_cached_snapshot_is_its_repository():
+    """Trainers write down the folder in the hub client's cache, of whichever machine."""
+    path = "/root/.cache/huggingface/hub/models--me--base-1.0/snapshots/" + "0a" * 20
+    assert same_model(path, "me/base-1.0") and same_model("me/base-1.0", path.replace("/", "\\"))
+    assert not same_model(path, "me/base") and not same_model(path + "/text_encoder", "me/base-1.0")
 
 
 # --- what lies beside an adapter --------------------------------------------------------------------------------------

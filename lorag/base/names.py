@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = ["MINILM", "SANDBOX_LM", "SMOLLM2", "Packaged", "canonical_name", "kno
 
 logger = logging.getLogger(__name__)
 
+_SNAPSHOT = re.compile(r"[\\/]models--([\w.-]{1,96}?)--([\w.-]{1,96})[\\/]snapshots[\\/][0-9a-f]{40}[\\/]?$")
 SANDBOX_LM = "sandbox-lm"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,6 +85,12 @@ def canonical_name(name: str) -> str:
     """The hub id that a short name stands for; any other name as it is."""
     one = packaged(name)
     return name if one is None else one.name
+
+
+def _hub_id(name: str) -> str:
+    """The hub id that a name stands for, also that of a snapshot in the hub client's cache, perhaps on another machine."""
+    cached = _SNAPSHOT.search(name)
+    return canonical_name(name if cached is None else f"{cached[1]}/{cached[2]}")
 
 
 @functools.cache  # its checksum takes longer than all else here
@@ -153,7 +161,7 @@ def _own_places(name: str) -> list[Path]:
 
 def same_model(one: str, other: str) -> bool:
     """Whether two names lead to one model: they are the same, stand for the same, or lead to the same folder or file."""
-    if canonical_name(one) == canonical_name(other):
+    if _hub_id(one) == _hub_id(other):
         return True
     return any(here.samefile(there) for here in _own_places(one) for there in _own_places(other))
 

@@ -70,6 +70,8 @@ def read_header(path: Path, most: int = _MAX_HEADER, *, every_type: bool = False
                 raise ValueError(f"offsets [{start_}, {end_}] of {name[:60]!r}, {dtype} {shape}")
             end = end_
             spec[name] = (dtype, shape)
+    except ArtifactError:  # which is a ValueError, too
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} has an inconsistent safetensors header", got=str(error)[:160]) from error
     if end != size - 8 - length:
@@ -80,6 +82,13 @@ def read_header(path: Path, most: int = _MAX_HEADER, *, every_type: bool = False
 def _place(name: str, entry: dict[str, Any], every_type: bool) -> tuple[int, int]:
     """Start and end of a tensor in the data, once its type and shape are found to be possible."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype in _MORE_DTYPES and not every_type:
+        raise ArtifactError(
+            f"a tensor has a type that lorag does not compute with: {name[:120]!r}",
+            got=dtype,
+            expected=", ".join(_DTYPE_BYTES),
+            remedy="Convert it: load it, call .float(), and save it again.",
+        )
     if not isinstance(dtype, str) or not (dtype in _DTYPE_BYTES or every_type and dtype in _MORE_DTYPES):
         raise ValueError(f"type {dtype!r:.40} of {name[:60]!r}, where lorag reads {', '.join(_DTYPE_BYTES)}")
     if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(type(axis) is int and 0 <= axis <= _MAX_ELEMENTS for axis in shape):

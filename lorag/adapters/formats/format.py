@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.base.base_model import BaseModel
 
-__all__ = ["AdapterFormat", "Base", "PeftForm", "Update", "peft_form"]
+__all__ = ["TIED", "AdapterFormat", "Base", "PeftForm", "Update", "peft_form"]
+
+# What can be done with an adapter of a head that is the embeddings, too: merged, it would change both.
+TIED = "Use it unmerged with PEFT or transformers, or train it again without lm_head."
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
+from lorag.adapters.formats.format import TIED, AdapterFormat, Base, PeftForm, Update, peft_form
 from lorag.adapters.formats.gguf_header import GgufHeader, is_gguf, read_gguf_header
 from lorag.base.base_model import stored_config
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, MissingDependencyError
@@ -205,12 +205,13 @@ def _tensor_name(module: str, tied: bool) -> str:
         return "output.weight"
     match = _IN_LAYER.fullmatch(module)
     if match is None or match[2] not in _PARTS:
-        why = "a head that the base model ties to its embeddings" if module == "lm_head" else module
+        head = module == "lm_head"
+        why = "a head that the base model ties to its embeddings" if head else module
         raise AdapterError(
             "the adapter changes a module that llama.cpp's adapters cannot",
             got=why[:120],
             expected=f"{', '.join(_PARTS)} of a layer",
-            remedy="Merge it into the base model: --merge.",
+            remedy=TIED if head else "Merge it into the base model: --merge.",
         )
     return f"blk.{match[1]}.{_PARTS[match[2]]}.weight"
 

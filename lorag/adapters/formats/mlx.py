@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm, Update, peft_form
+from lorag.adapters.formats.format import TIED, AdapterFormat, Base, PeftForm, Update, peft_form
+from lorag.base.base_model import stored_config
 from lorag.errors import AdapterError, AlphaRangeError, ArtifactError, FactorShapeError, MissingTensorError, UnsupportedLoraError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.tensors import load_tensors, read_header, save_tensors
@@ -83,6 +84,11 @@ class Mlx(AdapterFormat):
 
     def write(self, adapter: LoraAdapter, out: Path, base: Base) -> None:
         """Writes the two files; every layer gets the keys that any layer has, as mlx-lm wants it, and absent factors count as none."""
+        if "lm_head" in adapter.factors.tensors:
+            model = base.model or adapter.stated_base()
+            if getattr(stored_config(model.name, model.revision).get_text_config(), "tie_word_embeddings", False):
+                got = f"lm_head, which {model.name} ties to its embeddings"
+                raise AdapterError("mlx-lm has no such module, and would leave its factors out", got=got, remedy=TIED)
         tensors = {}
         keys: set[str] = set()
         for module, (a, b) in adapter.factors.tensors.items():
