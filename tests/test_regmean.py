@@ -14,7 +14,7 @@ from lorag.base.activations import input_moments
 from lorag.base.runner import Runner
 from lorag.errors import AdapterError, ConfigError
 from lorag.methods.support_examples import few_examples
-from lorag.tasks.suite import Example
+from lorag.tasks.suite import Example, TaskSuite
 from lorag.training import fuse as fusion
 from lorag.training import regmean as regression
 from lorag.training.controls import compare_with_fresh
@@ -114,7 +114,7 @@ def test_by_name_it_needs_the_tasks(bank, tasks, tmp_path, monkeypatch):
     """`fuse` says how to give them; what it returns is saved and read like any adapter, and the same each time."""
     with pytest.raises(ConfigError, match="--tasks"):
         fusion.fuse(NAMES, bank=str(bank.folder), method="regmean")
-    monkeypatch.setattr(fusion, "find_tasks", lambda name: tasks)
+    monkeypatch.setattr(fusion, "find_tasks", lambda name: TaskSuite(tasks))
     one, other = (fusion.fuse(NAMES, bank=str(bank.folder), method="regmean", tasks="toy", rank=5, device="cpu") for _ in range(2))
     assert one.rank == 5 and 0 < one.info["energy"] < 1
     read = LoraAdapter.from_pretrained(one.save_pretrained(tmp_path / "fused"), one.layout)
@@ -139,7 +139,7 @@ def test_what_cannot_be_merged_so_is_refused(runner, tasks, experts):
 
 def test_a_fresh_adapter_that_does_better_is_told_of(bank, runner, tasks, monkeypatch, caplog):
     """Experts that were never trained for these answers are merged in vain: `cat` says so, with both losses on other examples."""
-    monkeypatch.setattr(fusion, "find_tasks", lambda name: tasks)
+    monkeypatch.setattr(fusion, "find_tasks", lambda name: TaskSuite(tasks))
     with caplog.at_level(logging.WARNING):
         merged = fusion.fuse(NAMES, bank=str(bank.folder), method="cat", tasks="toy", device="cpu")
     losses = merged.info["controls"]

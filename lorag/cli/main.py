@@ -152,11 +152,13 @@ def train(
     if not PartialState().is_main_process:  # of several, under accelerate launch
         return
     size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
-    print(f"{values.out}: {values.method} from {len(generator.conditioner.names)} experts, strength {generator.strength:g}, {size:.1f} MB")
+    learned = f"{len(generator.conditioner.names)} {'tasks' if values.base else 'experts'}"
+    print(f"{values.out}: {values.method} from {learned}, strength {generator.strength:g}, {size:.1f} MB")
     if values.tasks is None:  # there is nothing to score it on
         print(f'next: lorag generate "DESCRIPTION" --generator {values.out} --out my-adapter')
     else:
-        more = "" if (values.bank, values.tasks) == ("sandbox", "sandbox") else f" --bank {values.bank} --tasks {values.tasks}"
+        named = {"bank": values.bank, "tasks": values.tasks}
+        more = "".join(f" --{option} {name}" for option, name in named.items() if name not in (None, "sandbox"))
         print(f"next: lorag evaluate --generator {values.out}{more}")
 
 

@@ -18,6 +18,7 @@ from lorag.networks.readers import Augmentation, FeatureReader
 __all__ = ["FactorNetwork", "Probes"]
 
 _SHARED = 8.0  # how much faster columns that all descriptions share learn than those that follow one
+_PROBED = 3.0  # length of a typical probe beside that of the other rows, so that what is behind it learns as much faster
 _FLOOR = 0.1  # of the mean variance, which directions of features that hardly vary get as well
 
 
@@ -152,7 +153,7 @@ class FactorNetwork(nn.Module):
         b = len(features)
         read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, *self.row_start.shape)
         read = torch.cat([read[..., :-1], read.new_zeros(*read.shape[:-1], self.unused), read[..., -1:]], -1)
-        probe = self.probes(tokens, seen)
+        probe = _PROBED * self.probes(tokens, seen)
         probe = torch.cat([probe, probe.new_zeros(*probe.shape[:-1], 1)], -1)[:, list(self.entry)]
         write = _SHARED * self.column_start + torch.einsum("bf,mfx->bmx", features, self.column_weights).view(b, *self.column_start.shape)
         return torch.cat([torch.cat([read, probe], 2).flatten(2), write.flatten(2)], 2).flatten(1)
