@@ -7,8 +7,9 @@ descriptions use words that others used before, so that the list of those is all
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 __all__ = ["Spelling", "Vocabulary"]
@@ -41,6 +42,7 @@ class Spelling:
     def __init__(self, words: Sequence[str] = ()) -> None:
         self.words = tuple(words)
         self._place = {word: place for place, word in enumerate(words)}
+        self._longest = max(map(len, words), default=0)
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Spelling:
@@ -57,12 +59,14 @@ class Spelling:
     def _word(self, match: re.Match[str], embedder: Vocabulary) -> str:
         typed, name = match.group(), match.start() > 0 and match.group()[0].isupper() and not match.group().isupper()
         word = typed.lower()
-        if len(word) < _SHORTEST or name or word in self._place or embedder.knows(word) or self._derived(word, embedder):
+        if not _SHORTEST <= len(word) <= self._longest + 1 or name:
             return typed
-        near = [one for one in self.words if abs(len(one) - len(word)) <= 1 and _one_error(word, one)]
-        if not near:
+        if word in self._place or embedder.knows(word) or self._derived(word, embedder):
             return typed
-        return near[0].upper() if typed.isupper() else near[0].capitalize() if typed[0].isupper() else near[0]
+        near = min((one for one in _one_error(word) if one in self._place), key=self._place.__getitem__, default=None)
+        if near is None:
+            return typed
+        return near.upper() if typed.isupper() else near.capitalize() if typed[0].isupper() else near
 
     def _derived(self, word: str, embedder: Vocabulary) -> bool:
         """Whether a word is a known one with an ending, or a known one without it."""
@@ -72,9 +76,16 @@ class Spelling:
         )
 
 
-def _one_error(typed: str, word: str) -> bool:
-    """Whether one letter left out, added, changed, or exchanged with the next one makes one of two different words of the other."""
-    at = next((place for place, (a, b) in enumerate(zip(typed, word, strict=False)) if a != b), min(len(typed), len(word)))
-    if len(typed) == len(word):
-        return typed[at + 1 :] == word[at + 1 :] or typed[at : at + 2] == word[at : at + 2][::-1] and typed[at + 2 :] == word[at + 2 :]
-    return typed[at + 1 :] == word[at:] if len(typed) > len(word) else typed[at:] == word[at + 1 :]
+def _one_error(word: str) -> Iterator[str]:
+    """All that one letter taken out, put in or changed, or exchanged with the next one, makes of a word: some 50 for each of its letters.
+
+    They are looked up among the known words, rather than each known word compared, so that the longest description, made of words that
+    nobody knows, takes hundredths of a second.
+    """
+    for at in range(len(word) + 1):
+        before, after = word[:at], word[at:]
+        yield before + after[1:]
+        yield before + after[1:2] + after[:1] + after[2:]
+        for letter in string.ascii_lowercase:
+            yield before + letter + after
+            yield before + letter + after[1:]
