@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -115,6 +116,8 @@ class FunctionalSettings:
         examples: Training examples of each.
         focus: Tasks are drawn in proportion to this power of their running loss, so that hard ones come more often; with 0
             all are alike.
+        balance: Tasks are drawn in proportion to this power of one over the number of training tasks of their source: 0 draws all
+            tasks alike, 1 all sources, whether they have three tasks or three hundred.
         validate_every: Steps between validations.
     """
 
@@ -123,6 +126,7 @@ class FunctionalSettings:
     tasks: int = 32
     examples: int = 4
     focus: float = 0.5
+    balance: float = 0.0
     validate_every: int = 100
 
 
@@ -156,7 +160,7 @@ def train_functionally(
         return float("nan")
     runner = require_runner(name, data, runner)
     training = torch.tensor(list(data.training))
-    curriculum = _Curriculum(network, len(training))
+    curriculum = _Curriculum(network, _odds([data.tasks[i].source for i in data.training], settings.balance))
 
     def loss(_: nn.Module, step: int) -> Batch:
         picks = curriculum.pick(settings.tasks, settings.focus, loop.rng)
@@ -173,19 +177,30 @@ def train_functionally(
     return loop.run(f"{name} functional", curriculum, loss, (lambda _: validate()) if data.validation else None, steps)
 
 
+def _odds(sources: Sequence[str], balance: float) -> Tensor:
+    """How often each task (n,) is drawn beside the others, by its source's number of tasks."""
+    sizes = Counter(sources)
+    return torch.tensor([sizes[source] for source in sources], dtype=torch.float32) ** -balance
+
+
 class _Curriculum(nn.Module):
-    """A network and its running loss on each task (n,), together so that an interrupted stage goes on with both."""
+    """A network and its running loss on each task (n,), together so that an interrupted stage goes on with both.
+
+    Args:
+        network: What is trained.
+        odds: How often each task (n,) is drawn beside the others of the same loss.
+    """
 
     running: Tensor
 
-    def __init__(self, network: nn.Module, tasks: int) -> None:
+    def __init__(self, network: nn.Module, odds: Tensor) -> None:
         super().__init__()
-        self.network = network
-        self.register_buffer("running", torch.ones(tasks, device=next(network.parameters()).device))
+        self.network, self.odds = network, odds
+        self.register_buffer("running", torch.ones(len(odds), device=next(network.parameters()).device))
 
     def pick(self, count: int, focus: float, rng: torch.Generator) -> Tensor:
-        """Draws `count` different tasks, or all if there are fewer, in proportion to a power of their losses."""
-        odds = self.running.cpu().clamp_min(_LEAST) ** focus
+        """Draws `count` different tasks, or all if there are fewer, by their odds and in proportion to a power of their losses."""
+        odds = self.odds * self.running.cpu().clamp_min(_LEAST) ** focus
         return torch.multinomial(odds, min(count, len(odds)), generator=rng)
 
     def remember(self, picks: Tensor, losses: Tensor) -> None:
