@@ -1,6 +1,8 @@
 """Training without experts: packed rows, bases from the base model's activations, and the method that learns in them."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
+from lorag.methods.functional import FunctionalSettings, train_functionally
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.text import vectors
@@ -180,6 +183,26 @@ def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
     first, second = (one.generate("paint the red dog") for one in (generator, opened))
     for name in first.layout.names:
         assert torch.equal(first.factors[name][0], second.factors[name][0]) and torch.equal(first.factors[name][1], second.factors[name][1])
+
+
+@pytest.mark.parametrize("balance, share", [(0.0, 2 / 14), (1.0, 1 / 2)])
+def test_balance_draws_small_sources_as_often_as_large_ones(base, tmp_path, balance, share):
+    """Two of fourteen training tasks have a source of their own: drawn like all others, or as often as the twelve together."""
+    prepared, _ = _fitted(base, tmp_path, 0)
+    tasks = [replace(task, source="small" if i < 2 else "large") for i, task in enumerate(prepared.data.tasks)]
+    drawn: Counter[str] = Counter()
+
+    class Counting:
+        def losses(self, factors, rows, count, seed):
+            drawn.update(task.source for task in rows)
+            return sum(one.flatten(1).mean(1) for pair in factors.values() for one in pair)
+
+    network = torch.nn.Linear(1, prepared.data.space.size)
+    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    data = replace(prepared.data, tasks=tasks, validation=())
+    settings = FunctionalSettings(steps=300, tasks=1, examples=1, focus=0.0, balance=balance)
+    train_functionally("counted", network, lambda rows, _: network(torch.ones(len(rows), 1)), data, loop, settings, Counting())
+    assert drawn.total() == 300 and abs(drawn["small"] / 300 - share) < 0.07
 
 
 def test_it_says_what_it_needs(base, tmp_path):
