@@ -30,11 +30,11 @@ from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
 from lorag.methods.support_examples import few_examples, learn_weights
-from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.training.fuse import fuse_experts
-from lorag.training.preparation import hold_out
 from lorag.training.regmean import regmean
+from lorag.training.split import RunTasks, SplitRule
 from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import Cell, splits
 
@@ -80,10 +80,8 @@ def draw_set(size: int, rng: random.Random, among: Container[str]) -> list[str]:
 
 def held_out(world: World) -> list[str]:
     """The bank's tasks that taught the generator nothing, for they chose when its training stopped."""
-    config = world.generator.origin["config"]
-    more = find_split("sandbox", WITHOUT_EXPERT)
-    rule = str(config.get("groups", "task"))
-    split = hold_out(world.bank, world.suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
+    rule = SplitRule.stated(world.generator.origin["config"])
+    split = rule.split(world.bank.names, RunTasks.named("sandbox", len(world.bank)))
     return [world.bank.names[row] for row in split.validation if row < len(world.bank)]
 
 

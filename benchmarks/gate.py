@@ -22,12 +22,12 @@ from lorag.files.artifacts import embedded
 from lorag.generator.evidence import FEATURES
 from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.tasks.finding import WITHOUT_EXPERT, find_split, find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 from lorag.text.spelling import Spelling
 from lorag.training.calibrate import score_codes
 from lorag.training.calibrate_gate import GateSettings, fit_gate
-from lorag.training.preparation import hold_out
+from lorag.training.split import RunTasks, SplitRule
 from lorag.worlds.sandbox.grid import Cell, splits
 from lorag.worlds.sandbox.wordings import describe
 
@@ -105,14 +105,12 @@ def main(folder: str, report_to: Path | None) -> None:
     """Fits, measures and prints."""
     start = time.perf_counter()
     generator = LoraGenerator.from_pretrained(folder)
-    config = generator.origin["config"]
-    bank, suite, more = find_bank("sandbox"), find_tasks("sandbox"), find_split("sandbox", WITHOUT_EXPERT)
-    rule = str(config.get("groups", "task"))
-    split = hold_out(bank, suite, more, groups=rule, validation=config["validation"], seed=config["seed"])
-    held, groups = [i for i in split.validation if i < len(bank)], split.groups[: len(bank)]
+    bank = find_bank("sandbox")
+    tasks = RunTasks.named("sandbox", len(bank))
+    split = SplitRule.stated(generator.origin["config"]).split(bank.names, tasks)
     opened = time.perf_counter()
     print(f"opened in {opened - start:.0f} s", flush=True)
-    generator.gate = fit_gate(generator, bank, suite, held, groups, settings=GateSettings())
+    generator.gate = fit_gate(generator, bank, tasks, split, settings=GateSettings())
     fitted = time.perf_counter()
     print(f"fitted in {fitted - opened:.0f} s: {json.dumps(dict(generator.gate.fitted))}", flush=True)
     gate = generator.gate

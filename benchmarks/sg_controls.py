@@ -27,6 +27,7 @@ from lorag.tasks.finding import find_tasks
 from lorag.text.conditioning import Condition
 from lorag.text.embedding import CachedEmbedder, SentenceEmbedder
 from lorag.training.preparation import prepare
+from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, fit_generator
 
 # Shares of the inputs' mean square; the middle one is taken where there is nothing to choose by.
@@ -132,7 +133,7 @@ class SgRescaled(TopK):
 def main(split: str) -> None:
     """Fits both on the sandbox's bank and scores them beside the merge itself."""
     bank, embedder = find_bank("sandbox"), CachedEmbedder(SentenceEmbedder.from_pretrained(TrainConfig.embedder))
-    prepared = prepare(bank, embedder, suite=find_tasks("sandbox", "train"))
+    prepared = prepare(bank, embedder, RunTasks(find_tasks("sandbox", "train")), runner=Runner.open(bank.base))
     generators = {}
     for method in (TopK, SgRescaled, SgRidge):
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from typer.testing import CliRunner
 
+from lorag.base.runner import Runner
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError, StorageError
 from lorag.files.artifacts import GENERATOR_FORMAT, read_json, write_manifest
@@ -16,7 +17,8 @@ from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.convert import convert_generator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
 READER = {"width": 16, "queries": 2, "hidden": 16, "layers": 1, "heads": 2}
@@ -41,7 +43,15 @@ CASES = {
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING[:8])
-    return prepare(bank, WordEmbedder(), k=8, device="cpu", quiet=True, suite=make_suite(TRAINING[:8]), validation=0.25)
+    return prepare(
+        bank,
+        WordEmbedder(),
+        RunTasks(make_suite(TRAINING[:8])),
+        SplitRule(validation=0.25),
+        runner=Runner.open(bank.base, "cpu"),
+        space=SpaceChoice(k=8),
+        quiet=True,
+    )
 
 
 def _as_it_was(method, tensors, shape, settings):

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import house, method_type
@@ -12,7 +13,8 @@ from lorag.methods.method import collate
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import KernelHead
 from lorag.networks.readers import Augmentation
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
 SMALL = {"functional": {"steps": 0}, "kernel_steps": 0, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
@@ -23,7 +25,15 @@ TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(bank, WordEmbedder(), k=8, validation=0.15, device="cpu", quiet=True, suite=make_suite(TRAINING))
+    return prepare(
+        bank,
+        WordEmbedder(),
+        RunTasks(make_suite(TRAINING)),
+        SplitRule(validation=0.15),
+        runner=Runner.open(bank.base, "cpu"),
+        space=SpaceChoice(k=8),
+        quiet=True,
+    )
 
 
 def _fit(prepared, count, **settings):

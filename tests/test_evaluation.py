@@ -24,7 +24,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 CELLS = tuple(zip(COLOURS, ANIMALS, strict=True))  # five tasks that share no word and no answer
@@ -45,7 +45,7 @@ def world(tmp_path_factory, tiny_models, tokenizer):
 
 
 def _generator(bank, name, embedder=EMBEDDER):
-    prepared = prepare(bank, embedder, k=24, device="cpu", quiet=True)
+    prepared = prepare(bank, embedder, space=SpaceChoice(k=24), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     return fit_generator(prepared, method_type(name)(), loop, rank=24, strength=1.0, origin={})
 

@@ -20,7 +20,8 @@ from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SPACES, SpaceInputs, fit_space, open_space
 from lorag.spaces.weight_space import AdapterStream
 from lorag.tasks.suite import Task
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/extending.md"
@@ -45,7 +46,7 @@ def test_a_method_and_a_weight_space_by_one_line_each(tmp_path, base, monkeypatc
     monkeypatch.setitem(METHODS, median.name, median)
     monkeypatch.setitem(SPACES, updates.kind, updates)
     bank = make_bank(tmp_path / "bank", base, TRAINING[:5])
-    prepared = prepare(bank, WordEmbedder(), space_name="full_updates", validation=0.0, device="cpu", quiet=True)
+    prepared = prepare(bank, WordEmbedder(), rule=SplitRule(validation=0.0), space=SpaceChoice("full_updates"), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     generator = fit_generator(prepared, method_type("median").with_settings({}), loop, rank=16, strength=1.0, origin={})
     generator.save_pretrained(tmp_path / "generator")

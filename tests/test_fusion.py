@@ -25,7 +25,8 @@ from lorag.networks.vae import FusionVae, added_directions, mean_direction, reso
 from lorag.tasks.suite import Example, TaskSuite
 from lorag.training import fuse as fusion
 from lorag.training.fuse import RULES, fuse, fuse_experts
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
 PLAIN = {"steps": 300, "meta_steps": 0, "sets": {"steps": 0}, "width": 48, "latent": 20, "batch": 16, "learning_rate": 3e-3}
@@ -57,7 +58,15 @@ def suite():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, base, suite):
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(bank, WordEmbedder(), k=20, validation=0.1, suite=suite, device="cpu", quiet=True)
+    return prepare(
+        bank,
+        WordEmbedder(),
+        RunTasks(suite),
+        SplitRule(validation=0.1),
+        runner=Runner.open(bank.base, "cpu"),
+        space=SpaceChoice(k=20),
+        quiet=True,
+    )
 
 
 def _fit(prepared, seed=0, **settings):

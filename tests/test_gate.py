@@ -31,7 +31,8 @@ from lorag.text import vectors
 from lorag.text.conditioning import mixture_weights
 from lorag.training.calibrate import gap_closed_by
 from lorag.training.calibrate_gate import GateSettings, fit_gate
-from lorag.training.preparation import hold_out, prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, Split, SplitRule
 from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
 EMBEDDER = WordEmbedder()
@@ -57,7 +58,7 @@ def bank(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def prepared(bank):
-    return prepare(bank, EMBEDDER, k=16, device="cpu", quiet=True, validation=0.3)
+    return prepare(bank, EMBEDDER, rule=SplitRule(validation=0.3), space=SpaceChoice(k=16), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def bare(prepared):
 
 @pytest.fixture(scope="module")
 def gate(bare, bank, prepared):
-    return fit_gate(bare, bank, None, prepared.data.validation, prepared.data.groups, unknown=UNKNOWN, settings=FEW)
+    return fit_gate(bare, bank, RunTasks(), prepared.split, unknown=UNKNOWN, settings=FEW)
 
 
 @pytest.fixture
@@ -420,7 +421,6 @@ def test_shipped_generators_have_names(tmp_path, monkeypatch):
 
 def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, monkeypatch):
     """Where near tasks gained .8 and far ones .2, a near description is promised more, and intervals hold the truth."""
-    data = prepared.data
     seen = []
 
     def gains(generator, codes, names, *_, **__):
@@ -429,7 +429,7 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, mon
         return torch.tensor(found, dtype=torch.float64)
 
     monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
-    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
     promised = {}
     for (colour, animal), truth in zip(HELD_OUT, (0.8, 0.8, 0.2, 0.2), strict=True):
@@ -444,8 +444,7 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, mon
 def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypatch):
     """The expected gap closed shrinks with novelty: far descriptions are promised less than a tenth."""
     monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
-    data = prepared.data
-    made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
     gated = dataclasses.replace(bare, gate=made)
     assert all(gated.judge(text).expected_gap_closed < 0.1 for text in FAR)
     assert all(gated.judge(describe(*cell)[0]).expected_gap_closed > 0.35 for cell in HELD_OUT)
@@ -462,7 +461,7 @@ def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared, monke
             return own
 
         monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
-        made = fit_gate(bare, bank, make_suite(TRAINING), data.validation, data.groups, unknown=UNKNOWN, settings=FEW)
+        made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
         assert (made.fuse_above is not None) == opens
 
 
@@ -475,9 +474,8 @@ def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkey
         return _close(codes)
 
     monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
-    data = prepared.data
     made = [
-        fit_gate(bare, bank, make_suite(cells), data.validation, data.groups, unknown=UNKNOWN, settings=FEW).to_dict()
+        fit_gate(bare, bank, RunTasks(make_suite(cells)), prepared.split, unknown=UNKNOWN, settings=FEW).to_dict()
         for cells in (TRAINING, (*TRAINING, *HELD_OUT))
     ]
     assert made[0] == made[1] and not {name_of(*cell) for cell in HELD_OUT} & set(asked)
@@ -485,9 +483,8 @@ def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkey
 
 def test_descriptions_that_the_bank_serves_are_no_unknown_ones(bare, bank, prepared):
     """A listed description that is nearer to an expert than half of the held-out tasks is left out of what is refused."""
-    data = prepared.data
     listed = {"kinds": ["write some python code", "paint the red cat", "green bird please", "good morning everyone"]}
-    made = fit_gate(bare, bank, None, data.validation, data.groups, unknown=listed, settings=FEW)
+    made = fit_gate(bare, bank, RunTasks(), prepared.split, unknown=listed, settings=FEW)
     assert made.fitted["unknown"] == 2
 
 
@@ -496,12 +493,11 @@ def test_tasks_without_experts_calibrate_too(bare, bank, prepared, monkeypatch):
     monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     others, groups = make_suite(HELD_OUT).tasks, [*range(len(bank) + len(HELD_OUT))]
     held = [*prepared.data.validation, *range(len(bank), len(groups))]
-    both = fit_gate(bare, bank, make_suite(TRAINING), held, groups, others=others, unknown=UNKNOWN, settings=FEW)
+    both = fit_gate(bare, bank, RunTasks(make_suite(TRAINING), others), Split(groups, [], held), unknown=UNKNOWN, settings=FEW)
     assert both.fitted["held_out_tasks"] == len(held) and both.gap_closed is not None
     empty = AdapterBank(bank.folder, bank.base, ())
-    alone = fit_gate(
-        bare, empty, make_suite(HELD_OUT), range(len(others)), range(len(others)), others=others, unknown=UNKNOWN, settings=FEW
-    )
+    numbers = list(range(len(others)))
+    alone = fit_gate(bare, empty, RunTasks(make_suite(HELD_OUT), others), Split(numbers, [], numbers), unknown=UNKNOWN, settings=FEW)
     assert alone.gap_closed is None and not len(alone.wordings) and alone.fitted["held_out_tasks"] == len(HELD_OUT)
     gated = dataclasses.replace(bare, gate=alone)
     assert all(gated.judge(text).decision == "refuse" for text in FAR)
@@ -511,7 +507,7 @@ def test_tasks_without_experts_calibrate_too(bare, bank, prepared, monkeypatch):
 def test_nothing_to_fit_on_is_an_error(bare, bank, prepared):
     """Without held-out training tasks there is no honest number; the remedy names the setting."""
     with pytest.raises(GeneratorError, match="validation"):
-        fit_gate(bare, bank, None, [], prepared.data.groups)
+        fit_gate(bare, bank, RunTasks(), Split(prepared.split.groups, prepared.split.training, []))
 
 
 def test_gains_are_shares_of_the_gap(gated, bank, monkeypatch):
@@ -599,9 +595,9 @@ def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path
 
 
 def test_the_same_tasks_are_held_out_again(bank, prepared):
-    """`hold_out` finds the groups and the split of training, from the same settings."""
-    split = hold_out(bank, None, None, groups="task", validation=0.3, seed=0)
-    assert split.validation == list(prepared.data.validation) and split.groups == list(prepared.data.groups)
+    """The settings of a run lead to the groups and the split that it was trained with."""
+    split = SplitRule.stated({"groups": "task", "validation": 0.3, "seed": 0}).split(bank.names, RunTasks())
+    assert split == prepared.split and split.validation == list(prepared.data.validation) and split.groups == list(prepared.data.groups)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from lorag.methods.regression import _left_out_error
 from lorag.methods.training_loop import LoopSettings, TrainingLoop
 from lorag.text.conditioning import Conditioner, mixture
 from lorag.training.calibrate import tune_strength
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
 KERNEL = {"steps": 30, "width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "dropout": 0.0}
@@ -75,8 +76,9 @@ def _fit(prepared, name, seed=0, **settings):
     return fit_generator(prepared, method, _loop(seed=seed), rank=8, strength=1.0, origin={})
 
 
-def _prepare(bank, **more):
-    return prepare(bank, EMBEDDER, k=20, device="cpu", quiet=True, **more)
+def _prepare(bank, suite=None, **rule):
+    runner = None if suite is None else Runner.open(bank.base, "cpu")
+    return prepare(bank, EMBEDDER, RunTasks(suite), SplitRule(**rule), runner=runner, space=SpaceChoice(k=20), quiet=True)
 
 
 @pytest.fixture(scope="module")

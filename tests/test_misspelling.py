@@ -7,7 +7,8 @@ from toy_world import TRAINING, WordEmbedder, make_bank, save_base
 
 from lorag.errors import ConfigError
 from lorag.text.misspelling import misspell, misspell_some
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import SplitRule
 from lorag.training.train import TrainConfig, train
 
 
@@ -63,11 +64,11 @@ def test_preparation_reads_the_same_errors_with_the_same_seed(tmp_path, tiny_mod
 
     def heard(**more):
         embedder = Listening()
-        prepare(bank, embedder, k=8, device="cpu", quiet=True, **more)
+        prepare(bank, embedder, space=SpaceChoice(k=8), quiet=True, **more)
         return embedder.heard
 
     plain = [text for expert in bank.experts for text in expert.descriptions]
     assert heard() == plain
-    assert heard(typos=1.0, seed=1) == heard(typos=1.0, seed=1) != heard(typos=1.0, seed=2)
+    assert heard(typos=1.0, rule=SplitRule(seed=1)) == heard(typos=1.0, rule=SplitRule(seed=1)) != heard(typos=1.0, rule=SplitRule(seed=2))
     with pytest.raises(ConfigError, match="typos"):
         train(TrainConfig(out=str(tmp_path / "out"), typos=1.5))

@@ -30,7 +30,7 @@ from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.parallel import Backend, FanOutError
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 RAY = Backend("ray")
@@ -77,7 +77,7 @@ def generator(tmp_path_factory, base):
     from lorag.text.embedding import SentenceEmbedder
 
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, CELLS)
-    prepared = prepare(bank, SentenceEmbedder.from_pretrained(device="cpu"), k=8, device="cpu", quiet=True)
+    prepared = prepare(bank, SentenceEmbedder.from_pretrained(device="cpu"), space=SpaceChoice(k=8), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), True, Accelerator(cpu=True))
     made = fit_generator(prepared, method_type("sg_mixture").with_settings({}), loop, rank=4, strength=1.0, origin={})
     return made.save_pretrained(tmp_path_factory.mktemp("generator"))

@@ -5,13 +5,15 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
+from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import ExpertAttention
 from lorag.tasks.derived import derive
 from lorag.tasks.suite import Example, Task, TaskSuite, connected
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
 SMALL = {"kernel_steps": 0, "ensemble": {"count": 0}}
@@ -37,8 +39,10 @@ def _suite(sources=None, shared=()):
     return TaskSuite(tasks)
 
 
-def _prepare(bank, **more):
-    return prepare(bank, WordEmbedder(), k=20, device="cpu", quiet=True, **more)
+def _prepare(bank, suite=None, without_expert=(), **rule):
+    runner = None if suite is None else Runner.open(bank.base, "cpu")
+    tasks = RunTasks(suite, without_expert)
+    return prepare(bank, WordEmbedder(), tasks, SplitRule(**rule), runner=runner, space=SpaceChoice(k=20), quiet=True)
 
 
 def _fit(prepared, name="house", **settings):

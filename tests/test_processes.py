@@ -20,12 +20,14 @@ from torch import nn
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
 from lorag.bank.bank import AdapterBank
+from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.errors import ConfigError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import Batch, LoopSettings, Shares, TrainingLoop
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +80,15 @@ def learn(prepared, folder, *, stop=None, settings=QUIET, method="house", **more
 
 def prepared_in(folder):
     """The toy world that the tests have written."""
-    return prepare(AdapterBank.from_pretrained(folder / "bank"), WordEmbedder(), k=6, device="cpu", quiet=True, suite=make_suite(CELLS))
+    bank = AdapterBank.from_pretrained(folder / "bank")
+    return prepare(
+        bank,
+        WordEmbedder(),
+        RunTasks(make_suite(CELLS)),
+        runner=Runner.open(bank.base, "cpu"),
+        space=SpaceChoice(k=6),
+        quiet=True,
+    )
 
 
 RUNS = {"plain": {}, "noisy": {"settings": {}}, "four": {"settings": {}, "shares": 4}, "bf16": {"mixed_precision": "bf16"}}

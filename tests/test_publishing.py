@@ -30,7 +30,7 @@ from lorag.files import hub
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import _licences, fit_generator
 
 CELLS = TRAINING[:6]
@@ -60,7 +60,7 @@ def hosted(tmp_path_factory, toy):
 @pytest.fixture(scope="module")
 def fitted(toy):
     """Generators of the toy bank by method."""
-    prepared = prepare(toy, WordEmbedder(), k=16, quiet=True)
+    prepared = prepare(toy, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
 
     def fit(method):
         loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
@@ -310,7 +310,7 @@ def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
     """It generates the same bytes; of a training folder only the generator is published."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BankBase, "check", lambda self: None)  # toys/base-lm is on no hub
-        made = prepare(hosted, WordEmbedder(), k=16, quiet=True)
+        made = prepare(hosted, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
     generator = fit_generator(made, method_type("ridge")(), loop, rank=8, strength=1.0, origin={})
     generator.push_to_hub("me/generator")

@@ -21,7 +21,7 @@ from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.modules import ModuleDecoder
 from lorag.spaces import FlatFactors, SharedSubspace, open_space
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 CONFIGS = Path(__file__).parent / "base_configs"
@@ -137,7 +137,7 @@ def test_parts_are_in_the_layout_s_order_and_start_at_the_mean():
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(bank, WordEmbedder(), k=8, device="cpu", quiet=True)
+    return prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True)
 
 
 def _fit(prepared, **settings):

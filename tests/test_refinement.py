@@ -18,7 +18,8 @@ from lorag.generator.refine import check_examples, refine, refine_tasks
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
 CELLS = (("red", "cat"), ("blue", "fish"))
@@ -204,7 +205,7 @@ def test_a_generator_refines_what_it_generates(world, tmp_path):
     """generate(examples=..., refine_steps=K): the answer gets likelier, and the adapter says how it came about."""
     base, runner, tasks, _ = world
     bank = make_bank(tmp_path / "bank", base, CELLS)
-    prepared = prepare(bank, WordEmbedder(), k=12, device="cpu", quiet=True, validation=0.0)
+    prepared = prepare(bank, WordEmbedder(), rule=SplitRule(validation=0.0), space=SpaceChoice(k=12), quiet=True)
     loop = TrainingLoop(None, torch.Generator(), quiet=True, accelerator=Accelerator(cpu=True))
     generator = fit_generator(prepared, method_type("mean")(), loop, rank=6, strength=1.0, origin={})
     text, pairs = describe(*CELLS[0])[0], _pairs(tasks[0], 16)

@@ -27,7 +27,7 @@ from lorag.generator.evidence import FEATURES, Reference
 from lorag.generator.gate import Gate
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 HOSTILE = "<script>alert(1)</script> \"'&amp; $\\frac{ ${x} {{y}}\n\u202e\x1b[2J" + "long " * 40
@@ -282,7 +282,7 @@ def ladder(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
     oracles = make_bank(tmp_path_factory.mktemp("oracles"), base, HELD_OUT)
-    prepared = prepare(bank, WordEmbedder(), k=8, device="cpu", quiet=True)
+    prepared = prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     made = [fit_generator(prepared, method_type(name)(), loop, rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
     made[1].gate = _gate(made[1], prepared.data.codes)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 
+from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
@@ -14,7 +15,8 @@ from lorag.methods import METHODS, method_type
 from lorag.methods.functional import evenly, mean_loss
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import hold_out, prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import TrainConfig, fit_generator
 
 EMBEDDER = WordEmbedder()
@@ -37,7 +39,15 @@ def whole(bank):
     """Eight experts and eight more tasks; a quarter of each is held out."""
     suite = make_suite(TRAINING[:16])
     more = TaskSuite(list(suite)[8:])
-    return prepare(bank, EMBEDDER, k=12, device="cpu", quiet=True, suite=suite, without_expert=more, validation=0.25)
+    return prepare(
+        bank,
+        EMBEDDER,
+        RunTasks(suite, without_expert=more),
+        SplitRule(validation=0.25),
+        runner=Runner.open(bank.base, "cpu"),
+        space=SpaceChoice(k=12),
+        quiet=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,15 @@ def bare(tmp_path_factory, base, whole):
 
     suite = make_suite(TRAINING[:8])
     empty = AdapterBank.create(tmp_path_factory.mktemp("empty"), base)
-    return prepare(empty, EMBEDDER, space=whole.space, device="cpu", quiet=True, suite=suite, without_expert=suite, validation=0.25)
+    return prepare(
+        empty,
+        EMBEDDER,
+        RunTasks(suite, without_expert=suite),
+        SplitRule(validation=0.25),
+        runner=Runner.open(empty.base, "cpu"),
+        space=whole.space,
+        quiet=True,
+    )
 
 
 def _fit(prepared, name, **settings):
@@ -62,7 +80,7 @@ def test_tasks_without_an_expert_are_held_out_alike(whole):
     assert sorted([*data.training, *data.validation]) == list(range(16)) and len(data.codes) == 8
     assert len(data.validation_experts) == 2 and len(data.validation) == 4
     assert data.training_experts == [i for i in range(8) if i not in data.validation]
-    alone = hold_out(whole.bank, None, None, groups="task", validation=0.25, seed=0)
+    alone = SplitRule(validation=0.25).split(whole.bank.names, RunTasks())
     assert alone.validation == data.validation_experts
 
 

@@ -16,7 +16,8 @@ from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.text.embedding import SentenceEmbedder
 from lorag.text.vectors import VectorEmbedder, open_embedder, reads_vectors, vector_text
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
 LENGTH = 3
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
     """A generator of forty profiles, as it lies on the disk."""
     bank = AdapterBank.create(tmp_path_factory.mktemp("profiles") / "bank", dataclasses.replace(BASE, identity="revision:main"))
     bank = bank.add([(f"reader-{n}", [vector_text(_profile(n))], [_adapter(_profile(n))]) for n in range(40)])
-    prepared = prepare(bank, VectorEmbedder(LENGTH), k=6, validation=0.1, device="cpu", quiet=True)
+    prepared = prepare(bank, VectorEmbedder(LENGTH), rule=SplitRule(validation=0.1), space=SpaceChoice(k=6), quiet=True)
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     generator = fit_generator(prepared, method_type("ridge").with_settings({}), loop, rank=LENGTH, strength=1.0, origin={})
     return generator.save_pretrained(tmp_path_factory.mktemp("generator"))

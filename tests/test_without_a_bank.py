@@ -25,7 +25,8 @@ from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.text import vectors
 from lorag.training import calibrate_gate
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
 SMALL = {"width": 16, "heads": 2, "queries": 2, "features": 24, "probes": 1, "directions": 8, "noise": 0.0, "dropout": 0.0}
@@ -145,13 +146,9 @@ def _fitted(base, tmp_path, steps):
     prepared = prepare(
         empty,
         WordEmbedder(),
-        space_name="activation_bases",
-        k=12,
-        rank=3,
-        suite=make_suite(TRAINING),
-        without_expert=make_suite(TRAINING[:14]),
-        held_out=make_suite(TRAINING[14:]),
-        device="cpu",
+        RunTasks(make_suite(TRAINING), without_expert=make_suite(TRAINING[:14]), held_out=make_suite(TRAINING[14:])),
+        runner=Runner.open(empty.base, "cpu"),
+        space=SpaceChoice("activation_bases", k=12, rank=3),
         quiet=True,
     )
     functional = {"steps": steps, "tasks": 8, "examples": 2, "learning_rate": 0.01, "validate_every": 20}
@@ -208,7 +205,9 @@ def test_balance_draws_small_sources_as_often_as_large_ones(base, tmp_path, bala
 def test_it_says_what_it_needs(base, tmp_path):
     """Another space, or a bank beside a base, is refused before time is spent."""
     bank = make_bank(tmp_path / "bank", base, TRAINING[:8])
-    prepared = prepare(bank, WordEmbedder(), k=12, suite=make_suite(TRAINING[:8]), device="cpu", quiet=True)
+    prepared = prepare(
+        bank, WordEmbedder(), RunTasks(make_suite(TRAINING[:8])), runner=Runner.open(bank.base, "cpu"), space=SpaceChoice(k=12), quiet=True
+    )
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     with pytest.raises(GeneratorError, match="needs bases of activations"):
         method_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)

@@ -8,7 +8,7 @@ from lorag.base.runner import BankBase
 from lorag.generator.gate import Verdict
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import prepare
+from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 SAMPLED = {"steps": 20, "width": 32, "latent": 8}
@@ -39,7 +39,7 @@ def fit(prepared, name, **settings):
 def toy_generators(folder, tiny, tokenizer):
     """Two of one base model, of which only the second samples."""
     bank = make_bank(folder / "bank", save_base(folder / "base", tiny, tokenizer), TRAINING)
-    prepared = prepare(bank, WordEmbedder(), k=16, device="cpu", quiet=True)
+    prepared = prepare(bank, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
     return {"ridge": fit(prepared, "ridge"), "sg_lora": fit(prepared, "sg_lora", **SAMPLED)}
 
 
@@ -49,4 +49,4 @@ def encoder_generator(folder, tiny, tokenizer):
     model = type(causal.model)(causal.model.name, "encoder")
     base = BankBase(model, model.identity(), causal.layout, "label_matching", {"max_length": 32})
     bank = make_bank(folder / "bank", base, TRAINING[:6])
-    return fit(prepare(bank, WordEmbedder(), k=8, device="cpu", quiet=True), "ridge")
+    return fit(prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True), "ridge")

@@ -22,6 +22,7 @@ from lorag.methods.training_loop import TrainingLoop
 from lorag.progress import progress_bar
 from lorag.tasks.finding import find_split, find_tasks
 from lorag.training.preparation import prepare
+from lorag.training.split import RunTasks
 from lorag.training.train import fit_generator
 
 if TYPE_CHECKING:
@@ -176,7 +177,13 @@ def _fit_baselines(
     if training is not None and not set(experts.names) <= {task.key for task in training}:
         training = None
     prepared = prepare(
-        experts, first.embedder, space=first.space, wordings=_WORDINGS, suite=training, device=device, dtype=dtype, quiet=quiet
+        experts,
+        first.embedder,
+        RunTasks(training),
+        runner=None if training is None else Runner.open(experts.base, device, dtype),
+        space=first.space,
+        wordings=_WORDINGS,
+        quiet=quiet,
     )
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
     fitted = {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorag.files.artifacts import embedded, read_json
-from lorag.tasks.suite import TaskSuite
+from lorag.files.artifacts import embedded
+from lorag.tasks.suite import TaskSuite, read_splits
 
-__all__ = ["TRAIN", "VALIDATION", "WITHOUT_EXPERT", "find_split", "find_tasks"]
+__all__ = ["TRAIN", "VALIDATION", "WITHOUT_EXPERT", "find_split", "find_splits", "find_tasks"]
 
 # The split of a suite whose tasks have training examples but no expert.
 WITHOUT_EXPERT = "without_expert"
@@ -20,10 +20,14 @@ def find_tasks(name: str, split: str | None = None) -> TaskSuite:
     return TaskSuite.from_folder(_suite_folder(name), split)
 
 
+def find_splits(name: str) -> dict[str, list[str]]:
+    """Names of the tasks of each split of a suite; empty if it has no splits."""
+    return read_splits(_suite_folder(name))
+
+
 def find_split(name: str, split: str) -> TaskSuite | None:
-    """A split of a suite, or None if its splits.json does not name it."""
-    listed = _suite_folder(name) / "splits.json"
-    return find_tasks(name, split) if listed.is_file() and read_json(listed).get(split) else None
+    """A split of a suite, or None if it does not have it."""
+    return find_tasks(name, split) if find_splits(name).get(split) else None
 
 
 def _suite_folder(name: str) -> Path:

@@ -17,7 +17,7 @@ from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 
-__all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
+__all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs", "read_splits"]
 
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 2_000_000_000  # of one decompressed examples file
@@ -134,13 +134,10 @@ class TaskSuite:
         """
         folder = Path(folder)
         if split is not None:
-            splits = read_json(folder / "splits.json")
+            splits = read_splits(folder)
             if split not in splits:
-                raise TaskError(f"{folder / 'splits.json'} has no split {split!r}", expected=" or ".join(splits))
-            names = splits[split]
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TaskError(f"{folder / 'splits.json'}: split {split!r} cannot be used", expected="a list of tasks' names")
-            return cls.from_folder(folder).select(names)
+                raise TaskError(f"{folder / 'splits.json'} has no split {split!r}", expected=" or ".join(splits) or "a splits.json")
+            return cls.from_folder(folder).select(splits[split])
         if (folder / "tasks.jsonl").is_file():
             return cls(_read_suite(folder))
         suites = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
@@ -216,6 +213,20 @@ def _field(row: Mapping[str, Any], key: str, where: str, kind: type) -> Any:  # 
     if not isinstance(row[key], kind):
         raise TaskError(f"{where}: field {key!r} has the wrong type", got=type(row[key]).__name__, expected=kind.__name__)
     return row[key]
+
+
+def read_splits(folder: str | Path) -> dict[str, list[str]]:
+    """Names of the tasks of each split of a suite, from its splits.json; empty without one.
+
+    Raises:
+        TaskError: If a split is not a list of names.
+    """
+    path = Path(folder) / "splits.json"
+    splits = read_json(path) if path.is_file() else {}
+    for split, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TaskError(f"{path}: split {split!r} cannot be used", expected="a list of tasks' names")
+    return splits
 
 
 def _read_suite(folder: Path) -> list[Task]:

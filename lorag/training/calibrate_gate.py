@@ -27,7 +27,7 @@ from lorag.training.calibrate import gap_closed_by
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
     from lorag.generator.lora_generator import LoraGenerator
-    from lorag.tasks.suite import Task, TaskSuite
+    from lorag.training.split import RunTasks, Split
 
 __all__ = ["GateSettings", "fit_gate"]
 
@@ -54,11 +54,9 @@ class GateSettings:
 def fit_gate(
     generator: LoraGenerator,
     bank: AdapterBank,
-    suite: TaskSuite | None,
-    held: Sequence[int],
-    groups: Sequence[int],
+    run: RunTasks,
+    split: Split,
     *,
-    others: Sequence[Task] = (),
     unknown: Mapping[str, Sequence[str]] | None = None,
     settings: GateSettings | None = None,
     quiet: bool = True,
@@ -68,10 +66,9 @@ def fit_gate(
     Args:
         generator: The generator; it is only used.
         bank: The bank that it learned from.
-        suite: The experts' tasks with examples; without it, the gap closed is not estimated.
-        held: Tasks that the generator did not learn from: indices into the bank, and after its experts into `others`.
-        groups: Group of each task: none of its group counts while it plays an unknown one.
-        others: Tasks without an expert. They show what is known; how much of a gap is closed on them, nobody can tell.
+        run: The tasks of its run. Without examples of the experts' tasks, the gap closed is not estimated; the others show what is
+            known, but how much of a gap is closed on them, nobody can tell.
+        split: What the generator did not learn from. No expert of a task's group counts while the task plays an unknown one.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for fitting.
         settings: How much is looked at.
         quiet: No progress bar.
@@ -80,47 +77,33 @@ def fit_gate(
         GeneratorError: If there is no held-out task, or the method cannot work from a description alone.
         ConfigError: If the suite lacks held-out tasks.
     """
-    settings = settings or GateSettings()
+    settings, held, experts = settings or GateSettings(), split.validation, len(bank)
     if not held or generator.method.needs_task_vectors:
         raise GeneratorError(
             "no gate can be fitted for this generator",
             got="no held-out training task" if not held else f"{generator.method.name} with task vectors from examples",
             remedy="Train with validation above 0, and with a method that works from a description alone.",
         )
-    names, experts = bank.names, len(bank)
-    owned = [i for i in held if i < experts]
-    tasks = {} if suite is None else {task.key: task for task in suite.of_experts([names[i] for i in owned])}
-    described = {i: (bank[names[i]].descriptions if i < experts else others[i - experts].descriptions) for i in held}
-    rows = [(i, text) for i in held for text in described[i][: settings.wordings]]
-    group_of = torch.tensor(list(groups[:experts]))
-    masks = [group_of == groups[i] if experts else None for i, _ in rows]
+    described = [*(expert.descriptions for expert in bank.experts), *(task.descriptions for task in run.others)]
+    rows = [(task, text) for task in held for text in described[task][: settings.wordings]]
+    group_of = torch.tensor(split.groups[:experts])
+    masks = [group_of == split.groups[task] if experts else None for task, _ in rows]
     reference = Reference.of(generator.space, _some_codes(generator, bank))
-    evidence, codes, firsts = _look(generator, reference, [text for _, text in rows], masks, quiet)
+    looked = _look(generator, reference, [text for _, text in rows], masks, quiet)
     listed = [text for texts in (unknown or unknown_tasks("fit")).values() for text in texts]
-    strange = _really_unknown(_look(generator, reference, listed, [None] * len(listed), quiet)[0], evidence)
-    clusters = _clusters(generator.embedder, described, groups)
-    group = [clusters[i] for i, _ in rows]
-    novelty, threshold, facts = _fit_novelty(evidence, strange, group)
-    facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(clusters.values()))}
-    gap_closed, gap_range, offsets, fuse_above = None, (0.0, 1.0), (0.0, 0.0), None
-    if tasks:
-        # Rows and first rows of the tasks that have an expert.
-        with_expert = [place for place, (i, _) in enumerate(rows) if i < experts]
-        first = [next(place for place in with_expert if rows[place][0] == i) for i in owned]
-        fused = torch.cat([generator.fuse_nearest(bank, firsts[place])[1] for place in first])
-        owners = [names[rows[place][0]] for place in with_expert] + [names[i] for i in owned]
-        strengths = [generator.strength] * len(with_expert) + [1.0] * len(owned)
-        every = gap_closed_by(generator, torch.cat([codes[with_expert], fused]), owners, bank, tasks, settings.limit, strengths)
-        closed = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-        closed[with_expert] = every[: len(with_expert)]
-        fuse_above = fusing_cosine(evidence[first, 0], every[len(with_expert) :], closed[first])
-        sure = closed.isfinite()
-        if sure.any():
-            gap_range = min(0.0, closed[sure].min().item()), 1.0
-            gap_closed, offsets, more = _fit_gap_closed(
-                evidence[sure], closed[sure], [g for g, s in zip(group, sure.tolist(), strict=True) if s], gap_range
-            )
-            facts |= more
+    strange = _really_unknown(_look(generator, reference, listed, [None] * len(listed), quiet).evidence, looked.evidence)
+    cluster_of = _clusters(generator.embedder, {task: described[task] for task in held}, split.groups)
+    cluster = [cluster_of[task] for task, _ in rows]
+    novelty, threshold, facts = _fit_novelty(looked.evidence, strange, cluster)
+    facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(cluster_of.values()))}
+    closed, fuse_above = _gaps_closed(generator, bank, run, [task for task, _ in rows], looked, settings.limit)
+    gap_closed, gap_range, offsets = None, (0.0, 1.0), (0.0, 0.0)
+    sure = closed.isfinite()
+    if sure.any():
+        gap_range = min(0.0, closed[sure].min().item()), 1.0
+        clusters = [one for one, measured in zip(cluster, sure.tolist(), strict=True) if measured]
+        gap_closed, offsets, more = _fit_gap_closed(looked.evidence[sure], closed[sure], clusters, gap_range)
+        facts |= more
     wordings, owners_of = task_wordings(generator.conditioner.names, bank)
     return Gate(
         reference=reference,
@@ -129,7 +112,7 @@ def fit_gate(
         gap_closed=gap_closed,
         gap_range=gap_range,
         offsets=offsets,
-        same_above=naming_cosine(generator, bank, evidence[:, 0], settings.wordings),
+        same_above=naming_cosine(generator, bank, looked.evidence[:, 0], settings.wordings),
         fuse_above=fuse_above,
         wordings=wordings,
         owners=owners_of,
@@ -150,10 +133,17 @@ def _some_codes(generator: LoraGenerator, bank: AdapterBank) -> Tensor:
     return torch.cat([generator.method.generate(condition, torch.Generator().manual_seed(0)).float() for condition in conditions])
 
 
-def _look(
-    generator: LoraGenerator, reference: Reference, texts: Sequence[str], masks: Sequence[Tensor | None], quiet: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Evidence (u, f) on descriptions, their codes (u, c), and their similarities to the experts (u, n)."""
+@dataclass(frozen=True)
+class _Looked:
+    """What is known of u descriptions: evidence (u, f), codes made from them (u, c), and similarities to the experts (u, n)."""
+
+    evidence: Tensor
+    codes: Tensor
+    similarities: Tensor
+
+
+def _look(generator: LoraGenerator, reference: Reference, texts: Sequence[str], masks: Sequence[Tensor | None], quiet: bool) -> _Looked:
+    """Looks at descriptions; the experts of a mask (n,) do not count."""
     evidence, codes, similarities = [], [], []
     embedded = generator.embedder.embed(list(texts), quiet=quiet)
     for text, one, masked in progress_bar(
@@ -164,7 +154,34 @@ def _look(
         evidence.append(gathered.row())
         codes.append(gathered.code[0].float())
         similarities.append(gathered.condition.similarities)
-    return torch.stack(evidence), torch.stack(codes), torch.stack(similarities)
+    return _Looked(torch.stack(evidence), torch.stack(codes), torch.stack(similarities))
+
+
+def _gaps_closed(
+    generator: LoraGenerator, bank: AdapterBank, run: RunTasks, tasks: Sequence[int], looked: _Looked, limit: int
+) -> tuple[Tensor, float | None]:
+    """Share of the gap that each row's code closes (u,), NaN where nobody can tell, and the cosine from which experts are fused.
+
+    Args:
+        generator: The generator.
+        bank: Its bank.
+        run: The tasks of its run.
+        tasks: Number of each row's task, u in all; rows of a task follow one another.
+        looked: What is known of the rows.
+        limit: Most examples of each task.
+    """
+    closed = torch.full((len(tasks),), torch.nan, dtype=torch.float64)
+    with_expert = [row for row, task in enumerate(tasks) if task < len(bank)]
+    if run.suite is None or not with_expert:
+        return closed, None
+    first = [row for row in with_expert if row == tasks.index(tasks[row])]  # one row for each task
+    suite = {task.key: task for task in run.suite.of_experts([bank.names[tasks[row]] for row in first])}
+    fused = torch.cat([generator.fuse_nearest(bank, looked.similarities[row])[1] for row in first])
+    owners = [bank.names[tasks[row]] for row in (*with_expert, *first)]
+    strengths = [generator.strength] * len(with_expert) + [1.0] * len(first)
+    every = gap_closed_by(generator, torch.cat([looked.codes[with_expert], fused]), owners, bank, suite, limit, strengths)
+    closed[with_expert] = every[: len(with_expert)]
+    return closed, fusing_cosine(looked.evidence[first, 0], every[len(with_expert) :], closed[first])
 
 
 def _really_unknown(strange: Tensor, evidence: Tensor) -> Tensor:

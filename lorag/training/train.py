@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from lorag.adapters.provenance import public_name
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.base_model import BaseModel, device_of
-from lorag.base.runner import BankBase
+from lorag.base.runner import BankBase, Runner
 from lorag.config import to_plain
 from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
-from lorag.files.metrics import Metrics, check_trackers
+from lorag.files.metrics import Metrics
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Method, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
@@ -27,7 +27,8 @@ from lorag.text.embedding import CachedEmbedder
 from lorag.text.vectors import open_embedder, reads_vectors
 from lorag.training.calibrate import tune_strength
 from lorag.training.calibrate_gate import GateSettings, fit_gate
-from lorag.training.preparation import Prepared, hold_out, prepare, tasks_of_run
+from lorag.training.preparation import Prepared, SpaceChoice, prepare
+from lorag.training.split import RunTasks, SplitRule
 
 __all__ = ["TrainConfig", "add_gate", "fit_generator", "train"]
 
@@ -99,6 +100,51 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
 
 
+def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
+    """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
+
+    Under `accelerate launch` all processes train, and the main one alone then fits the gate and writes. The others return the
+    generator without gate, while the main one may still be at work.
+
+    Raises:
+        ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
+    """
+    stated = _stated(config)
+    loop = _loop(config, stated, quiet)
+    out, main = Path(config.out), loop.accelerator.is_main_process
+    if (out / "run.json").exists() and read_json(out / "run.json") != stated:
+        raise ConfigError(f"out: {out} holds a run with other settings", remedy="Choose another folder, or delete it.")
+    if (out / "generator.json").exists():
+        logger.warning("%s is trained already; delete it to train it anew", out)
+        return LoraGenerator.from_pretrained(out, device=config.device)
+    method = method_type(config.method).with_settings(config.settings)
+    bank = _find_bank(config)
+    tasks = RunTasks.named(config.tasks, len(bank))
+    embedder, vectors = CachedEmbedder(open_embedder(config.embedder, config.device)), reads_vectors(config.embedder)
+    runner = None if tasks.suite is None else Runner.open(bank.base, config.device, config.dtype)
+    if main:
+        write_json(out / "run.json", stated)
+    prepared = prepare(
+        bank,
+        embedder,
+        tasks,
+        SplitRule(config.groups, config.validation, config.seed),
+        runner=runner,
+        space=SpaceChoice(config.space, config.k, config.rank),
+        wordings=config.wordings,
+        typos=0.0 if vectors else config.typos,
+        quiet=loop.quiet,
+    )
+    origin = {"config": _published(stated), "experts": len(bank)}
+    generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    if main:
+        if prepared.split.validation and not method.needs_task_vectors and not vectors:
+            generator.gate = fit_gate(generator, bank, tasks, prepared.split, quiet=loop.quiet)
+        generator.save_pretrained(out)
+        loop.finish()
+    return generator
+
+
 def fit_generator(
     prepared: Prepared, method: Method, loop: TrainingLoop, *, rank: int, strength: float | None, origin: dict[str, Any]
 ) -> LoraGenerator:
@@ -106,14 +152,13 @@ def fit_generator(
     method.fit(prepared.data, loop, prepared.runner)
     if strength is None:
         strength = from_main(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
-    space = prepared.space
     return LoraGenerator(
         base=prepared.bank.base,
-        space=space,
+        space=prepared.space,
         conditioner=prepared.data.conditioner,
         method=method,
         embedder=prepared.embedder,
-        rank=space.best_rank(rank),
+        rank=prepared.space.best_rank(rank),
         strength=strength,
         origin=origin,
         licenses=_licences(prepared, method),
@@ -127,6 +172,52 @@ def _licences(prepared: Prepared, method: Method) -> dict[str, str]:
     if method.learns_from_tasks:
         licences |= {data.tasks[i].key: data.tasks[i].license for i in data.training if i >= len(prepared.bank)}
     return licences
+
+
+# --- from settings to values ------------------------------------------------------------------------------------------
+
+
+def _stated(config: TrainConfig) -> dict[str, Any]:
+    """The settings that make a run what it is, checked; those that were left to the machine only where they were chosen.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+    if not 0 <= config.typos <= 1:
+        raise ConfigError("typos must be a share", got=str(config.typos), expected="0 to 1")
+    if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
+        raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
+    stated = to_plain(config)
+    del stated["trackers"]  # who looks on changes nothing
+    return {key: value for key, value in stated.items() if value is not None or key not in ("shares", "mixed_precision")}
+
+
+def _published(stated: dict[str, Any]) -> dict[str, Any]:
+    """What a generator says of its run: not where it was written and on what, and no paths of the machine."""
+    shown = {key: value for key, value in stated.items() if key not in ("out", "device")}
+    return shown | {key: public_name(stated[key]) for key in ("bank", "base", "tasks") if stated[key]}
+
+
+def _loop(config: TrainConfig, stated: dict[str, Any], quiet: bool) -> TrainingLoop:
+    """The loop of a run in this process; nothing is written yet.
+
+    Raises:
+        ConfigError: If shares, precision or trackers cannot be used.
+        MissingDependencyError: If a tracker's package is not installed.
+    """
+    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")  # it chooses this process's GPU
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        logger.warning("accelerate launch started one process only; where there are CPUs alone, it starts several with --multi_gpu")
+    Shares.of(accelerator, config.shares, config.mixed_precision)
+    return TrainingLoop(
+        Path(config.out),
+        torch.Generator().manual_seed(config.seed),
+        quiet or not accelerator.is_local_main_process,
+        accelerator,
+        config.shares,
+        config.mixed_precision,
+        Metrics(Path(config.out), config.trackers, stated, main=accelerator.is_main_process),
+    )
 
 
 def _find_bank(config: TrainConfig) -> AdapterBank:
@@ -144,74 +235,7 @@ def _find_bank(config: TrainConfig) -> AdapterBank:
     return AdapterBank(Path(config.out), base, ())
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
-    """Runs a training run, or goes on with it where it was interrupted, also with another number of processes.
-
-    Under `accelerate launch` all processes train, and the main one alone then fits the gate and writes. The others return the
-    generator without gate, while the main one may still be at work.
-
-    Raises:
-        ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
-    """
-    out = Path(config.out)
-    accelerator = Accelerator(cpu=device_of(config.device).type == "cpu")  # first, because it chooses this process's GPU
-    Shares.of(accelerator, config.shares, config.mixed_precision)
-    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
-        logger.warning("accelerate launch started one process only; where there are CPUs alone, it starts several with --multi_gpu")
-    plain = {key: value for key, value in to_plain(config).items() if key != "trackers"}  # who looks on changes nothing
-    for key in ("shares", "mixed_precision"):  # named where they were chosen
-        if plain[key] is None:
-            del plain[key]
-    check_trackers(config.trackers)
-    if (out / "run.json").exists() and read_json(out / "run.json") != plain:
-        raise ConfigError(f"out: {out} holds a run with other settings", remedy="Choose another folder, or delete it.")
-    if (out / "generator.json").exists():
-        logger.warning("%s is trained already; delete it to train it anew", out)
-        return LoraGenerator.from_pretrained(out, device=config.device)
-    if not 0 <= config.typos <= 1:
-        raise ConfigError("typos must be a share", got=str(config.typos), expected="0 to 1")
-    if config.rank < 1 or config.k < 1 or not 0 <= config.validation < 1:
-        raise ConfigError("rank and k must be positive, validation a share below 1", got=f"{config.rank}, {config.k}, {config.validation}")
-    method = method_type(config.method).with_settings(config.settings)
-    bank = _find_bank(config)
-    tasks = tasks_of_run(config.tasks, len(bank))
-    embedder = CachedEmbedder(open_embedder(config.embedder, config.device))
-    if accelerator.is_main_process:
-        write_json(out / "run.json", plain)
-    quiet = quiet or not accelerator.is_local_main_process
-    prepared = prepare(
-        bank,
-        embedder,
-        space_name=config.space,
-        k=config.k,
-        wordings=config.wordings,
-        typos=0.0 if reads_vectors(config.embedder) else config.typos,
-        validation=config.validation,
-        groups=config.groups,
-        seed=config.seed,
-        **tasks,
-        rank=config.rank,
-        device=config.device,
-        dtype=config.dtype,
-        quiet=quiet,
-    )
-    rng = torch.Generator().manual_seed(config.seed)
-    loop = TrainingLoop(out, rng, quiet, accelerator, shares=config.shares, mixed_precision=config.mixed_precision)
-    loop.metrics = Metrics(out, config.trackers, plain, main=accelerator.is_main_process)
-    # Where a run was written, and on what, says nothing about the generator, and paths of a machine are nobody's business.
-    settings = {key: value for key, value in plain.items() if key not in ("out", "device")}
-    settings |= {key: public_name(plain[key]) for key in ("bank", "base", "tasks") if plain[key]}
-    origin = {"config": settings, "experts": len(bank)}
-    generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
-    if not accelerator.is_main_process:
-        return generator
-    data = prepared.data
-    if data.validation and not method.needs_task_vectors and not reads_vectors(config.embedder):
-        others = data.tasks[len(bank) :]
-        generator.gate = fit_gate(generator, bank, tasks["suite"], data.validation, data.groups, others=others, quiet=quiet)
-    generator.save_pretrained(out)
-    loop.finish()
-    return generator
+# --- a gate afterwards ------------------------------------------------------------------------------------------------
 
 
 def add_gate(
@@ -247,15 +271,11 @@ def add_gate(
     experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
     if bank is not None and (experts.base != generator.base or experts.names != generator.conditioner.names):
         raise ConfigError("bank: the generator learned from another one", got=bank, remedy="Give --bank, the one that it learned from.")
-    run = tasks_of_run(name, len(experts))
-    share, seed, groups = float(config.get("validation", 0.1)), int(config.get("seed", 0)), str(config.get("groups", "task"))
-    split = hold_out(experts, **run, groups=groups, validation=share, seed=seed)
-    others = [*(run["without_expert"] or ()), *(run["held_out"] or ())]
-    if bank is None and [others[i].key for i in split.training] != list(generator.conditioner.names):
+    run, rule = RunTasks.named(name, len(experts)), SplitRule.stated(config)
+    split = rule.split(experts.names, run)
+    if bank is None and [run.others[i].key for i in split.training] != list(generator.conditioner.names):
         raise ConfigError("tasks: the generator learned from others", got=name, remedy="Give --tasks, the suite that it learned from.")
     listed = None if unknown is None else read_unknown(unknown, "fit")
-    generator.gate = fit_gate(
-        generator, experts, run["suite"], split.validation, split.groups, others=others, unknown=listed, settings=settings, quiet=quiet
-    )
+    generator.gate = fit_gate(generator, experts, run, split, unknown=listed, settings=settings, quiet=quiet)
     generator.save_pretrained(folder)
     return generator
