@@ -105,7 +105,8 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
 
     @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
-        weights = learn_weights(world.generator.runner(), experts, tasks, per_module=per_module, steps=world.steps, seed=seed)
+        support = [few_examples(task, EXAMPLES, seed) for task in tasks]
+        weights = learn_weights(world.generator.runner(), experts, support, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.merging import merge
 from lorag.adapters.publishing import bank_card, push_files, require_public
-from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shard, shard_name, stack_checkpoints
+from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shards, shard_name, stack_checkpoints
 from lorag.base.runner import BankBase
 from lorag.errors import BankError, LoragError
 from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
@@ -113,9 +113,9 @@ class AdapterBank:
             ArtifactError: If it is not a complete bank of a known format.
             BankError: If an entry contradicts its shard.
         """
-        bank = cls._open(fetch(path, "bank", revision), contents=True)
-        for file, experts in bank._by_file().items():
-            check_shard(bank.folder, file, experts, bank.base.layout)
+        folder = fetch(path, "bank", revision)
+        bank = cls._open(folder, contents=True)
+        check_shards(folder, bank.experts, bank.base.layout)
         return bank
 
     @classmethod
@@ -137,12 +137,6 @@ class AdapterBank:
     def _listed(self) -> list[str]:
         """Shards, and bases of compressed experts."""
         return sorted({expert.file for expert in self.experts} | {expert.bases for expert in self.experts if expert.bases})
-
-    def _by_file(self) -> dict[str, list[Expert]]:
-        by_file: dict[str, list[Expert]] = {}
-        for expert in self.experts:
-            by_file.setdefault(expert.file, []).append(expert)
-        return by_file
 
     @contextmanager
     def locked(self) -> Iterator[AdapterBank]:

@@ -62,14 +62,14 @@ def check_bank(bank: AdapterBank, *, embedder: TextEmbedder | None = None, quiet
         )
         if problem
     }
-    index = BankIndex.load(bank).cover(bank, quiet=quiet)
+    index = BankIndex.load(bank, quiet=quiet)
     words: dict[str, list[str]] = {}
     for expert in bank.experts:
         for text in {same_words(text) for text in expert.descriptions}:
             words.setdefault(text, []).append(expert.name)
     doubts: dict[str, str] = {}
     if embedder is not None:
-        reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet))
+        reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder, quiet=quiet))
         if reader is not None:
             sketches = index.sketches()
             doubts = {name: reader.nearest(sketches[name], 1, but=name)[0][0] for name in reader.doubts()}

@@ -243,8 +243,8 @@ def import_adapters(
         StorageError: If the bank cannot be written.
     """
     bank = AdapterBank.from_pretrained(bank_folder)
-    index = BankIndex.load(bank).cover(bank, quiet=quiet)
-    descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet)
+    index = BankIndex.load(bank, quiet=quiet)
+    descriptions = None if embedder is None else DescriptionIndex.load(bank, embedder, quiet=quiet)
     reader = None if descriptions is None else WeightReader.of_bank(index, descriptions)
     job = _Import(bank, options or ImportOptions(), index, descriptions, quiet, reader)
     for expert in bank.experts:

@@ -193,16 +193,15 @@ class BankIndex:
         save_tensors(bank.folder / _FILE, tensors, {"index": json.dumps(values)})
 
     @classmethod
-    def load(cls, bank: AdapterBank) -> BankIndex:
-        """Reads the index of a bank, or starts an empty one where there is none that can be used, and says so."""
-        path = bank.folder / _FILE
-        if not path.is_file():
-            return cls(bank.base.layout)
-        try:
-            return cls._read(bank)
-        except LoragError as error:
-            logger.warning("%s cannot be used and is made anew: %s", path, error)
-            return cls(bank.base.layout)
+    def load(cls, bank: AdapterBank, *, quiet: bool = True) -> BankIndex:
+        """The index of all experts of a bank: what its file has, if it can be used, and the rest worked out."""
+        path, index = bank.folder / _FILE, cls(bank.base.layout)
+        if path.is_file():
+            try:
+                index = cls._read(bank)
+            except LoragError as error:
+                logger.warning("%s cannot be used and is made anew: %s", path, error)
+        return index.cover(bank, quiet=quiet)
 
     @classmethod
     def _read(cls, bank: AdapterBank) -> BankIndex:
@@ -320,16 +319,16 @@ class DescriptionIndex:
         save_tensors(bank.folder / _DESCRIPTIONS_FILE, tensors, {"index": json.dumps(values)})
 
     @classmethod
-    def load(cls, bank: AdapterBank, embedder: TextEmbedder) -> DescriptionIndex:
-        """Reads the vectors of a bank, or starts with none where they cannot be used or are another embedder's, and says so."""
+    def load(cls, bank: AdapterBank, embedder: TextEmbedder, *, quiet: bool = True) -> DescriptionIndex:
+        """The vectors of all experts of a bank: those in its file, if they are this embedder's, and the rest embedded."""
         path, index = bank.folder / _DESCRIPTIONS_FILE, cls(embedder)
         if path.is_file():
             try:
                 index._read(bank)
             except LoragError as error:
                 logger.warning("%s cannot be used and is made anew: %s", path, error)
-                return cls(embedder)
-        return index
+                index = cls(embedder)
+        return index.cover(bank, quiet=quiet)
 
     def _read(self, bank: AdapterBank) -> None:
         path = bank.folder / _DESCRIPTIONS_FILE

@@ -30,7 +30,7 @@ from lorag.files.tensors import TensorSpec, read_header
 if TYPE_CHECKING:
     from lorag.base.layout import LoraLayout
 
-__all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shard", "quantise", "shard_name", "stack_checkpoints"]
+__all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shards", "quantise", "shard_name", "stack_checkpoints"]
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 BASES = ("{module}.U_in", "{module}.U_out")  # of the module of a number: (i, k) and (o, k)
@@ -153,12 +153,21 @@ def _sizes(folder: Path, bases: str, layout: LoraLayout) -> Sizes:
     return sizes
 
 
-def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: LoraLayout) -> None:
-    """Checks from its header that a shard holds the experts whose entries name it.
+def check_shards(folder: Path, experts: Sequence[Expert], layout: LoraLayout) -> None:
+    """Checks from their headers that a bank's shards hold the experts whose entries name them.
 
     Raises:
-        BankError: If it does not.
+        BankError: If one does not.
     """
+    by_file: dict[str, list[Expert]] = {}
+    for expert in experts:
+        by_file.setdefault(expert.file, []).append(expert)
+    sizes = {bases: _sizes(folder, bases, layout) for bases in {expert.bases for expert in experts}}
+    for file, members in by_file.items():
+        _check_shard(folder, file, members, sizes)
+
+
+def _check_shard(folder: Path, file: str, experts: Sequence[Expert], sizes: Mapping[str, Sizes]) -> None:
     spec, _ = read_header(resolve_inside(folder, file))
     shapes = {(expert.checkpoints, expert.rank, expert.bases) for expert in experts}
     if len(shapes) != 1:
@@ -166,7 +175,7 @@ def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: Lora
     checkpoints, rank, bases = shapes.pop()
     count = spec.get("0.A", ("", (0,)))[1][:1]
     expected: TensorSpec = {}
-    for key, tail, scale in _sides(_sizes(folder, bases, layout), rank):
+    for key, tail, scale in _sides(sizes[bases], rank):
         dtype = spec.get(key, ("", ()))[0]
         expected[key] = (dtype if dtype in _STORED else " or ".join(_STORED), (*count, checkpoints, *tail))
         if dtype == "I8":
@@ -180,7 +189,7 @@ def check_shard(folder: Path, file: str, experts: Sequence[Expert], layout: Lora
 
 
 class ShardReader:
-    """Reads experts of a bank whose shards `check_shard` has looked at; no file stays open."""
+    """Reads experts of a bank whose shards `check_shards` has looked at; no file stays open."""
 
     def __init__(self, folder: Path, layout: LoraLayout) -> None:
         self._folder, self._layout = folder, layout

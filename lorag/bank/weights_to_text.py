@@ -209,8 +209,8 @@ def describe_adapters(
     Raises:
         BankError: If the bank has too few experts to learn from, or their weights do not tell what they do.
     """
-    index = BankIndex.load(bank).cover(bank, quiet=quiet)
-    reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder).cover(bank, quiet=quiet))
+    index = BankIndex.load(bank, quiet=quiet)
+    reader = WeightReader.of_bank(index, DescriptionIndex.load(bank, embedder, quiet=quiet))
     if reader is None or not reader.telling:
         got = f"{len(bank)} experts" if reader is None else f"{reader.separation:.0%} of right and wrong descriptions told apart"
         expected = f"at least {_FEWEST} experts, and {_TELLING:.0%}"

@@ -120,7 +120,6 @@ def learn_weights(
     tasks: Sequence[Task],
     *,
     per_module: bool = True,
-    examples: int = 8,
     steps: int = 100,
     learning_rate: float = 0.05,
     reduction: Reduction = "sum",
@@ -134,19 +133,17 @@ def learn_weights(
     Args:
         runner: The base model.
         adapters: n experts.
-        tasks: The tasks that the sum should solve.
+        tasks: The tasks that the sum should solve, with the few examples that are learned from.
         per_module: Whether each module has weights of its own.
-        examples: Most training examples of each task.
         steps: Gradient steps.
         learning_rate: Of Adam.
         reduction: "sum" or "worst" of the tasks' losses.
-        seed: Seed of the choice of examples.
+        seed: Seed of the draws.
 
     Returns:
         Weights (n, m) on the CPU.
     """
     device = runner.device
-    support = [few_examples(task, examples, seed) for task in tasks]
     count, names = len(adapters), runner.layout.names
     summed = Factors.concatenated([adapter.factors for adapter in adapters])
     stacked = Factors.stack([summed], device)
@@ -156,7 +153,7 @@ def learn_weights(
     def losses(draw: str, number: int) -> Tensor:
         spread = weights.expand(-1, len(names)).repeat_interleave(ranks, 0)
         weighted = {name: (a, b * spread[:, index]) for index, (name, (a, b)) in enumerate(stacked.items())}
-        return runner.losses(weighted, support, number, f"weights/{seed}/{draw}")
+        return runner.losses(weighted, tasks, number, f"weights/{seed}/{draw}")
 
     minimise([([weights], learning_rate)], losses, steps, reduction)
     return weights.detach().expand(-1, len(names)).cpu()

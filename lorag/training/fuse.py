@@ -286,7 +286,7 @@ def fuse(
             return regmean(runner, list(experts.adapters(names)), their_tasks, weights=weights, rank=rank, seed=seed)
         if method == "cat" and weights is None:
             support = [few_examples(task, _LEARNED_FROM, seed) for task in their_tasks]
-            learned = learn_weights(runner, list(experts.adapters(names)), support, examples=_LEARNED_FROM, seed=seed)
+            learned = learn_weights(runner, list(experts.adapters(names)), support, seed=seed)
             merged = experts.fuse(names, method, rank=rank, weights=learned)
             controls = compare_with_fresh(runner, merged, their_tasks, support, rank=max(experts[name].rank for name in names), seed=seed)
             return merged if controls is None else replace(merged, info={**merged.info, "controls": controls})

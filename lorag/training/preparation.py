@@ -95,7 +95,7 @@ def prepare(
     ]
     flat = iter(embedder.embed([text for of_task in texts for text in of_task], quiet=quiet))
     embeddings = [[next(flat) for _ in of_task] for of_task in texts]
-    with_examples = tasks.suite is not None and runner is not None
+    examples = [] if tasks.suite is None or runner is None else [*tasks.suite.of_experts(bank.names), *tasks.others]
     data = TrainingSet(
         space=space if runner is None else space.to(runner.device, torch.float32),
         codes=codes,
@@ -105,7 +105,7 @@ def prepare(
         training=split.training,
         validation=split.validation,
         conditioner=_conditioner(bank, tasks.others, embeddings, split, embedder.size),
-        tasks=[*tasks.suite.of_experts(bank.names), *tasks.others] if with_examples else [],
+        tasks=examples,
         alignment=_alignment(space, embedder, quiet),
     )
     spelling = Spelling.of(text for i in split.training for text in described[i])

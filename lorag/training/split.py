@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,8 +31,8 @@ class RunTasks:
     """
 
     suite: TaskSuite | None = None
-    without_expert: Sequence[Task] = ()
-    held_out: Sequence[Task] = ()
+    without_expert: Collection[Task] = ()
+    held_out: Collection[Task] = ()
 
     @classmethod
     def named(cls, name: str | None, experts: int) -> Self:
