@@ -161,3 +161,5 @@ def test_the_old_name_of_the_setting_names_the_new_one():
         method_type("house").with_settings({"colleagues": {"count": 1}})
     with pytest.raises(ConfigError, match="method=attention"):
         method_type("house").with_settings({"source": "experts"})
+    with pytest.raises(ConfigError, match="method=attention"):
+        method_type("house").with_settings({"view": 32})

@@ -165,7 +165,10 @@ class HouseSettings(ReaderSettings):
         ensemble: Readers beside the one that took those steps, which learn from it.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"colleagues": "ensemble", "source": "method=attention"}
+    RENAMED: ClassVar[dict[str, str]] = {
+        "colleagues": "ensemble",
+        **dict.fromkeys(("source", "view", "temperature", "offset"), "method=attention"),
+    }
 
     width: int = 192
     hidden: int = 192
