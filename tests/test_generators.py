@@ -20,7 +20,7 @@ from lorag.methods import METHODS, TrainingSet, method_type
 from lorag.methods.functional import mean_loss
 from lorag.methods.method import _distance
 from lorag.methods.regression import _left_out_error
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.text.conditioning import Conditioner, mixture
 from lorag.training.calibrate import tune_strength
 from lorag.training.preparation import SpaceChoice, prepare
@@ -513,7 +513,11 @@ def test_a_stage_that_stopped_early_is_not_trained_further(tmp_path):
             seen.append(None)
             return values.get(len(seen) - 1, 0.0)
 
-        loop.run("stage", module, lambda m, _: m(torch.randn(4, 2, generator=loop.rng)).square().mean(), validate, steps)
+        def loss(module, step):
+            drawn = torch.randn(4, 2, generator=loop.rng)
+            return Batch(1, lambda _: module(drawn).square().mean())
+
+        loop.run("stage", module, loss, validate, steps)
         return module.weight.clone(), loop.rng.get_state(), len(seen)
 
     first, stream, validations = run(tmp_path)

@@ -20,7 +20,7 @@ from lorag.config import load_config
 from lorag.errors import ArtifactError, ConfigError, MissingDependencyError, StorageError
 from lorag.files import metrics as metrics_module
 from lorag.files.metrics import METRICS, TRACKERS, Metrics, check_trackers, read_metrics
-from lorag.methods.training_loop import LoopSettings, TrainingLoop
+from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.progress import Lines, progress_bar
 from lorag.training.train import TrainConfig, train
 
@@ -152,11 +152,15 @@ def _loop(folder, **more):
     return TrainingLoop(folder, torch.Generator().manual_seed(0), True, Accelerator(cpu=True), **more)
 
 
+def _square(net, step):
+    return Batch(1, lambda _: net(torch.ones(1, 2)).square().mean())
+
+
 def test_a_training_run_tells_its_trackers(tmp_path):
     """Loss and validation of every validated step, in the file and in TensorBoard alike."""
     module = nn.Linear(2, 1)
     loop = _loop(tmp_path, metrics=Metrics(tmp_path, ["tensorboard"]))
-    loop.run("fit", module, lambda net, _: net(torch.ones(1, 2)).square().mean(), lambda _: 0.5, LoopSettings(4, validate_every=2))
+    loop.run("fit", module, _square, lambda _: 0.5, LoopSettings(4, validate_every=2))
     loop.finish()
     rows = read_metrics(tmp_path)
     assert [(row["stage"], row["step"], row["validation"]) for row in rows] == [("fit", 2, 0.5), ("fit", 4, 0.5)]
@@ -165,7 +169,7 @@ def test_a_training_run_tells_its_trackers(tmp_path):
 
 def test_a_training_run_without_trackers_keeps_metrics(tmp_path):
     """`metrics.jsonl` is always there, and nothing of a tracker is."""
-    _loop(tmp_path).run("fit", nn.Linear(2, 1), lambda net, _: net(torch.ones(1, 2)).square().mean(), None, LoopSettings(2))
+    _loop(tmp_path).run("fit", nn.Linear(2, 1), _square, None, LoopSettings(2))
     assert [row["step"] for row in read_metrics(tmp_path)] == [2]
     assert not (tmp_path / "tensorboard").exists()
 

@@ -90,7 +90,7 @@ class TrainingLoop:
         self,
         stage: str,
         module: nn.Module,
-        loss: Callable[[nn.Module, int], Batch | Tensor],
+        loss: Callable[[nn.Module, int], Batch],
         validate: Callable[[nn.Module], float] | None,
         settings: LoopSettings,
     ) -> float:
@@ -99,7 +99,7 @@ class TrainingLoop:
         Args:
             stage: Names the stage on the bar, in the metrics and in the state file.
             module: What is trained; it is moved to the accelerator's device.
-            loss: One step's batch, drawn from `rng`; or its loss, which only one process with one share can learn from.
+            loss: One step's batch, drawn from `rng`.
             validate: A number that should fall; without it the last state is kept. The main process works it out.
             settings: Length and rates.
 
@@ -144,7 +144,7 @@ class TrainingLoop:
                 with shares.autocast():
                     batch = loss(module, step)
                 optimizer.zero_grad(set_to_none=True)
-                value = shares.backward(stage, _cut(stage, batch, shares.count), seed, module.parameters())
+                value = shares.backward(stage, batch, seed, module.parameters())
                 self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 last = step + 1 == settings.steps
@@ -184,19 +184,6 @@ class TrainingLoop:
         if self.metrics is None:
             self.metrics = Metrics(self.folder, main=self.accelerator.is_main_process)
         self.metrics.record(stage, step, loss=loss, validation=validation, seconds=round(seconds, 1))
-
-
-def _cut(stage: str, loss: Batch | Tensor, count: int) -> Batch:
-    """What a loss gave, as a batch."""
-    if isinstance(loss, Batch):
-        return loss
-    if count > 1:
-        raise ConfigError(
-            f"{stage}: this method does not cut its batches into shares",
-            got=f"{count} shares",
-            remedy="Train it in one process, with shares=1.",
-        )
-    return Batch(1, lambda _: loss)
 
 
 def _schedule(step: int, steps: int) -> float:
