@@ -2,7 +2,9 @@
 
 import ast
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 
 from lorag.bank.build import BankConfig
 from lorag.config import load_config, preset_names
+from lorag.methods import METHODS
 from lorag.training.train import TrainConfig
 from lorag.worlds.sandbox.grid import splits
 
@@ -197,6 +200,24 @@ def test_shipped_configs_load():
         assert text.startswith("#") and yaml.safe_load(text)
         schema = BankConfig if "experts" in yaml.safe_load(text) else TrainConfig
         assert load_config(schema, name)
+
+
+def _setting_names(schema):
+    """Names of a settings class's fields, and of those inside them."""
+    for name, kind in get_type_hints(schema).items():
+        if name != "RENAMED":
+            yield name
+            yield from _setting_names(kind) if is_dataclass(kind) else ()
+
+
+def test_messages_name_settings_that_there_are():
+    """`settings.KEY` in an error is a setting of some method, and none is written `method.KEY`."""
+    known = {name for method in METHODS.values() for name in _setting_names(method.settings_type)}
+    for name, path in SOURCES.items():
+        texts = [node.value for node in ast.walk(ast.parse(_code(path))) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        said = {key for text in texts for key in re.findall(r"\bsettings\.([a-z_]+)", text)}
+        assert said <= known, name
+        assert not [text for text in texts if re.search(r"\bmethod\.[a-z_]+(?![\w.])", text)], name
 
 
 def test_public_names_are_there():

@@ -12,10 +12,11 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from safetensors.torch import load_file, save_file
 
 from lorag.adapters.adapter import LoraAdapter
+from lorag.adapters.checks import check_config
 from lorag.adapters.portability import TARGETS, Facts, check_portability
 from lorag.adapters.reading import own_layout, read_facts
 from lorag.cli.info import describe_path
-from lorag.errors import AdapterError
+from lorag.errors import AdapterError, UnsupportedLoraError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READERS = {"PEFT", "transformers", "vLLM", "SGLang", "llama.cpp", "MLX"}
@@ -72,6 +73,7 @@ def test_vllm_has_a_largest_rank(saved):
         ({"use_dora": True}, {"vLLM", "SGLang"}),
         ({"modules_to_save": ["lm_head"]}, {"vLLM", "SGLang"}),
         ({"init_lora_weights": "pissa_niter_4"}, {"vLLM", "SGLang", "llama.cpp", "MLX"}),
+        ({"init_lora_weights": "lora_ga"}, {"vLLM", "SGLang", "llama.cpp", "MLX"}),
         ({"layer_replication": [[0, 2]]}, {"vLLM", "SGLang", "llama.cpp"}),
         ({"fan_in_fan_out": True}, {"vLLM", "llama.cpp"}),
         ({"task_type": "SEQ_2_SEQ_LM"}, {"vLLM"}),
@@ -88,6 +90,16 @@ def test_settings_fit_where_they_fit(saved, changes, misfits):
     assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits | {"Ollama"}
     for target in misfits:
         assert verdicts[target].line().startswith("no: ")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
+def test_what_a_bank_refuses_for_its_start_no_program_is_said_to_take(saved, start):
+    """`lorag info` and `lorag bank add` go by one table of starts that change the base model."""
+    _change(saved, init_lora_weights=start)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    with pytest.raises(UnsupportedLoraError, match="init_lora_weights"):
+        check_config(config, saved)
+    assert not _by_target(read_facts(saved))["vLLM"].fits
 
 
 @pytest.mark.parametrize(

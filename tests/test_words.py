@@ -54,7 +54,7 @@ NAMES = {
     "share_closed": "gap_closed",
     "worth": "reduction",
 }
-OLD_NAMES = ("lorag/generator/convert.py",)  # reads what older versions wrote, and has to say their names
+OLD_NAMES = ("lorag/generator/convert.py", "lorag/moved.py")  # of what older versions wrote and were called
 FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorag.base.layout import LoraLayout, ModuleShape
     from lorag.files.tensors import TensorSpec
 
-__all__ = ["CONFIG", "PROVENANCE", "SHIFTING", "WEIGHTS", "Match", "Scalings", "check_config", "match"]
+__all__ = ["CONFIG", "PROVENANCE", "WEIGHTS", "Match", "Scalings", "check_config", "match", "shifting_start"]
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "lorag.json"
 Rename = Callable[[Sequence[str]], Mapping[str, str]]  # from modules that a base model lacks to its own names of them
@@ -50,7 +50,7 @@ _PLAIN = {
 }
 _WHOLE = ("modules_to_save", "trainable_token_indices")  # of which PEFT can make a whole model
 # Initialisations that also change the base weights, so that ΔW is relative to another base model.
-SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What PEFT writes beside them up to this version. A PEFT ignores keys that it does not know, a newer one may know them.
 _KNOWN_PEFT = (0, 21)
 _HARMLESS = {
@@ -100,6 +100,12 @@ def _check_rank(rank: object, where: str) -> int:
     return rank
 
 
+def shifting_start(config: Mapping[str, Any]) -> str | None:
+    """How an adapter's weights began, if that changed the base model's weights; None for a plain start."""
+    start = str(config.get("init_lora_weights"))
+    return start[:40] if start.lower().startswith(_SHIFTING) else None
+
+
 def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
     """Checks that a config describes plain LoRA and nothing else.
 
@@ -120,11 +126,11 @@ def check_config(config: Mapping[str, Any], where: Path) -> Scalings:
         if config.get(key) not in plain:
             remedy = DORA if key == "use_dora" else WHOLE if key in _WHOLE else "Train or convert it without."
             raise UnsupportedLoraError(f"{where}: {key} is set", got=repr(config[key])[:60], expected="plain LoRA", remedy=remedy)
-    start = str(config.get("init_lora_weights"))
-    if start.lower().startswith(SHIFTING):
+    start = shifting_start(config)
+    if start is not None:
         raise UnsupportedLoraError(
             f"{where}: init_lora_weights changes the base weights",
-            got=repr(start)[:40],
+            got=repr(start),
             expected="plain LoRA",
             remedy="Convert it with PEFT's path_initial_model_for_weight_conversion.",
         )

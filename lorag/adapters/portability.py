@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorag.adapters.checks import SHIFTING
+from lorag.adapters.checks import shifting_start
 from lorag.adapters.tensor_names import PREFIX
 
 if TYPE_CHECKING:
@@ -141,11 +141,8 @@ def _pairs(facts: Facts) -> Finding | None:
 
 
 def _foreign_start(facts: Facts) -> Finding | None:
-    start = str(facts.config.get("init_lora_weights"))
-    if not start.lower().startswith(SHIFTING):
-        return None
-    remedy = "convert it with PEFT's path_initial_model_for_weight_conversion"
-    return Finding(False, f"init_lora_weights={start[:40]} belongs to a changed base model", remedy)
+    start, remedy = shifting_start(facts.config), "convert it with PEFT's path_initial_model_for_weight_conversion"
+    return None if start is None else Finding(False, f"init_lora_weights={start} belongs to a changed base model", remedy)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -168,10 +165,10 @@ def _peft_shapes(facts: Facts) -> Finding | None:
 
 
 def _peft_start(facts: Facts) -> Finding | None:
-    start = str(facts.config.get("init_lora_weights"))
-    if not start.lower().startswith(SHIFTING):
+    start = shifting_start(facts.config)
+    if start is None:
         return None
-    return Finding(True, f"the base model is the untouched one: init_lora_weights={start[:40]} changes its weights on loading")
+    return Finding(True, f"the base model is the untouched one: init_lora_weights={start} changes its weights on loading")
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
