@@ -71,7 +71,7 @@ def test_leaving_out_in_closed_form_is_leaving_out(reader, bank, parts, monkeypa
     for left in (0, 7, 20):
         others = [number for number in range(len(bank)) if number != left]
         less = WeightReader.fit([bank.names[number] for number in others], sketches[others], texts[others])
-        assert less.fits(sketches[left], texts[left]) == pytest.approx(reader.own[left].item(), abs=0.03)
+        assert less.fits(sketches[left], texts[left]) == pytest.approx(reader.matches[left].item(), abs=0.03)
 
 
 def test_an_adapter_that_nobody_described_is_read(reader, bank):

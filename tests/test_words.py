@@ -53,6 +53,7 @@ NAMES = {
     "understood": "teacher features",
     "share_closed": "gap_closed",
     "worth": "reduction",
+    **dict.fromkeys(("found", "own", "made", "there"), "what the value is"),
 }
 OLD_NAMES = ("lorag/generator/convert.py", "lorag/moved.py")  # of what older versions wrote and were called
 FENCE = re.compile(r"^```.*?^```", re.S | re.M)

@@ -287,8 +287,8 @@ class LoraAdapter:
         Raises:
             BaseModelError: If the model has other modules or sizes than the adapter, or other weights than its file repeats.
         """
-        there = {name for name, _ in bare.named_modules()}
-        strange = [name for name in self.layout.names if name not in there]
+        modules = {name for name, _ in bare.named_modules()}
+        strange = [name for name in self.layout.names if name not in modules]
         new = renamed_modules(bare, strange)
         lost = next((name for name in strange if name not in new), None)
         fused = None if lost is None else fused_experts(bare, lost)

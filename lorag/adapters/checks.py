@@ -82,13 +82,13 @@ class Match:
     """Which tensors of a file belong to which modules.
 
     Attributes:
-        found: Keys of A and B for each module of the layout that has them.
+        factors: Keys of A and B for each module of the layout that has them.
         missing: Modules of the layout without tensors.
         extra: Keys of A and B of modules outside of the layout.
         copies: Keys of the base model's own weights, which PEFT writes beside an adapted head, by module.
     """
 
-    found: Mapping[str, tuple[str, str]]
+    factors: Mapping[str, tuple[str, str]]
     missing: tuple[str, ...]
     extra: Mapping[str, tuple[str, str]]
     copies: Mapping[str, str]
@@ -235,18 +235,18 @@ def match(
 
 def _check_pair(spec: TensorSpec, name: str, keys: tuple[str, str], module: ModuleShape | None, rank: int, where: Path) -> None:
     """Checks A and B of one module; without a ModuleShape it lies outside of the layout and may have any sizes."""
-    (type_a, rows), (type_b, columns) = (spec[key] for key in keys)
-    for key, kind, shape in zip(keys, (type_a, type_b), (rows, columns), strict=True):
+    (type_a, of_a), (type_b, of_b) = (spec[key] for key in keys)
+    for key, kind, shape in zip(keys, (type_a, type_b), (of_a, of_b), strict=True):
         if kind not in _FLOATS or len(shape) != 2 or 0 in shape:
             raise FactorShapeError(f"{where}: {key[:160]} is not a matrix of floats", got=f"{kind} {shape}")
-    i, o = (rows[1], columns[0]) if module is None else (module.in_features, module.out_features)
-    if rows == (rank, i) and columns == (o, rank):
+    i, o = (of_a[1], of_b[0]) if module is None else (module.in_features, module.out_features)
+    if of_a == (rank, i) and of_b == (o, rank):
         return
     what = f"{where}: factors of {name[:120]} do not fit ({keys[0][:160]})"
-    got, expected = f"A {rows}, B {columns}", f"A ({rank}, {i}), B ({o}, {rank})"
-    if rows == (i, rank) or columns == (rank, o):
+    got, expected = f"A {of_a}, B {of_b}", f"A ({rank}, {i}), B ({o}, {rank})"
+    if of_a == (i, rank) or of_b == (rank, o):
         raise FactorShapeError(f"{what}: transposed", got=got, expected=expected, remedy="Save it with PEFT's save_pretrained.")
-    if rows[0] != rank or columns[1] != rank:
+    if of_a[0] != rank or of_b[1] != rank:
         raise FactorShapeError(f"{what}: not of the config's rank", got=got, expected=expected, remedy="r and rank_pattern must tell it.")
     raise BaseMismatchError(
         f"{where} belongs to a base model of other sizes: {name[:120]}",

@@ -37,7 +37,7 @@ class Patterns:
             raise UnsupportedLoraError(f"{where} is too large", got=f"{len(values)} keys", expected=f"at most {_MOST}")
         self._where, self._spent = where, 0.0
         self._entries = [(key, _compiled(key, where), value) for key, value in values.items()]
-        self._found: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -48,12 +48,12 @@ class Patterns:
         Raises:
             UnsupportedLoraError: If matching takes longer than an honest expression does.
         """
-        if module not in self._found:
-            self._found[module] = next(
+        if module not in self._values:
+            self._values[module] = next(
                 (value for key, expression, value in self._entries if self._matches(key, expression, module)), default
             )
-        found: float = self._found[module]
-        return found
+        value: float = self._values[module]
+        return value
 
     def _matches(self, key: str, expression: Any, module: str) -> bool:  # noqa: ANN401 - the library's type has no name of its own
         if _PLAIN.fullmatch(key) and not module.endswith(key.rpartition(".")[2].removeprefix("^")):

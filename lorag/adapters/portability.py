@@ -134,8 +134,8 @@ def _odd_tensors(facts: Facts, *allowed: str) -> str | None:
 def _pairs(facts: Facts) -> Finding | None:
     twins = {"lora_A": "lora_B", "lora_B": "lora_A"}
     for key in sorted(facts.spec):
-        for own, other in twins.items():
-            if f".{own}." in key and key.replace(f".{own}.", f".{other}.") not in facts.spec:
+        for factor, other in twins.items():
+            if f".{factor}." in key and key.replace(f".{factor}.", f".{other}.") not in facts.spec:
                 return Finding(False, f"{key[:100]} has no {other}")
     return None
 

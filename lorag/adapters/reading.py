@@ -211,7 +211,7 @@ def read_folder(
         ignore_extra: Whether factors of modules outside of the layout are left out.
         rename: Finds the base model's names of modules that the layout lacks, because transformers renamed them.
         repair: Whether names that a wrapped model's tensors have are put right.
-        check: Gets config, lorag.json and the modules found, and may refuse the adapter before a value is read.
+        check: Gets config, lorag.json and the modules that match, and may refuse the adapter before a value is read.
         check_norm: Gets ‖ΔW‖_F over the layout's modules, and may refuse the adapter before it is loaded. Not called for
             ranks above 512, whose Gram matrices would be as large as what they save.
 
@@ -230,7 +230,7 @@ def read_folder(
     if check is not None:
         check(config, info, matched)
     squares = _squares(weights, spec, matched, scalings)
-    inside = sum(squares[name] for name in matched.found) if squares is not None else None
+    inside = sum(squares[name] for name in matched.factors) if squares is not None else None
     outside = sum(squares[name] for name in matched.extra) if squares is not None else 0.0
     if check_norm is not None and inside is not None:
         check_norm(inside**0.5)
@@ -275,7 +275,7 @@ def weight_digest(weight: Tensor, dtype: str | None = None) -> str:
 
 def _load(path: Path, matched: Match) -> dict[str, Pair]:
     with safe_open(path, framework="pt") as file:
-        return {name: (file.get_tensor(a), file.get_tensor(b)) for name, (a, b) in matched.found.items()}
+        return {name: (file.get_tensor(a), file.get_tensor(b)) for name, (a, b) in matched.factors.items()}
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def _squares(path: Path, spec: TensorSpec, matched: Match, scalings: Scalings) -
     """‖ΔW‖² of each module that the file has, every value looked at; None where a huge rank makes that too large a job."""
     try:
         with safe_open(path, framework="pt") as file:
-            squares = {name: _look_at(path, file, spec, name, keys) for name, keys in {**matched.found, **matched.extra}.items()}
+            squares = {name: _look_at(path, file, spec, name, keys) for name, keys in {**matched.factors, **matched.extra}.items()}
     except SafetensorError as error:  # the library is stricter still, for instance about UTF-8
         raise ArtifactError(f"{path} is not a safetensors file", got=str(error)[:120]) from error
     except RuntimeError as error:  # what torch says where a file cannot be mapped

@@ -108,11 +108,11 @@ def read_names(spec: TensorSpec, where: Path, *, repair: bool = False) -> Names:
     others += [key for name, key in copies.items() if name not in sides]
     if others:
         raise _explained(min(others), where)
-    for name, there in sides.items():
-        if len(there) == 1:
-            lacking = KEY.format(module=name, factor="A" if "B" in there else "B")
+    for name, factors in sides.items():
+        if len(factors) == 1:
+            lacking = KEY.format(module=name, factor="A" if "B" in factors else "B")
             raise MissingTensorError(f"{where}: a tensor is missing", got=f"no {lacking[:160]}", expected="both factors of a module")
-    return Names({name: (there["A"], there["B"]) for name, there in sides.items()}, copies)
+    return Names({name: (factors["A"], factors["B"]) for name, factors in sides.items()}, copies)
 
 
 def _explained(key: str, where: Path) -> ExtraTensorError | UnsupportedLoraError:

@@ -48,7 +48,7 @@ class WeightReader:
         text_mean: Mean description vector (e,).
         penalty: ρ, as a share of the mean of the kernel's diagonal.
         separation: Share of pairs of a right and a wrong description that the experts, each left out, tell apart: .5 is chance.
-        own: Cosine (n,) of each expert's own description with what is read off its weights, itself left out.
+        matches: Cosine (n,) of each expert's own description with what is read off its weights, itself left out.
         wrong: Cosine that one wrong description in ten reaches.
     """
 
@@ -60,7 +60,7 @@ class WeightReader:
     text_mean: Tensor
     penalty: float
     separation: float
-    own: Tensor
+    matches: Tensor
     wrong: float
 
     @classmethod
@@ -97,9 +97,9 @@ class WeightReader:
             raise AssertionError("no penalty was tried")
         _, penalty, dual, without_it = best
         cosines = F.normalize(without_it, dim=1) @ F.normalize(y, dim=1).T
-        own = cosines.diagonal()
+        matches = cosines.diagonal()
         wrong = ~torch.eye(len(y), dtype=torch.bool)
-        separation = (own[:, None] > cosines)[wrong].double().mean().item()
+        separation = (matches[:, None] > cosines)[wrong].double().mean().item()
         reached = cosines[wrong].sort().values[-max(1, round(_WRONG * int(wrong.sum())))].item()
         return cls(
             names=tuple(names),
@@ -110,7 +110,7 @@ class WeightReader:
             text_mean=text_mean.float(),
             penalty=penalty,
             separation=separation,
-            own=own.float(),
+            matches=matches.float(),
             wrong=reached,
         )
 
@@ -161,11 +161,11 @@ class WeightReader:
 
         Never where the bank's weights do not tell what they do (`trusted`).
         """
-        return self.trusted and fit < self.wrong and (self.own <= fit).float().mean().item() <= _RARE
+        return self.trusted and fit < self.wrong and (self.matches <= fit).float().mean().item() <= _RARE
 
     def doubts(self) -> list[str]:
         """Experts of the bank itself, each left out in turn, whose weights do not fit their descriptions."""
-        return [name for name, fit in zip(self.names, self.own.tolist(), strict=True) if self.trusted and fit < self.wrong]
+        return [name for name, fit in zip(self.names, self.matches.tolist(), strict=True) if self.trusted and fit < self.wrong]
 
 
 @dataclass(frozen=True)

@@ -163,11 +163,11 @@ def same_model(one: str, other: str) -> bool:
     """Whether two names lead to one model: they are the same, stand for the same, or lead to the same folder or file."""
     if _hub_id(one) == _hub_id(other):
         return True
-    return any(here.samefile(there) for here in _own_places(one) for there in _own_places(other))
+    return any(place.samefile(another) for place in _own_places(one) for another in _own_places(other))
 
 
 def known_name(name: str) -> str:
     """The name of a model that ships with lorag or a package, which means the same everywhere; else the name itself."""
     if canonical_name(name) != name or name in (SANDBOX_LM, MINILM, SMOLLM2) or _place(name) is None:
         return canonical_name(name)
-    return next((known for known in (SANDBOX_LM, MINILM, SMOLLM2) if same_model(known, name)), name)
+    return next((shipped for shipped in (SANDBOX_LM, MINILM, SMOLLM2) if same_model(shipped, name)), name)

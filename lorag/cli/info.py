@@ -248,10 +248,10 @@ def _adapter(path: Path) -> dict[str, Any]:
 def _foreign(path: Path, file: Path, base_model: str | None) -> dict[str, Any]:
     """An adapter in another format, by what it is in PEFT's."""
     folder = peft_folder(path, named_base(base_model))
-    known = format_of(file)
+    adapter_format = format_of(file)
     card = _adapter(folder)
     card.pop("to score it", None)  # the harness reads PEFT's format alone
-    return {"kind": f"{card.pop('kind')} in the format of {known.title if known else 'PEFT'}", **card}
+    return {"kind": f"{card.pop('kind')} in the format of {adapter_format.title if adapter_format else 'PEFT'}", **card}
 
 
 def _norms(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def measure_gate(
         `novelty`: AUROC, share refused of each kind, calibration error of the probability; `gap_closed`, where oracles are given:
         mean expected and realised, calibration error, share of intervals that held it; `selective`: risk-coverage of the
         held-out tasks alone, ranked by expected gap closed, and of these with the unknown descriptions, which close none of it;
-        `judged`: each description with what was found.
+        `judged`: each description with its evidence and what came of it.
 
     Raises:
         GeneratorError: If the generator has no gate.
@@ -56,71 +57,79 @@ def measure_gate(
     if generator.gate is None:
         raise GeneratorError("the generator has no gate", remedy="Fit one: lorag gate fit GENERATOR.")
     listed = unknown or unknown_tasks("test")
-    rows = [(task, text) for task in tasks for text in task.descriptions[:wordings]]
+    rows = [(task.key, text) for task in tasks for text in task.descriptions[:wordings]]
     strange = [(kind, text) for kind, texts in listed.items() for text in texts]
     texts = [text for _, text in (*rows, *strange)]
     gathered = [generator.gather(text) for text in progress_bar(texts, desc="judging", disable=quiet, leave=False)]
     verdicts = [generator.gate.decide(evidence) for evidence in gathered]
     inside, outside = verdicts[: len(rows)], verdicts[len(rows) :]
-    known, new = (torch.tensor([float(v.novelty or 0.0) for v in part], dtype=torch.float64) for part in (inside, outside))
-    labels = torch.cat([torch.zeros(len(known)), torch.ones(len(new))])
-    report: dict[str, Any] = {
-        "tasks": len(tasks),
-        "descriptions": len(rows),
-        "unknown": len(strange),
-        "novelty": {
-            "auroc": round(auroc(known, new), 4),
-            "calibration_error": round(calibration_error(torch.cat([known, new]), labels), 4),
-            "refused_known": _share(inside),
-            "refused_unknown": _share(outside),
-            "refused_by_kind": {
-                kind: _share([v for v, (other, _) in zip(outside, strange, strict=True) if other == kind]) for kind in listed
-            },
-            "not_refused": [text for v, (_, text) in zip(outside, strange, strict=True) if v.decision != "refuse"],
-            "taken_for_known": sorted({task.key for v, (task, _) in zip(inside, rows, strict=True) if v.decision == "expert"}),
-        },
-    }
-    report["judged"] = [
+    judged: list[dict[str, Any]] = [
         {
             "task": task,
             "description": text,
             "novelty": v.novelty,
             "expected_gap_closed": v.expected_gap_closed,
-            "evidence": _short(v.evidence),
+            "evidence": {name: float(f"{value:.5g}") for name, value in v.evidence.items()},
         }
-        for v, (task, text) in zip(
-            [*inside, *outside], [*((task.key, text) for task, text in rows), *((None, t) for _, t in strange)], strict=True
-        )
+        for v, (task, text) in zip(verdicts, [*rows, *((None, text) for _, text in strange)], strict=True)
     ]
+    report: dict[str, Any] = {
+        "tasks": len(tasks),
+        "descriptions": len(rows),
+        "unknown": len(strange),
+        "novelty": _novelty(rows, inside, strange, outside),
+        "judged": judged,
+    }
     if oracles is None or generator.gate.gap_closed is None:
         return report
     codes = torch.cat([evidence.code for evidence in gathered[: len(rows)]]).float()
-    closed = gap_closed_by(generator, codes, [task.key for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    closed = gap_closed_by(generator, codes, [task for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
+    for row, share in zip(judged, closed.tolist(), strict=False):
+        row["gap_closed"] = None if math.isnan(share) else round(share, 4)
+    return report | _expected_and_realised(inside, outside, closed)
+
+
+def _novelty(
+    rows: Sequence[tuple[str, str]], inside: Sequence[Verdict], strange: Sequence[tuple[str, str]], outside: Sequence[Verdict]
+) -> dict[str, Any]:
+    """How well novelty tells descriptions of tasks (task, text) from unknown ones (kind, text), and what was refused."""
+    low, high = (torch.tensor([float(v.novelty or 0.0) for v in part], dtype=torch.float64) for part in (inside, outside))
+    labels = torch.cat([torch.zeros(len(low)), torch.ones(len(high))])
+    kinds = dict.fromkeys(kind for kind, _ in strange)
+    return {
+        "auroc": round(auroc(low, high), 4),
+        "calibration_error": round(calibration_error(torch.cat([low, high]), labels), 4),
+        "refused_known": _refused(inside),
+        "refused_unknown": _refused(outside),
+        "refused_by_kind": {kind: _refused([v for v, (other, _) in zip(outside, strange, strict=True) if other == kind]) for kind in kinds},
+        "not_refused": [text for v, (_, text) in zip(outside, strange, strict=True) if v.decision != "refuse"],
+        "taken_for_known": sorted({task for v, (task, _) in zip(inside, rows, strict=True) if v.decision == "expert"}),
+    }
+
+
+def _expected_and_realised(inside: Sequence[Verdict], outside: Sequence[Verdict], closed: Tensor) -> dict[str, Any]:
+    """What was expected of tasks' descriptions beside the gap that they closed (u,), NaN where nobody can tell."""
     sure = closed.isfinite()
-    for row, share in zip(report["judged"], closed.tolist(), strict=False):
-        row["gap_closed"] = round(share, 4) if share == share else None  # NaN is not a share
-    expected = torch.tensor([float(v.expected_gap_closed or 0.0) for v in inside], dtype=torch.float64)[sure]
-    closed, ends = closed[sure], torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
-    lost = torch.tensor([float(v.expected_gap_closed or 0.0) for v in outside], dtype=torch.float64)
-    report["gap_closed"] = {
-        "expected": round(expected.mean().item(), 4),
-        "realised": round(closed.mean().item(), 4),
-        "calibration_error": round(calibration_error(expected, closed), 4),
-        "interval_held": round(((closed >= ends[:, 0]) & (closed <= ends[:, 1])).double().mean().item(), 4),
-        "interval_width": round((ends[:, 1] - ends[:, 0]).mean().item(), 4),
+    expected, lost = (torch.tensor([float(v.expected_gap_closed or 0.0) for v in part], dtype=torch.float64) for part in (inside, outside))
+    ends = torch.tensor([v.interval or (0.0, 0.0) for v in inside], dtype=torch.float64)[sure]
+    expected, closed = expected[sure], closed[sure]
+    return {
+        "gap_closed": {
+            "expected": round(expected.mean().item(), 4),
+            "realised": round(closed.mean().item(), 4),
+            "calibration_error": round(calibration_error(expected, closed), 4),
+            "interval_held": round(((closed >= ends[:, 0]) & (closed <= ends[:, 1])).double().mean().item(), 4),
+            "interval_width": round((ends[:, 1] - ends[:, 0]).mean().item(), 4),
+        },
+        "selective": {
+            "held_out": _curve(risk_coverage(expected, 1 - closed)),
+            "with_unknown": _curve(risk_coverage(torch.cat([expected, lost]), torch.cat([1 - closed, torch.ones(len(lost))]))),
+        },
     }
-    report["selective"] = {
-        "held_out": _curve(risk_coverage(expected, 1 - closed)),
-        "with_unknown": _curve(risk_coverage(torch.cat([expected, lost]), torch.cat([1 - closed, torch.ones(len(lost))]))),
-    }
-    return report
 
 
-def _short(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values.items()}
-
-
-def _share(verdicts: Sequence[Verdict]) -> float:
+def _refused(verdicts: Sequence[Verdict]) -> float:
+    """Share of verdicts that refuse."""
     refused: Tensor = torch.tensor([v.decision == "refuse" for v in verdicts], dtype=torch.float64)
     return round(refused.mean().item(), 4)
 

@@ -54,8 +54,8 @@ class _Values(yaml.SafeLoader):
     """A SafeLoader to which keys that occur twice and `<<` are errors, dates are text, and 1e-3 is a number."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float"))]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

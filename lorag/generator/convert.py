@@ -32,7 +32,7 @@ _SIZES = {
 }
 _RENAMED_TENSORS = {
     "house": (
-        (r"^reading\.colleagues\.(\d+)\.", lambda found: f"network.readers.{int(found[1]) + 1}."),
+        (r"^reading\.colleagues\.(\d+)\.", lambda match: f"network.readers.{int(match[1]) + 1}."),
         (r"^reading\.(reader|hidden)\.", r"network.readers.0.\1."),
         (r"^reading\.head\.known$", "network.head.experts"),
         (r"^reading\.head\.shares$", "network.head.weights"),

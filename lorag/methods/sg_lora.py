@@ -220,7 +220,7 @@ class SgLora(VaeMethod[LearnedPriorVae]):
         loop.run(f"{self.name} reconstruction", network, loss, validate if held else None, steps)
         network.eval()
         with torch.no_grad():
-            h = network.read(*inputs(torch.stack([own[0] for own in merges]), [data.embeddings[i][0] for i in training]))
+            h = network.read(*inputs(torch.stack([of_task[0] for of_task in merges]), [data.embeddings[i][0] for i in training]))
         self.diagnostics = self.diagnose(neighbours.means.to(device), h, data.space.zero.cpu())
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 

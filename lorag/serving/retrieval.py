@@ -196,8 +196,8 @@ class DescriptionIndex:
 
 def _codes(generator: LoraGenerator, conditions: Sequence[Condition], projection: Tensor) -> Tensor:
     """Projected codes (q, p) of descriptions."""
-    found = []
+    projected = []
     for condition in conditions:
         code = generator.method.generate(condition, torch.Generator().manual_seed(0))
-        found.append(code[0].float() @ projection)
-    return torch.stack(found)
+        projected.append(code[0].float() @ projection)
+    return torch.stack(projected)

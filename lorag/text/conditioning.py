@@ -21,7 +21,7 @@ _DIRECTIONS = 64  # in which the descriptions of a bank are taken to differ, at 
 _FOUND = 64  # neighbours that are found among many experts: more than any method mixes
 _CHUNK = 16_384
 _COMPARED = 512  # experts whose descriptions are compared with each other
-_MOST_EXCLUDED = 4096  # experts that an index is asked to pass over
+_MOST_MASKED = 4096  # experts that an index is asked to pass over
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,20 @@ class Conditioner:
         neighbours = tuple((self.names[i], round(s, 4)) for s, i in zip(cosines.tolist(), places.tolist(), strict=True))
         return Condition(embedding, similarities, neighbours, max(0.0, 1.0 - cosines[0].item()) if count else 1.0)
 
-    def _compare(self, pooled: Tensor, exclude: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(self, pooled: Tensor, masked: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cosine to every expert (n,), and the cosines and places of the nearest (f,)."""
         similarities = self.centroids @ pooled
-        if exclude:
-            similarities[exclude] = -1.0
+        if masked:
+            similarities[masked] = -1.0
         best = similarities.topk(count)
         return similarities, best.values, best.indices
 
-    def _search_many(self, pooled: Tensor, exclude: list[int], count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _search_many(self, pooled: Tensor, masked: list[int], count: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """The same of the nearest alone, the others at -1; None where there are too few experts, or no index, for that."""
-        if len(self.names) <= MANY or len(exclude) > _MOST_EXCLUDED or not self._search.approximate:
+        if len(self.names) <= MANY or len(masked) > _MOST_MASKED or not self._search.approximate:
             return None
-        cosines, places = self._search.nearest(pooled, max(_FOUND, count) + len(exclude))
-        kept = ~torch.isin(places, torch.tensor(exclude, dtype=places.dtype))
+        cosines, places = self._search.nearest(pooled, max(_FOUND, count) + len(masked))
+        kept = ~torch.isin(places, torch.tensor(masked, dtype=places.dtype))
         cosines, places = cosines[kept], places[kept]
         if len(places) < count:
             return None

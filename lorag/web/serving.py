@@ -67,8 +67,8 @@ class RequestFilter:
 
         async def add_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), text.encode()) for name, text in _HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", ()), *own]}
+                added = [(name.encode(), text.encode()) for name, text in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         await self._app(scope, receive, add_headers)

@@ -115,8 +115,8 @@ class ImageText(Objective):
             similarity = (seen @ read.T).cpu()
             score: dict[str, float] = {}
             for k in self.k:
-                there, back = recall(similarity, fits, k), recall(similarity.T, fits.T, k)
-                score |= {f"image_to_text_at_{k}": there, f"text_to_image_at_{k}": back, f"recall_at_{k}": (there + back) / 2}
+                to_text, to_image = recall(similarity, fits, k), recall(similarity.T, fits.T, k)
+                score |= {f"image_to_text_at_{k}": to_text, f"text_to_image_at_{k}": to_image, f"recall_at_{k}": (to_text + to_image) / 2}
             results.append(score)
         return results
 

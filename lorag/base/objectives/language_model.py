@@ -240,7 +240,7 @@ class LanguageModel(Objective):
     ) -> list[list[str]]:
         """The greedy answer to every test example, written out unless it is known to be the reference."""
         answers = [[example.output for example in test] for test in tests]
-        left = [[place for place, known in enumerate(chosen) if not known] for chosen in answered]
+        left = [[place for place, right in enumerate(of_task) if not right] for of_task in answered]
         for batch in _batches(left, sizes, self._tokens_at_once):
             pairs = [(task, place) for task, places in batch for place in places]
             room = max(16, 2 * max(len(encoded[task][place][1]) for task, place in pairs))

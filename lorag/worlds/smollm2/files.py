@@ -23,4 +23,5 @@ def read_glosses() -> Mapping[str, Mapping[str, Any]]:
     """Reads labels/*.yaml: source task -> noun and, by label, concept, glosses and noun phrase."""
     folder = resources.files("lorag.worlds.smollm2").joinpath("labels")
     files = sorted((path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name)
-    return {found["task"]: found for path in files for found in [yaml.safe_load(path.read_text(encoding="utf-8"))]}
+    entries = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in files]
+    return {entry["task"]: entry for entry in entries}
