@@ -46,6 +46,10 @@ def _close(codes):
     return torch.full((len(codes),), 0.5, dtype=torch.float64)
 
 
+def _measured(generator, codes, *_, **__):
+    return _close(codes)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_models, tokenizer):
     return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
@@ -419,7 +423,7 @@ def test_shipped_generators_have_names(tmp_path, monkeypatch):
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, monkeypatch):
+def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared):
     """Where near tasks gained .8 and far ones .2, a near description is promised more, and intervals hold the truth."""
     seen = []
 
@@ -428,8 +432,7 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, mon
         seen.extend(names)
         return torch.tensor(found, dtype=torch.float64)
 
-    monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
-    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW, measure=gains)
     gated = dataclasses.replace(bare, gate=made)
     promised = {}
     for (colour, animal), truth in zip(HELD_OUT, (0.8, 0.8, 0.2, 0.2), strict=True):
@@ -441,31 +444,29 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared, mon
     assert set(seen) <= set(bank.names) and made.fitted["gap_closed"] == pytest.approx(0.5, abs=0.3)
 
 
-def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared, monkeypatch):
+def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared):
     """The expected gap closed shrinks with novelty: far descriptions are promised less than a tenth."""
-    monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
-    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
+    made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW, measure=_measured)
     gated = dataclasses.replace(bare, gate=made)
     assert all(gated.judge(text).expected_gap_closed < 0.1 for text in FAR)
     assert all(gated.judge(describe(*cell)[0]).expected_gap_closed > 0.35 for cell in HELD_OUT)
 
 
-def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared, monkeypatch):
+def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared):
     """Fused experts that gained more than generated codes are served from some cosine on; those that gained less never do."""
     data = prepared.data
     for fused, generated, opens in ((0.9, 0.6, True), (0.1, 0.6, False), (0.3, 0.2, False)):
 
-        def gains(generator, codes, *_, values=(generated, fused)):
+        def gains(generator, codes, *_, values=(generated, fused), **__):
             own = torch.full((len(codes),), values[0], dtype=torch.float64)
             own[-len(data.validation) :] = values[1]
             return own
 
-        monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
-        made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW)
+        made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW, measure=gains)
         assert (made.fuse_above is not None) == opens
 
 
-def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkeypatch):
+def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared):
     """With the held-out combinations in the suite or without: the same gate, and none of their names was asked for."""
     asked = []
 
@@ -473,9 +474,8 @@ def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared, monkey
         asked.extend(names)
         return _close(codes)
 
-    monkeypatch.setattr(calibrate_gate, "gap_closed_by", gains)
     made = [
-        fit_gate(bare, bank, RunTasks(make_suite(cells)), prepared.split, unknown=UNKNOWN, settings=FEW).to_dict()
+        fit_gate(bare, bank, RunTasks(make_suite(cells)), prepared.split, unknown=UNKNOWN, settings=FEW, measure=gains).to_dict()
         for cells in (TRAINING, (*TRAINING, *HELD_OUT))
     ]
     assert made[0] == made[1] and not {name_of(*cell) for cell in HELD_OUT} & set(asked)
@@ -488,16 +488,19 @@ def test_descriptions_that_the_bank_serves_are_no_unknown_ones(bare, bank, prepa
     assert made.fitted["unknown"] == 2
 
 
-def test_tasks_without_experts_calibrate_too(bare, bank, prepared, monkeypatch):
+def test_tasks_without_experts_calibrate_too(bare, bank, prepared):
     """Held-out tasks without an expert count as known ones; with no expert at all, the training tasks are what is compared with."""
-    monkeypatch.setattr(calibrate_gate, "gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
     others, groups = make_suite(HELD_OUT).tasks, [*range(len(bank) + len(HELD_OUT))]
     held = [*prepared.data.validation, *range(len(bank), len(groups))]
-    both = fit_gate(bare, bank, RunTasks(make_suite(TRAINING), others), Split(groups, [], held), unknown=UNKNOWN, settings=FEW)
+    both = fit_gate(
+        bare, bank, RunTasks(make_suite(TRAINING), others), Split(groups, [], held), unknown=UNKNOWN, settings=FEW, measure=_measured
+    )
     assert both.fitted["held_out_tasks"] == len(held) and both.gap_closed is not None
     empty = AdapterBank(bank.folder, bank.base, ())
     numbers = list(range(len(others)))
-    alone = fit_gate(bare, empty, RunTasks(make_suite(HELD_OUT), others), Split(numbers, [], numbers), unknown=UNKNOWN, settings=FEW)
+    alone = fit_gate(
+        bare, empty, RunTasks(make_suite(HELD_OUT), others), Split(numbers, [], numbers), unknown=UNKNOWN, settings=FEW, measure=_measured
+    )
     assert alone.gap_closed is None and not len(alone.wordings) and alone.fitted["held_out_tasks"] == len(HELD_OUT)
     gated = dataclasses.replace(bare, gate=alone)
     assert all(gated.judge(text).decision == "refuse" for text in FAR)
@@ -620,7 +623,7 @@ def test_measuring_tells_what_was_refused_and_what_was_gained(gated, bank, monke
     assert 2 / 3 < report["novelty"]["auroc"] < 1
     gain = Logistic((0.0,) * len(FEATURES), (1.0,) * len(FEATURES), (0.0,) * len(FEATURES), 0.0)
     measured = dataclasses.replace(gated, gate=dataclasses.replace(gated.gate, gap_closed=gain, offsets=(-0.5, 0.5)))
-    monkeypatch.setattr("lorag.evaluation.gate.gap_closed_by", lambda generator, codes, *_, **__: _close(codes))
+    monkeypatch.setattr("lorag.evaluation.gate.gap_closed_by", _measured)
     report = measure_gate(measured, make_suite(HELD_OUT), bank, unknown={"robots": list(FAR)})
     assert report["gap_closed"]["realised"] == pytest.approx(0.5) and report["gap_closed"]["expected"] == pytest.approx(0.5, abs=0.1)
     assert report["gap_closed"]["interval_held"] == 1 and report["selective"]["held_out"]["risk"] == pytest.approx(0.5)

@@ -64,7 +64,7 @@ class WeightReader:
     wrong: float
 
     @classmethod
-    def fit(cls, names: Sequence[str], sketches: Tensor, texts: Tensor) -> WeightReader | None:
+    def fit(cls, names: Sequence[str], sketches: Tensor, texts: Tensor, penalties: Sequence[float] = _PENALTIES) -> WeightReader | None:
         """Learns from experts; None if they are too few to learn from.
 
         The penalty is the one with which experts, each left out in closed form, come nearest to their own descriptions.
@@ -73,6 +73,7 @@ class WeightReader:
             names: n experts.
             sketches: Of their ΔW (n, d), of any length.
             texts: Unit vectors of their descriptions (n, e).
+            penalties: Those that are tried.
         """
         if len(names) < _FEWEST:
             return None
@@ -84,7 +85,7 @@ class WeightReader:
         size = x.square().sum(1).mean().clamp_min(1e-12)
         turned = vectors.T @ y
         best: tuple[float, float, Tensor, Tensor] | None = None
-        for penalty in _PENALTIES:
+        for penalty in penalties:
             shrunk = 1 / (values + penalty * size)
             dual = vectors @ (shrunk[:, None] * turned)
             # Each left out in closed form, from the mean of the others too: otherwise a mean without it gives it away.

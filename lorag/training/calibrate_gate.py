@@ -8,7 +8,7 @@ no task of the same cluster. Nothing is trained again, and no task of a test spl
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ def fit_gate(
     *,
     unknown: Mapping[str, Sequence[str]] | None = None,
     settings: GateSettings | None = None,
+    measure: Callable[..., Tensor] = gap_closed_by,
     quiet: bool = True,
 ) -> Gate:
     """Fits a gate for a generator.
@@ -71,6 +72,7 @@ def fit_gate(
         split: What the generator did not learn from. No expert of a task's group counts while the task plays an unknown one.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for fitting.
         settings: How much is looked at.
+        measure: Measures the gap that codes close, as `gap_closed_by` does.
         quiet: No progress bar.
 
     Raises:
@@ -96,7 +98,9 @@ def fit_gate(
     cluster = [cluster_of[task] for task, _ in rows]
     novelty, threshold, facts = _fit_novelty(looked.evidence, strange, cluster)
     facts |= {"held_out_tasks": len(held), "descriptions": len(rows), "unknown": len(strange), "clusters": len(set(cluster_of.values()))}
-    closed, fuse_above = _gaps_closed(generator, bank, run, [task for task, _ in rows], looked, settings.limit)
+    closed, fuse_above = _gaps_closed(
+        generator, bank, run, [task for task, _ in rows], looked, functools.partial(measure, limit=settings.limit)
+    )
     gap_closed, gap_range, offsets = None, (0.0, 1.0), (0.0, 0.0)
     sure = closed.isfinite()
     if sure.any():
@@ -158,7 +162,7 @@ def _look(generator: LoraGenerator, reference: Reference, texts: Sequence[str], 
 
 
 def _gaps_closed(
-    generator: LoraGenerator, bank: AdapterBank, run: RunTasks, tasks: Sequence[int], looked: _Looked, limit: int
+    generator: LoraGenerator, bank: AdapterBank, run: RunTasks, tasks: Sequence[int], looked: _Looked, measure: Callable[..., Tensor]
 ) -> tuple[Tensor, float | None]:
     """Share of the gap that each row's code closes (u,), NaN where nobody can tell, and the cosine from which experts are fused.
 
@@ -168,7 +172,7 @@ def _gaps_closed(
         run: The tasks of its run.
         tasks: Number of each row's task, u in all; rows of a task follow one another.
         looked: What is known of the rows.
-        limit: Most examples of each task.
+        measure: Measures the gap that codes close.
     """
     closed = torch.full((len(tasks),), torch.nan, dtype=torch.float64)
     with_expert = [row for row, task in enumerate(tasks) if task < len(bank)]
@@ -179,7 +183,7 @@ def _gaps_closed(
     fused = torch.cat([generator.fuse_nearest(bank, looked.similarities[row])[1] for row in first])
     owners = [bank.names[tasks[row]] for row in (*with_expert, *first)]
     strengths = [generator.strength] * len(with_expert) + [1.0] * len(first)
-    every = gap_closed_by(generator, torch.cat([looked.codes[with_expert], fused]), owners, bank, suite, limit, strengths)
+    every = measure(generator, torch.cat([looked.codes[with_expert], fused]), owners, bank, suite, strengths=strengths)
     closed[with_expert] = every[: len(with_expert)]
     return closed, fusing_cosine(looked.evidence[first, 0], every[len(with_expert) :], closed[first])
 
