@@ -12,7 +12,11 @@ from lorag.cli.options import Address, Cpus, Device, Dtype, Gpus, OnBackend, Qui
 from lorag.errors import BankError, BaseModelError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from lorag.bank.importing import Imported
+    from collections.abc import Sequence
+
+    from lorag.adapters.sources import Source
+    from lorag.bank.importing import Imported, ImportOptions
+    from lorag.parallel import Backend
     from lorag.text.embedding import TextEmbedder
 
 __all__ = ["app"]
@@ -114,20 +118,14 @@ def add(
     A bank that does not exist is started: with the base model that the adapters name, and all modules that any of them changes.
     """
     from lorag.adapters.sources import find_sources, listed_sources
-    from lorag.bank.importing import ImportOptions, import_adapters
+    from lorag.bank.importing import ImportOptions
     from lorag.bank.new_bank import NewBank, start_bank
     from lorag.config import load_config, read_settings
     from lorag.parallel import Backend
 
     sources = find_sources(places or []) + ([] if listed is None else listed_sources(listed))
     if hub_base is not None:
-        from lorag.bank.model_tree import chosen, survey, survey_lines
-
-        listed_there = survey(hub_base, limit=limit, quiet=quiet)
-        typer.echo("\n".join(survey_lines(listed_there, max_bytes)))
-        fitting = chosen(listed_there, max_bytes)
-        if not fitting:
-            raise BankError(f"no adapter of {hub_base} can be added", got=f"{len(listed_there)} listed")
+        fitting = _on_the_hub(hub_base, limit, max_bytes, quiet)
         if not yes:
             typer.echo("nothing was fetched or added; the same command with --yes does, and skips what the bank has")
             return
@@ -153,9 +151,30 @@ def add(
     options = ImportOptions(
         tuple(description or ()), name, licence, ignore_extra, any_norm, new.aliases, revision, keep if convert else None
     )
+    _add_each(bank, sources, options, _embedder(embedder), Backend(backend, address, cpus, gpus), quiet)
+    typer.echo(f"next: lorag bank check {bank}")
+
+
+def _on_the_hub(base: str, limit: int, max_bytes: int | None, quiet: bool) -> Sequence[Source]:
+    """Prints what adapters the hub lists for a base model, and gives those that can be added."""
+    from lorag.bank.model_tree import chosen, survey, survey_lines
+
+    listed = survey(base, limit=limit, quiet=quiet)
+    typer.echo("\n".join(survey_lines(listed, max_bytes)))
+    fitting = chosen(listed, max_bytes)
+    if not fitting:
+        raise BankError(f"no adapter of {base} can be added", got=f"{len(listed)} listed")
+    return fitting
+
+
+def _add_each(
+    bank: Path, sources: Sequence[Source], options: ImportOptions, embedder: TextEmbedder | None, backend: Backend, quiet: bool
+) -> None:
+    """Adds adapters one after the other and prints what became of each; a single one that is refused is an error of its own."""
+    from lorag.bank.importing import import_adapters
+
     refused: list[Imported] = []
-    where = Backend(backend, address, cpus, gpus)
-    with closing(import_adapters(bank, sources, options, embedder=_embedder(embedder), backend=where, quiet=quiet)) as done:
+    with closing(import_adapters(bank, sources, options, embedder=embedder, backend=backend, quiet=quiet)) as done:
         for number, one in enumerate(done, 1):
             if one.error is not None:
                 refused.append(one)
@@ -166,7 +185,6 @@ def add(
         raise BankError(
             f"{len(refused)} of {len(sources)} adapters were not added", got=f"{refused[0].source} first", remedy="The lines above say why."
         )
-    typer.echo(f"next: lorag bank check {bank}")
 
 
 def _embedder(name: str | None) -> TextEmbedder | None:
