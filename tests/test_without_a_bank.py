@@ -23,6 +23,7 @@ from lorag.methods import method_type
 from lorag.methods.functional import FunctionalSettings, train_functionally
 from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
+from lorag.tasks.suite import TaskSuite
 from lorag.text import vectors
 from lorag.training import calibrate_gate
 from lorag.training.preparation import SpaceChoice, prepare
@@ -215,29 +216,32 @@ def test_it_says_what_it_needs(base, tmp_path):
         train(TrainConfig(bank=str(bank.folder), base="sandbox-lm", out=str(tmp_path / "out")), quiet=True)
 
 
-def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
-    """`train` without a bank ends with a gate; fitted again on the finished folder, from the suite that it names, it is the same."""
+def _config(base, tmp_path, monkeypatch):
+    """A run of two steps on a suite in a folder, with words instead of an embedder and two invented tasks as the unknown."""
     monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
     unknown = {"robots": ["weld the left arm", "calibrate the gripper motor"], "gibberish": ["zzq wrt plm", "kkk lll mmm nnn"]}
     monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: unknown)
     keys = [task.key for task in make_suite(TRAINING)]
     folder = make_suite(TRAINING).save(tmp_path / "suite")
     (folder / "splits.json").write_text(json.dumps({"train": keys[:14], "validation": keys[14:]}))
-    functional = {"steps": 2, "tasks": 4, "examples": 2}
-    config = TrainConfig(
+    return TrainConfig(
         base=base.model.name,
         objective_settings=dict(base.settings),
         out=str(tmp_path / "g"),
         tasks=str(tmp_path / "suite"),
         method="aligned",
-        settings={**SMALL, "functional": functional},
+        settings={**SMALL, "functional": {"steps": 2, "tasks": 4, "examples": 2}},
         space="activation_bases",
         k=12,
         rank=3,
         strength=1.0,
         device="cpu",
     )
-    made = train(config, quiet=True)
+
+
+def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
+    """`train` without a bank ends with a gate; fitted again on the finished folder, from the suite that it names, it is the same."""
+    made = train(_config(base, tmp_path, monkeypatch), quiet=True)
     assert made.gate is not None and made.gate.fitted["held_out_tasks"] == len(TRAINING) - 14
     made.gate = None
     made.save_pretrained(tmp_path / "g")
@@ -246,3 +250,28 @@ def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
     again = add_gate(tmp_path / "g", tasks=str(tmp_path / "suite"))
     assert again.gate is not None and again.gate.fitted["held_out_tasks"] == len(TRAINING) - 14
     assert LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder()).gate is not None
+
+
+def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
+    """Given where to start and tasks, all else is the first run's; what it fixed stays, the rest learns, licences add up."""
+    config = _config(base, tmp_path, monkeypatch)
+    first = train(config, quiet=True)
+    suite = make_suite(TRAINING[4:])
+    more = [replace(task, license="MIT") for task in suite]
+    folder = TaskSuite(more).save(tmp_path / "more")
+    keys = [task.key for task in more]
+    (folder / "splits.json").write_text(json.dumps({"train": keys[:-2], "validation": keys[-2:]}))
+    then = TrainConfig(start=config.out, tasks=str(folder), out=str(tmp_path / "then"), device="cpu", settings={"functional": {"steps": 3}})
+    made = train(then, quiet=True)
+    old, new = first.method.network.state_dict(), made.method.network.state_dict()
+    moved = {name.split(".")[0] for name in old if not torch.allclose(old[name], new[name], atol=1e-6)}
+    assert moved == {"row_start", "row_weights", "column_start", "column_weights"}
+    assert made.base == first.base and made.strength == first.strength and made.method.settings.functional.tasks == 4
+    assert set(made.conditioner.names) == set(keys[:-2]) and set(made.licenses) == set(first.licenses) | set(keys[:-2])
+    assert made.licenses[keys[0]] == "MIT" and made.origin["config"]["start"] == "g" and made.gate is not None
+    with pytest.raises(ConfigError, match="rank is not that of start"):
+        train(replace(then, rank=4, out=str(tmp_path / "other")), quiet=True)
+    with pytest.raises(ConfigError, match="a network of another size"):
+        train(replace(then, settings={"features": 12}, out=str(tmp_path / "other")), quiet=True)
+    with pytest.raises(GeneratorError, match="house cannot go on from a trained generator"):
+        method_type("house").with_settings({}).go_on_from(first.method)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.contrast import ContrastSettings, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.method import NetworkMethod, ReaderSettings, collate, whole
+from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
@@ -61,6 +63,7 @@ class Aligned(NetworkMethod):
     name = "aligned"
     settings_type = AlignedSettings
     settings: AlignedSettings
+    network: FactorNetwork | None
 
     def build(self, shape: Mapping[str, Any]) -> FactorNetwork:
         """The untrained network.
@@ -98,9 +101,36 @@ class Aligned(NetworkMethod):
         """Always: there is nothing else that it learns from."""
         return True
 
+    def go_on_from(self, other: Method) -> None:
+        """Takes over a trained network, whose probes and reader stay as they are.
+
+        Raises:
+            GeneratorError: If that is none of this method.
+            ConfigError: If the settings describe a network of another size.
+        """
+        if not isinstance(other, Aligned) or other.network is None:
+            raise GeneratorError(
+                f"{self.name} cannot go on from another method", got=other.name, expected=self.name, remedy="Leave out start."
+            )
+        with torch.device("meta"):
+            sizes = {name: value.shape for name, value in self.build(other.shape).state_dict().items()}
+        if sizes != {name: value.shape for name, value in other.network.state_dict().items()}:
+            raise ConfigError(
+                "settings describe a network of another size than that of start", remedy="Leave out all but settings.functional."
+            )
+        self.network, self.shape = other.network.float().requires_grad_(True), dict(other.shape)
+
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Begins from the alignment; trains probes, reader, then the rest through the base model, each stopped early on held-out tasks."""
         require_runner(self.name, data, runner)
+        network = self._begun(data, loop) if self.network is None else self.network
+        network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
+        network.reading.requires_grad_(False)
+        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
+        network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
+
+    def _begun(self, data: TrainingSet, loop: TrainingLoop) -> FactorNetwork:
+        """A network along the alignment, whose probes and reader have learned from stored activations and from wordings."""
         space = data.space
         if not isinstance(space, ActivationBases) or data.alignment is None or space.read is None:
             raise GeneratorError(f"{self.name} needs bases of activations", remedy="Train it with space=activation_bases and tasks=SUITE.")
@@ -112,10 +142,8 @@ class Aligned(NetworkMethod):
         step = max(1, len(data.training) // _TYPICAL)
         _, tokens, mask = collate([data.embeddings[i][0] for i in list(data.training)[::step]])
         network.probes.align(data.alignment, tokens, mask)
-        self.network = network.to(loop.accelerator.device)
+        self.network = network = network.to(loop.accelerator.device)
         train_probes(self.name, network.probes, data, space.read, loop, self.settings.probing)
-        network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
+        network.probes.requires_grad_(False)
         train_reader(self.name, network, data, loop, self.settings.contrast)
-        network.reading.requires_grad_(False)
-        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
-        network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
+        return network

@@ -93,6 +93,16 @@ class Method(abc.ABC):
             check_layers(name, getattr(settings, name, 0))
         return cls(settings)
 
+    def go_on_from(self, other: Method) -> None:
+        """Takes over what another of its kind has learned, so that `fit` goes on from there.
+
+        Raises:
+            GeneratorError: If it can only begin anew.
+        """
+        raise GeneratorError(
+            f"{self.name} cannot go on from a trained generator", got=other.name, expected="aligned", remedy="Leave out start."
+        )
+
     @abc.abstractmethod
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Learns from tasks.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,10 @@ __all__ = ["TrainConfig", "add_gate", "fit_generator", "train"]
 
 logger = logging.getLogger(__name__)
 
+# What a run that goes on from a generator takes from it, and what is each run's own.
+_KEPT = ("bank", "base", "kind", "objective", "objective_settings", "target_modules", "method", "embedder", "space", "k", "rank")
+_OF_A_RUN = {"out", "start", "seed", "device", "settings", "trackers"}
+
 
 @dataclass
 class TrainConfig:
@@ -46,6 +51,8 @@ class TrainConfig:
         objective: How it learns and is scored.
         objective_settings: Settings of the objective.
         target_modules: Modules of it that adapters change: PEFT's names, or, as text, an expression for whole paths.
+        start: Trained generator to go on from (method aligned): folder, hub id or name of a shipped one. Its network goes on learning,
+            with the settings of its own run where these are left at their defaults. It ends as a generator for the tasks of this run.
         out: Folder of the trained generator.
         method: A registered generator.
         settings: The method's own settings.
@@ -79,6 +86,7 @@ class TrainConfig:
     objective: str = "causal_lm"
     objective_settings: dict[str, Any] = field(default_factory=dict)
     target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
+    start: str | None = None
     out: str = "runs/generator"
     method: str = "house"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -109,6 +117,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     Raises:
         ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
     """
+    first = None if config.start is None else LoraGenerator.from_pretrained(config.start, device=config.device)
+    config = config if first is None else _going_on(config, first)
     stated = _stated(config)
     loop = _loop(config, stated, quiet)
     out, main = Path(config.out), loop.accelerator.is_main_process
@@ -118,7 +128,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         logger.warning("%s is trained already; delete it to train it anew", out)
         return LoraGenerator.from_pretrained(out, device=config.device)
     method = method_type(config.method).with_settings(config.settings)
-    bank = _find_bank(config)
+    bank = _find_bank(config) if first is None else AdapterBank(out, first.base, ())
+    if first is not None:
+        method.go_on_from(first.method)
     tasks = RunTasks.named(config.tasks, len(bank))
     embedder, vectors = CachedEmbedder(open_embedder(config.embedder, config.device)), reads_vectors(config.embedder)
     runner = None if tasks.suite is None else Runner.open(bank.base, config.device, config.dtype)
@@ -130,13 +142,14 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         tasks,
         SplitRule(config.groups, config.validation, config.seed),
         runner=runner,
-        space=SpaceChoice(config.space, config.k, config.rank),
+        space=SpaceChoice(config.space, config.k, config.rank) if first is None else first.space,
         wordings=config.wordings,
         typos=0.0 if vectors else config.typos,
         quiet=loop.quiet,
     )
     origin = {"config": _published(stated), "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
+    generator.licenses = {**({} if first is None else first.licenses), **generator.licenses}
     if main:
         if prepared.split.validation and not method.needs_task_vectors and not vectors:
             generator.gate = fit_gate(generator, bank, tasks, prepared.split, quiet=loop.quiet)
@@ -192,10 +205,33 @@ def _stated(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in stated.items() if value is not None or key not in ("shares", "mixed_precision")}
 
 
+def _going_on(config: TrainConfig, first: LoraGenerator) -> TrainConfig:
+    """The settings of a run that goes on from a trained generator.
+
+    Raises:
+        ConfigError: If one differs that makes the generator what it is.
+    """
+    stated, default, taken = first.origin.get("config", {}), TrainConfig(), {}
+    for name in {one.name for one in fields(config)} & set(stated) - _OF_A_RUN:
+        given = getattr(config, name)
+        if given == getattr(default, name):
+            taken[name] = stated[name]
+        elif name in _KEPT and (public_name(given) if name in ("bank", "base") else given) != stated[name]:
+            raise ConfigError(f"{name} is not that of start={config.start}", got=given, expected=stated[name], remedy=f"Leave {name} out.")
+    taken["settings"] = _merged(stated.get("settings", {}), config.settings)
+    return replace(config, **taken)
+
+
+def _merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of the second in the place of those of the first."""
+    both = {name: _merged(first[name], then[name]) for name in first.keys() & then.keys() if isinstance(first[name], Mapping)}
+    return {**first, **then, **both}
+
+
 def _published(stated: dict[str, Any]) -> dict[str, Any]:
     """What a generator says of its run: not where it was written and on what, and no paths of the machine."""
     shown = {key: value for key, value in stated.items() if key not in ("out", "device")}
-    return shown | {key: public_name(stated[key]) for key in ("bank", "base", "tasks") if stated[key]}
+    return shown | {key: public_name(stated[key]) for key in ("bank", "base", "start", "tasks") if stated[key]}
 
 
 def _loop(config: TrainConfig, stated: dict[str, Any], quiet: bool) -> TrainingLoop:
