@@ -17,7 +17,7 @@ from lorag.base.activations import input_statistics
 from lorag.base.objectives import make_objective
 from lorag.base.objectives.packing import fitting, pack, shared_start
 from lorag.base.runner import Runner
-from lorag.errors import ConfigError, GeneratorError
+from lorag.errors import ConfigError, GeneratorError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.functional import FunctionalSettings, train_functionally
@@ -269,6 +269,12 @@ def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
     assert made.base == first.base and made.strength == first.strength and made.method.settings.functional.tasks == 4
     assert set(made.conditioner.names) == set(keys[:-2]) and set(made.licenses) == set(first.licenses) | set(keys[:-2])
     assert made.licenses[keys[0]] == "MIT" and made.origin["config"]["start"] == "g" and made.gate is not None
+    (folder / "splits.json").unlink()  # then all tasks count, and a share of them is held out
+    alone = train(replace(then, out=str(tmp_path / "alone"), validation=0.25), quiet=True)
+    assert len(alone.conditioner.names) == len(keys) - len(keys) // 4
+    (folder / "splits.json").write_text(json.dumps({"test": keys}))
+    with pytest.raises(TaskError, match="no split 'train' to learn from"):
+        train(replace(then, out=str(tmp_path / "other")), quiet=True)
     with pytest.raises(ConfigError, match="rank is not that of start"):
         train(replace(then, rank=4, out=str(tmp_path / "other")), quiet=True)
     with pytest.raises(ConfigError, match="a network of another size"):

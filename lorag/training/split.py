@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from lorag.errors import ConfigError
+from lorag.errors import ConfigError, TaskError
 from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_splits, find_tasks
 from lorag.tasks.suite import connected
 
@@ -36,10 +36,18 @@ class RunTasks:
 
     @classmethod
     def named(cls, name: str | None, experts: int) -> Self:
-        """The tasks of a suite by name, for a bank of so many experts; without any expert all training tasks are without one."""
+        """The tasks of a suite by name, for a bank of so many experts; without any expert all training tasks are without one.
+
+        Raises:
+            TaskError: If there is no expert, and the suite has splits but none to learn from.
+        """
         if name is None:
             return cls()
         suite, splits = find_tasks(name), find_splits(name)
+        if not experts and not splits:
+            return cls(suite, suite)
+        if not experts and not splits.get(TRAIN):
+            raise TaskError(f"tasks: {name} has no split {TRAIN!r} to learn from", expected="it in splits.json, or no splits.json")
         if experts:
             return cls(suite, suite.select(splits.get(WITHOUT_EXPERT, ())))
         return cls(suite, suite.select(splits.get(TRAIN, ())), suite.select(splits.get(VALIDATION, ())))
