@@ -35,8 +35,8 @@ def train(
     if not PartialState().is_main_process:  # of several, under accelerate launch
         return
     size = (Path(values.out) / "generator.safetensors").stat().st_size / 1e6
-    learned = f"{len(generator.conditioner.names)} {'tasks' if values.base else 'experts'}"
-    typer.echo(f"{values.out}: {values.method} from {learned}, strength {generator.strength:g}, {size:.1f} MB")
+    learned = f"{len(generator.conditioner.names)} {'experts' if generator.origin.get('experts') else 'tasks'}"
+    typer.echo(f"{values.out}: {generator.method.name} from {learned}, strength {generator.strength:g}, {size:.1f} MB")
     if values.tasks is None:  # there is nothing to score it on
         typer.echo(f'next: lorag generate "DESCRIPTION" --generator {values.out} --out my-adapter')
     else:
