@@ -85,8 +85,9 @@ def test_vectors_are_read_as_they_were_written():
 def test_embedders_are_opened_by_name(monkeypatch):
     """`vectors:N`, or a model; an N that is none is refused."""
     assert open_embedder("vectors:8").size == 9 and reads_vectors("vectors:8") and not reads_vectors("models/vectors")
-    monkeypatch.setattr(SentenceEmbedder, "from_pretrained", classmethod(lambda cls, name, device: (name, device)))
-    assert open_embedder("models/mini", "cpu") == ("models/mini", "cpu")
+    asked = []
+    monkeypatch.setattr(SentenceEmbedder, "from_pretrained", classmethod(lambda cls, *given: asked.append(given) or VectorEmbedder(3)))
+    assert open_embedder("models/mini", "cpu").name == "vectors:3" and asked == [("models/mini", "cpu")]
     for wrong in ("vectors:", "vectors:0", "vectors:-3", "vectors:x", "vectors:9999"):
         with pytest.raises(ConfigError, match="vectors"):
             open_embedder(wrong)

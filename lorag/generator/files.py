@@ -19,7 +19,7 @@ from lorag.generator.gate import Gate
 from lorag.methods import method_type
 from lorag.spaces import open_space
 from lorag.text.conditioning import Conditioner
-from lorag.text.embedding import CachedEmbedder, Embedding, TextEmbedder
+from lorag.text.embedding import Embedding, TextEmbedder
 from lorag.text.spelling import Spelling
 from lorag.text.vectors import open_embedder
 
@@ -152,7 +152,7 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
     vector = torch.nn.functional.normalize(torch.ones(centroids.shape[1]), dim=0)
     method.try_out(conditioner(Embedding(vector, vector[None])), space.size, lambda codes: space.decode(codes, rank))
     if embedder is None:
-        embedder = CachedEmbedder(open_embedder(wanted, device))
+        embedder = open_embedder(wanted, device)
     if embedder.name != wanted or embedder.size != centroids.shape[1]:
         raise GeneratorError("the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted)
     return {

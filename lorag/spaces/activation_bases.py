@@ -22,6 +22,7 @@ from lorag.spaces.weight_space import SpaceInputs, WeightSpace
 
 if TYPE_CHECKING:
     from lorag.base.layout import LoraLayout
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["ActivationBases", "ReadTexts", "alignment"]
 
@@ -193,6 +194,13 @@ class ActivationBases(WeightSpace):
         k, outputs = self.shape
         scale = torch.cat([torch.ones(self.rank * k), torch.full((self.rank * outputs,), strength)]).repeat(len(self.layout))
         return codes * scale.to(codes)
+
+    def text_alignment(self, embedder: TextEmbedder, *, quiet: bool = True) -> Tensor | None:
+        """From the embeddings of the texts that the bases were found from."""
+        if self.read is None:
+            return None
+        embeddings = torch.stack([one.pooled for one in embedder.embed(self.read.texts, quiet=quiet)])
+        return alignment(self.read.coordinates, embeddings)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ActivationBases:
         """The same space on a device, and in a precision."""

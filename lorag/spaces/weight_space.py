@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorag.base.row_adapters import Cores
     from lorag.base.runner import Runner
     from lorag.tasks.suite import Task
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["AdapterStream", "FactorStream", "SpaceInputs", "WeightSpace", "no_experts"]
 
@@ -157,6 +158,10 @@ class WeightSpace(ABC):
         """Codes (..., c) whose ΔW is `strength` times as large."""
         zero = self.zero.to(codes.device)
         return zero + (codes - zero) * strength**self.degree
+
+    def text_alignment(self, embedder: TextEmbedder, *, quiet: bool = True) -> Tensor | None:
+        """The map (g, e, k) from embedded texts to directions of the base model's inputs; None of a space that was not found from texts."""
+        return None
 
     def check_codes(self, codes: Tensor) -> None:
         """Raises a GeneratorError unless codes are (b, c)."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lorag.errors import ConfigError, DescriptionError
-from lorag.text.embedding import Embedding, SentenceEmbedder, TextEmbedder
+from lorag.text.embedding import CachedEmbedder, Embedding, SentenceEmbedder
 
 __all__ = ["VectorEmbedder", "open_embedder", "reads_vectors", "vector_text"]
 
@@ -81,16 +81,16 @@ class VectorEmbedder:
         return Embedding(vector, vector[None])
 
 
-def open_embedder(name: str, device: str = "auto") -> TextEmbedder:
-    """The embedder of a name: `vectors:N` for vectors of N values, otherwise a sentence-transformers model.
+def open_embedder(name: str, device: str = "auto") -> CachedEmbedder:
+    """The embedder of a name: `vectors:N` for vectors of N values, otherwise a sentence-transformers model. It embeds a text once.
 
     Raises:
         ConfigError: If N is not a number of values.
         BaseModelError: If a model cannot be loaded.
     """
     if not reads_vectors(name):
-        return SentenceEmbedder.from_pretrained(name, device)
+        return CachedEmbedder(SentenceEmbedder.from_pretrained(name, device))
     length = name.removeprefix(_KIND)
     if not length.isdecimal() or not 1 <= int(length) <= _MOST:
         raise ConfigError("embedder: length of vectors cannot be used", got=name[:60], expected=f"{_KIND}1 to {_KIND}{_MOST}")
-    return VectorEmbedder(int(length))
+    return CachedEmbedder(VectorEmbedder(int(length)))

@@ -13,7 +13,6 @@ from torch import Tensor
 from lorag.methods.training_set import TrainingSet
 from lorag.progress import progress_bar
 from lorag.spaces import SpaceInputs, WeightSpace, fit_space
-from lorag.spaces.activation_bases import ActivationBases, alignment
 from lorag.text.conditioning import Conditioner
 from lorag.text.misspelling import misspell_some
 from lorag.text.spelling import Spelling
@@ -106,7 +105,7 @@ def prepare(
         validation=split.validation,
         conditioner=_conditioner(bank, tasks.others, embeddings, split, embedder.size),
         tasks=examples,
-        alignment=_alignment(space, embedder, quiet),
+        alignment=space.text_alignment(embedder, quiet=quiet),
     )
     spelling = Spelling.of(text for i in split.training for text in described[i])
     return Prepared(bank, split, space, data, embedder, runner, spelling)
@@ -130,11 +129,3 @@ def _conditioner(
     if len(bank) or not more:
         return Conditioner.fit(bank.names, embeddings[: len(bank)], size)
     return Conditioner.fit([more[i].key for i in split.training], [embeddings[i] for i in split.training])
-
-
-def _alignment(space: WeightSpace, embedder: TextEmbedder, quiet: bool) -> Tensor | None:
-    """The map (g, e, k) from embeddings to directions of the base model's inputs, where the space was found from texts."""
-    if not isinstance(space, ActivationBases) or space.read is None:
-        return None
-    embeddings = torch.stack([one.pooled for one in embedder.embed(space.read.texts, quiet=quiet)])
-    return alignment(space.read.coordinates, embeddings)

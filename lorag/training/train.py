@@ -24,7 +24,6 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import Method, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
 from lorag.tasks.unknown import read_unknown
-from lorag.text.embedding import CachedEmbedder
 from lorag.text.vectors import open_embedder, reads_vectors
 from lorag.training.calibrate import tune_strength
 from lorag.training.calibrate_gate import GateSettings, fit_gate
@@ -132,7 +131,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if first is not None:
         method.go_on_from(first.method)
     tasks = RunTasks.named(config.tasks, len(bank))
-    embedder, vectors = CachedEmbedder(open_embedder(config.embedder, config.device)), reads_vectors(config.embedder)
+    embedder, vectors = open_embedder(config.embedder, config.device), reads_vectors(config.embedder)
     runner = None if tasks.suite is None else Runner.open(bank.base, config.device, config.dtype)
     if main:
         write_json(out / "run.json", stated)
