@@ -1,4 +1,4 @@
-"""How long work shows itself: tqdm's bar on a terminal, a plain line now and then anywhere else, nothing where that is asked for."""
+"""The progress of long work: tqdm's bar on a terminal, a plain line now and then anywhere else, nothing where that is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of models: those that ship with lorag or a package of its, folders, files and hub ids; and when two names mean one model."""
+"""Names of models: those that ship with lorag or in a package, folders, files and hub ids; and when two names mean one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which precision a base model is stored, tensor by tensor, and a copy of it written in just that."""
+"""The precision in which each tensor of a base model is stored, and a copy of the model written in just those."""
 
 from __future__ import annotations
 

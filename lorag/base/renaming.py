@@ -1,4 +1,4 @@
-"""Modules that transformers renamed: under which names a base model has what an older adapter changes, and what it no longer has singly."""
+"""Modules that transformers renamed or fused: where a base model now has the modules that an older adapter changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score adapters on tasks: several at once, of about one length, with a sign of life after every few."""
+"""Score adapters on tasks: several at once, of about one length, with progress shown after every few."""
 
 from __future__ import annotations
 

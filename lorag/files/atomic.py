@@ -1,4 +1,4 @@
-"""Writing so that a kill at any moment, a full disk or another process leaves what was there before: siblings, renamed, and locks."""
+"""Atomic writes: a kill at any moment, a full disk or another process leaves what was there before. Files are written beside it and renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few examples, if there are some: gradient steps on them from a generated adapter."""
+"""Refine a generated adapter: gradient steps on a few examples of its task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over a bank's experts, for banks of some dozen: what is learned is whom of them to trust, through the base model."""
+"""Attention over a bank's experts, for banks of a few dozen: it learns, through the base model, which of them to trust."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ICM-Fusion: a VAE whose latents are meta-trained to stand gradient steps, so that experts can be fused in them."""
+"""ICM-Fusion: a VAE whose latents are meta-trained to withstand gradient steps, so that experts can be fused in them."""
 
 from __future__ import annotations
 

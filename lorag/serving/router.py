@@ -1,4 +1,4 @@
-"""Many adapters over one base model in one process: each request of a batch gets its own, chosen for it or told."""
+"""Many adapters over one base model in one process: each request of a batch gets its own, chosen for it or named."""
 
 from __future__ import annotations
 

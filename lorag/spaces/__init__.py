@@ -1,4 +1,4 @@
-"""Many adapters in one weight space: one file a kind, one registry."""
+"""Many adapters in one weight space: one file per kind, one registry."""
 
 from __future__ import annotations
 

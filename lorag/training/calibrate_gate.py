@@ -1,4 +1,4 @@
-"""Fit a gate: what the evidence on held-out training tasks meant, and on descriptions that no bank of text tasks serves.
+"""Fit a gate: what evidence means, learned from held-out training tasks and from descriptions that no bank of text tasks serves.
 
 Held-out training tasks play unknown tasks that a bank can serve: their experts, and others of their group, do not count while
 evidence on them is gathered, and the gap that they close is measured. Every number that is calibrated comes from a fit that saw

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read within bounds before the library sees it: the library takes what a header says at its word."""
+"""The header of a GGUF file, read within bounds before the library sees it, which takes a header at its word."""
 
 from __future__ import annotations
 
