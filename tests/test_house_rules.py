@@ -1,6 +1,7 @@
 """House rules: imports point down, the README's tree is true, modules stay small, nothing unsafe is called."""
 
 import ast
+import inspect
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 
 from lorag.bank.build import BankConfig
+from lorag.base.objectives import OBJECTIVES
 from lorag.config import load_config, preset_names
 from lorag.methods import METHODS
 from lorag.training.train import TrainConfig
@@ -211,13 +213,19 @@ def _setting_names(schema):
 
 
 def test_messages_name_settings_that_there_are():
-    """`settings.KEY` in an error is a setting of some method, and none is written `method.KEY`."""
-    known = {name for method in METHODS.values() for name in _setting_names(method.settings_type)}
+    """Keys in errors are those of configs: `settings.KEY` of a method, `objective_settings.KEY` of an objective; not `method.KEY`."""
+    known = {
+        "settings": {name for method in METHODS.values() for name in _setting_names(method.settings_type)},
+        "objective_settings": {
+            name for objective in OBJECTIVES.values() for part in objective.__mro__ for name in inspect.signature(part.__init__).parameters
+        },
+    }
     for name, path in SOURCES.items():
         texts = [node.value for node in ast.walk(ast.parse(_code(path))) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        said = {key for text in texts for key in re.findall(r"\bsettings\.([a-z_]+)", text)}
-        assert said <= known, name
-        assert not [text for text in texts if re.search(r"\bmethod\.[a-z_]+(?![\w.])", text)], name
+        for text in texts:
+            for where, keys in known.items():
+                assert set(re.findall(rf"\b{where}\.([a-z_]+)", text)) <= keys, f"{name}: {text}"
+            assert not re.search(r"\b(method|objective)\.[a-z_]+(?![\w.])", text), f"{name}: {text}"
 
 
 def test_public_names_are_there():

@@ -20,7 +20,7 @@ from lorag.adapters.publishing import bank_card, push_files, require_public
 from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shards, shard_name, stack_checkpoints
 from lorag.base.runner import BankBase
 from lorag.errors import BankError, LoragError
-from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
+from lorag.files.artifacts import check_manifest, embedded, first_fault, require_name, resolve_inside, write_manifest
 from lorag.files.atomic import locked
 from lorag.files.hub import fetch
 from lorag.files.tensors import save_tensors
@@ -51,9 +51,8 @@ def _entry(**values: Any) -> Expert:  # noqa: ANN401 - whatever a manifest or a 
     try:
         return Expert(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        what, where = f"the entry of expert {str(values.get('name'))[:80]!r} cannot be used", ".".join(map(str, first["loc"]))
-        raise BankError(what, got=f"{where[:80]}: {str(first.get('input'))[:80]}", expected=first["msg"]) from error
+        got, expected = first_fault(error)
+        raise BankError(f"the entry of expert {str(values.get('name'))[:80]!r} cannot be used", got=got, expected=expected) from error
 
 
 class AdapterBank:

@@ -1,4 +1,4 @@
-"""A bank for another base model: a copy for a close relative, and for any other experts learned anew from the old ones' answers, without labels.
+"""A bank for another base model: a copy for a close relative, elsewhere experts learned from the old ones' answers, without labels.
 
 How far a base model moved is told in units of what an expert does to it: ‖W' − W‖ / mean ‖ΔW‖ over the adapted modules. A cosine near 1
 says little, because experts are small themselves.

@@ -1,4 +1,4 @@
-"""Atomic writes: a kill at any moment, a full disk or another process leaves what was there before. Files are written beside it and renamed."""
+"""Atomic writes: a kill at any moment, a full disk or another process leaves what was there before. Files are written aside and renamed."""
 
 from __future__ import annotations
 

@@ -7,15 +7,16 @@ one into the other: a pure function, whose answer names the evidence that decide
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, Strict, ValidationError
 from torch import Tensor
 
 from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning, warn_caller
+from lorag.files.artifacts import first_fault
 from lorag.generator.calibration import Logistic
 from lorag.generator.evidence import FEATURES, Evidence, Reference
 from lorag.tasks.descriptions import same_words
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
 
+_Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 _SHOWN = 3
 _TAIL = 0.05  # left out on each side of an interval
 _NAMED, _SHARE = 3, 0.6  # most features that a reason names, and the share of the log-odds after which it names no more
@@ -119,6 +121,22 @@ def report_unknown(description: str, verdict: Verdict, on_unknown: str) -> None:
         )
     done = "the adapter changes nothing" if on_unknown == "fallback" else "do not expect the adapter to work"
     warn_caller(f"{what}; {verdict.reason}; {done}", UnknownTaskWarning)
+
+
+class _Stored(BaseModel):
+    """A gate in generator.json, as `Gate` describes it; `size` and `deviation` are those of its reference (m,)."""
+
+    features: tuple[str, ...]
+    novelty: dict[str, Any]
+    refuse_above: _Number
+    gap_closed: dict[str, Any] | None
+    gap_range: tuple[_Number, _Number]
+    offsets: tuple[_Number, _Number]
+    same_above: _Number | None
+    fuse_above: _Number | None
+    size: tuple[_Number, ...]
+    deviation: tuple[Annotated[_Number, Field(gt=0)], ...]
+    fitted: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -252,36 +270,31 @@ class Gate:
         Raises:
             GeneratorError: If they do not make a gate for a generator of so many modules and experts.
         """
-        value = {_RENAMED.get(name, name): one for name, one in value.items()}
         try:
-            if tuple(value["features"]) != FEATURES:
+            stored = _Stored.model_validate({_RENAMED.get(name, name): one for name, one in value.items()})
+            if stored.features != FEATURES:
                 raise ValueError("it goes by other evidence; fit it again with lorag gate fit")
-            size, deviation = (tuple(float(v) for v in value[key]) for key in ("size", "deviation"))
-            low, high = (float(v) for v in value["gap_range"])
-            below, above = (float(v) for v in value["offsets"])
-            cosines = [None if value[key] is None else float(value[key]) for key in ("same_above", "fuse_above")]
-            threshold = float(value["refuse_above"])
-            fitted = {_RENAMED.get(str(name), str(name)): one for name, one in dict(value["fitted"]).items()}
-            numbers = [*size, *deviation, low, high, below, above, threshold, *(c for c in cosines if c is not None)]
-            if not all(map(math.isfinite, numbers)) or len(size) != modules or len(deviation) != modules or min(deviation) <= 0:
+            if len(stored.size) != modules or len(stored.deviation) != modules:
                 raise ValueError("its numbers do not fit the generator's modules")
             if wordings.dtype != torch.int64 or wordings.dim() != 1 or wordings.shape != owners.shape:
                 raise ValueError("its wordings have no owners")
             if len(owners) and not (0 <= int(owners.min()) and int(owners.max()) < experts):
                 raise ValueError("its wordings belong to experts that there are not")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise GeneratorError("a stored gate cannot be read", got=str(error)[:120] or repr(error)) from error
-        gap_closed = None if value["gap_closed"] is None else Logistic.from_dict(value["gap_closed"], len(FEATURES))
+        except ValidationError as error:
+            got, expected = first_fault(error)
+            raise GeneratorError("a stored gate cannot be read", got=got, expected=expected) from error
+        except ValueError as error:
+            raise GeneratorError("a stored gate cannot be read", got=str(error)) from error
         return cls(
-            reference=Reference(size, deviation),
-            novelty=Logistic.from_dict(value["novelty"], len(FEATURES)),
-            refuse_above=threshold,
-            gap_closed=gap_closed,
-            gap_range=(low, high),
-            offsets=(below, above),
-            same_above=cosines[0],
-            fuse_above=cosines[1],
+            reference=Reference(stored.size, stored.deviation),
+            novelty=Logistic.from_dict(stored.novelty, len(FEATURES)),
+            refuse_above=stored.refuse_above,
+            gap_closed=None if stored.gap_closed is None else Logistic.from_dict(stored.gap_closed, len(FEATURES)),
+            gap_range=stored.gap_range,
+            offsets=stored.offsets,
+            same_above=stored.same_above,
+            fuse_above=stored.fuse_above,
             wordings=wordings,
             owners=owners,
-            fitted=fitted,
+            fitted={_RENAMED.get(name, name): one for name, one in stored.fitted.items()},
         )

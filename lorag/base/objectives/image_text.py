@@ -55,7 +55,7 @@ class ImageText(Objective):
     def __init__(self, tokenizer: Any, max_length: int = 77, k: Sequence[int] = (1, 5)) -> None:  # noqa: ANN401 - a processor
         super().__init__(tokenizer, max_length)
         if 1 not in k or any(not isinstance(one, int) or one < 1 for one in k):
-            raise ConfigError("objective.k cannot be used", got=list(k), expected="whole numbers, 1 among them")
+            raise ConfigError("objective_settings.k cannot be used", got=list(k), expected="whole numbers, 1 among them")
         self.k = tuple(k)
 
     def settings(self) -> dict[str, Any]:

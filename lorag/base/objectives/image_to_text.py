@@ -51,7 +51,7 @@ class ImageSeq2Seq(Seq2SeqLM):
     def __init__(self, tokenizer: Any, prompt: str = "<OD>", max_length: int = 256, boxes: bool = False) -> None:  # noqa: ANN401 - a processor
         super().__init__(tokenizer.tokenizer, max_length=max_length)
         if not 1 <= max_length <= _MOST_TOKENS:
-            raise ConfigError("objective.max_length cannot be used", got=max_length, expected=f"1 to {_MOST_TOKENS}")
+            raise ConfigError("objective_settings.max_length cannot be used", got=max_length, expected=f"1 to {_MOST_TOKENS}")
         self.processor, self.prompt, self.boxes = tokenizer, prompt, boxes
         self.metric = "box_f1" if boxes else "exact_match"
 

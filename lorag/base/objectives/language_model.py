@@ -65,7 +65,9 @@ class LanguageModel(Objective):
         super().__init__(tokenizer, max_length)
         template = self._usual_template() if template is None else template
         if metric not in _METRICS or metric in ("rouge_l", "lenient_match") and not rouge:
-            raise ConfigError("objective.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)")
+            raise ConfigError(
+                "objective_settings.metric cannot be used", got=repr(metric), expected=f"{' or '.join(_METRICS)} (with rouge)"
+            )
         self.template, self.rouge, self.metric = template, rouge, metric
 
     def settings(self) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Chat(Prompts):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None, max_length: int) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError("objective.template=chat needs a tokenizer with a chat template", got="none", remedy=_REMEDY)
+            raise ConfigError("objective_settings.template=chat needs a tokenizer with a chat template", got="none", remedy=_REMEDY)
         self.tokenizer, self.system, self._merged = tokenizer, system, False
         prompt = self._probe()
         whole = self._render([*self._turns(_PROBE), {"role": "assistant", "content": _ANSWER}], False)
@@ -195,7 +195,7 @@ class Chat(Prompts):
         frame = len(self._ids([prompt])[0]) - len(self._ids([_PROBE])[0])
         if frame >= max_length:
             raise ConfigError(
-                "objective.max_length has no room for the chat template", got=max_length, expected=f"more than {frame} tokens"
+                "objective_settings.max_length has no room for the chat template", got=max_length, expected=f"more than {frame} tokens"
             )
 
     def texts(self, inputs: Sequence[str]) -> list[str]:
@@ -281,7 +281,7 @@ def require_input(template: str) -> None:
     except (KeyError, IndexError, ValueError, AttributeError):  # other braces
         usable = False
     if not usable:
-        raise ConfigError("objective.template cannot be used", got=repr(template), expected="text with one {input}, or chat")
+        raise ConfigError("objective_settings.template cannot be used", got=repr(template), expected="text with one {input}, or chat")
 
 
 def make_prompts(tokenizer: PreTrainedTokenizerBase, template: str, system: str | None, max_length: int) -> Prompts:
@@ -295,6 +295,8 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, template: str, system: str 
     require_input(template)
     if system is not None:
         raise ConfigError(
-            "objective.system belongs to a chat template", got=f"template {template!r}", remedy="Write the system text into the template."
+            "objective_settings.system belongs to a chat template",
+            got=f"template {template!r}",
+            remedy="Write the system text into the template.",
         )
     return Written(tokenizer, template, max_length)
