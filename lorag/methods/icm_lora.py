@@ -14,7 +14,7 @@ from lorag.methods.functional import task_vectors
 from lorag.methods.kernel import ExpertRegression, KernelSettings
 from lorag.methods.method import ReaderSettings, collate, draw, nested, part, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
+from lorag.methods.vae import Diagnostics, VaeMethod, negative_elbo, squared_error
 from lorag.networks.conv_vae import ConvVae
 from lorag.networks.vae import ConditionalVae
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
@@ -147,47 +147,10 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
         self.shape = {"embedding": embedding, "vector": 0 if vectors is None else vectors.shape[1], "elements": self.coordinates.size}
         coordinates = self.coordinates.to_coordinates(data.codes)
         learned = ExpertRegression.learn(self.name, s.kernel, coordinates, data, loop) if self.regresses else None
-        network, device = self.start(loop), loop.accelerator.device
-        latent, batch = self.latent, self.batch
-        rows_of = torch.tensor(training)
-
-        def inputs(rows: Sequence[int], embeddings: Sequence[Embedding]) -> _Inputs:
-            return self._inputs(embeddings, None if vectors is None else vectors[list(rows)], device)
-
-        def starts(rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor | None:
-            return None if learned is None else learned.leave_group_out(embeddings, data.masked(rows))
-
-        def loss(module: nn.Module, step: int) -> Batch:
-            rows = rows_of[torch.randint(len(training), (batch,), generator=loop.rng)].tolist()
-            noise = torch.randn(batch, data.codes.shape[1], generator=loop.rng)
-            x = self.coordinates.to_coordinates(data.codes[rows] + data.deviations[rows] * noise).to(device)
-            z = torch.randn(batch, latent, generator=loop.rng).to(device)
-            drawn = draw(data, rows, loop)
-            start = starts(rows, drawn)
-            x = x if start is None else x - start
-
-            def losses(share: slice) -> Tensor:
-                read = inputs(rows[share], drawn[share])
-                return negative_elbo(module(x[share], z[share], *read), x[share], s.beta, each=True)
-
-            return Batch(batch, losses)
-
-        def validate(_: nn.Module) -> float:
-            pairs = [(i, one) for i in held for one in data.embeddings[i][: 8 if self.reads else 1]]
-            with torch.no_grad():
-                rows, texts = [i for i, _ in pairs], [one for _, one in pairs]
-                h, start = network.read(*inputs(rows, texts)), starts(rows, texts)
-                guessed = network.decode(h.new_zeros(len(h), latent), h)
-                guessed, right = guessed if start is None else guessed + start, coordinates[rows].to(device)
-                return squared_error(guessed, right).mean().item() / right.shape[1]
-
+        stage = _Stage(self, data, loop, self.start(loop), coordinates, vectors, learned)
         steps = LoopSettings(s.steps, self.learning_rate, validate_every=100)
-        loop.run(f"{self.name} reconstruction", network, loss, validate if held else None, steps)
-        network.eval()
-        with torch.no_grad():
-            texts = [data.embeddings[i][0] for i in training]
-            h, start, x = network.read(*inputs(training, texts)), starts(training, texts), coordinates[training].to(device)
-            self.diagnostics = self.diagnose(x if start is None else x - start, h, data.space.zero.cpu(), start)
+        loop.run(f"{self.name} reconstruction", stage.network, stage.batch, stage.validate if held else None, steps)
+        self.diagnostics = stage.diagnostics()
         if learned is not None:
             self.regression = learned.with_others(coordinates, data, held)
 
@@ -212,13 +175,13 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
             vector = self._normalise(condition.task_vector.float().cpu())[None]
         device = next(network.parameters()).device
         with torch.inference_mode():
-            h = network.read(*self._inputs([condition.embedding], vector, device))
+            h = network.read(*self.inputs([condition.embedding], vector, device))
             start = None
             if self.regression is not None:
                 start = self.regression([condition.embedding], condition.masked).to(device)
             return self.sample(h, rng, count, self.settings.temperature, start).clone()
 
-    def _inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:
+    def inputs(self, embeddings: Sequence[Embedding], vectors: Tensor | None, device: torch.device) -> _Inputs:
         """What the network reads: pooled, tokens, mask and normalised task vectors, empty where they are not asked for."""
         pooled, tokens, mask = collate(embeddings, device)
         return pooled if self.reads else pooled[:, :0], tokens, mask, None if vectors is None else vectors.to(device)
@@ -265,3 +228,75 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
         """Number of parameters of network and kernel; experts and their coordinates are a base, as a weight space is."""
         kernel = 0 if self.regression is None else sum(parameter.numel() for parameter in self.regression.kernel.parameters())
         return super().size() + kernel
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The training of the VAE on experts, which adds to a regression where one is learned.
+
+    Attributes:
+        method: Whose network it is.
+        data: The experts.
+        loop: Runs the stage.
+        network: What is trained.
+        coordinates: Of the experts' codes (n, p).
+        vectors: Their normalised task vectors (n, v), if they are asked for.
+        regression: What the VAE adds to, if it does.
+    """
+
+    method: IcmLora
+    data: TrainingSet
+    loop: TrainingLoop
+    network: ConditionalVae | ConvVae
+    coordinates: Tensor
+    vectors: Tensor | None
+    regression: ExpertRegression | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return self.loop.accelerator.device
+
+    def batch(self, module: nn.Module, step: int) -> Batch:
+        """Codes of some experts with the noise of their checkpoints, each with one of its descriptions."""
+        method, data, rng = self.method, self.data, self.loop.rng
+        training = data.training_experts
+        rows = torch.tensor(training)[torch.randint(len(training), (method.batch,), generator=rng)].tolist()
+        noise = torch.randn(method.batch, data.codes.shape[1], generator=rng)
+        x = method.coordinates.to_coordinates(data.codes[rows] + data.deviations[rows] * noise).to(self.device)
+        z = torch.randn(method.batch, method.latent, generator=rng).to(self.device)
+        drawn = draw(data, rows, self.loop)
+        start = self._start(rows, drawn)
+        x = x if start is None else x - start
+
+        def losses(share: slice) -> Tensor:
+            read = self._inputs(rows[share], drawn[share])
+            return negative_elbo(module(x[share], z[share], *read), x[share], method.settings.beta, each=True)
+
+        return Batch(method.batch, losses)
+
+    def validate(self, _: nn.Module) -> float:
+        """Squared error of z = 0 on held-out experts."""
+        pairs = [(i, one) for i in self.data.validation_experts for one in self.data.embeddings[i][: 8 if self.method.reads else 1]]
+        with torch.no_grad():
+            rows, texts = [i for i, _ in pairs], [one for _, one in pairs]
+            h, start = self.network.read(*self._inputs(rows, texts)), self._start(rows, texts)
+            guessed, right = self.network.decode(h.new_zeros(len(h), self.method.latent), h), self.coordinates[rows].to(self.device)
+            return squared_error(guessed if start is None else guessed + start, right).mean().item() / right.shape[1]
+
+    def diagnostics(self) -> Diagnostics:
+        """Of the trained network, on the training experts."""
+        self.network.eval()
+        rows = self.data.training_experts
+        with torch.no_grad():
+            texts = [self.data.embeddings[i][0] for i in rows]
+            h, start = self.network.read(*self._inputs(rows, texts)), self._start(rows, texts)
+            x = self.coordinates[rows].to(self.device)
+            return self.method.diagnose(x if start is None else x - start, h, self.data.space.zero.cpu(), start)
+
+    def _inputs(self, rows: Sequence[int], embeddings: Sequence[Embedding]) -> _Inputs:
+        return self.method.inputs(embeddings, None if self.vectors is None else self.vectors[list(rows)], self.device)
+
+    def _start(self, rows: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor | None:
+        """What the regression predicts (b, p) of experts that it is not given; None without one."""
+        return None if self.regression is None else self.regression.leave_group_out(embeddings, self.data.masked(rows))
