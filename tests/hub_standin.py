@@ -27,6 +27,7 @@ class StandIn(ThreadingHTTPServer):
         self.repositories = {}  # name -> list of (commit, {path: bytes}), the newest last
         self.objects = {}  # sha256 -> bytes
         self.log = []  # (method, path)
+        self.parts = []  # (repository, file, bytes) of what was asked for in part
         self.private = {}
         self.tags = {}  # name -> tags, such as base_model:adapter:user/name
         self.broken_commits = False
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, head):
         path = unquote(urlsplit(self.path).path)
-        self.server.log.append(("HEAD" if head else "GET", path))
+        self.server.log.append(("HEAD" if head else "PART" if "Range" in self.headers else "GET", path))
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             name, revision, file = found.groups()
             commit = self._find(name, revision)
@@ -127,6 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
             data = commit[1][file]
             etag = hashlib.sha256(data).hexdigest()
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit[0], "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            if not head and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+                part = data[int(asked[1]) : int(asked[2]) + 1]
+                self.server.parts.append((name, file, len(part)))
+                return self._answer(206, part, {**headers, "Content-Range": f"bytes {asked[1]}-{asked[2]}/{len(data)}"})
             return self._answer(body=data, headers=headers, head=head)
         if path == "/api/models":
             query = parse_qs(urlsplit(self.path).query)
@@ -141,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file, "size": len(data)} for file, data in commit[1].items()]
             body = {"id": found[1], "sha": commit[0], "siblings": siblings}
             return self._answer(body=body | ({"cardData": yaml.safe_load(card[1])} if len(card) > 2 else {}))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
-            name, what, revision = found.groups()
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)(/.*)?", path):
+            name, what, revision, below = found.groups()
             commit = self._find(name, revision)
             if commit is None:
                 return self._missing("RepoNotFound" if name not in self.server.repositories else "RevisionNotFound", head=head)
@@ -151,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             entries = [
                 {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for file, data in commit[1].items()
             ]
+            entries = [entry for entry in entries if below is None or entry["path"].startswith(f"{below[1:]}/")]
             return self._answer(body=entries)
         return self._missing("NotFound", head=head)
 

@@ -227,7 +227,7 @@ def test_a_truncated_file_is_refused(bases, random_adapter, tmp_path, share):
     shutil.rmtree(cache_folder() / "adapters", ignore_errors=True)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ArtifactError, match=r"a\.gguf.*(cut short or damaged|is not an adapter)"):
+    with pytest.raises(ArtifactError, match=r"a\.gguf.*(cut short or damaged|cannot be read as an adapter)"):
         LoraAdapter.from_pretrained(path)
     assert not (cache_folder() / "adapters").exists()
 
@@ -252,7 +252,7 @@ def test_a_flipped_header_never_escapes(bases, random_adapter, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda raw: b"GGML" + raw[4:], ArtifactError, "is not an adapter"),
+        (lambda raw: b"GGML" + raw[4:], ArtifactError, "cannot be read as an adapter"),
         (lambda raw: raw[:4] + b"\x09" + raw[5:], ArtifactError, "version 9"),
         (lambda raw: raw[:8] + b"\xff\xff\xff\xff\xff" + raw[13:], ArtifactError, "larger than an adapter"),
         (lambda raw: raw[:16] + b"\xff\xff\xff\xff\xff" + raw[21:], ArtifactError, "larger than an adapter"),
@@ -396,6 +396,36 @@ def test_what_mlx_has_beside_lora_is_refused(tmp_path, config, tensors, error, m
     """DoRA, whole layers, no scale, half pairs, experts: each by its name."""
     with pytest.raises(error, match=message):
         LoraAdapter.from_pretrained(_mlx(tmp_path / "m", config, tensors))
+
+
+def test_an_mlx_vlm_folder_is_read_with_its_scale(tmp_path):
+    """Its config holds rank and alpha, and alpha is the whole scale; its factors are called A and B."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 0.5, "dropout": 0.0}))
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.A": torch.ones(32, 2), f"{name}.B": torch.ones(2, 16)}, tmp_path / "adapters.safetensors")
+    adapter = LoraAdapter.from_pretrained(tmp_path)
+    assert adapter.base_model is None and torch.equal(adapter.delta(name), torch.full((16, 32), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("my_lora.safetensors", "factors", r"my_lora\.safetensors holds PEFT's factors: rename it adapter_model\.safetensors"),
+        ("adapter_model.bin", b"\x80\x04.", r"got adapter_model\.bin.*never read: a pickle may run code"),
+        ("adapters.npz", b"PK", r"adapters\.npz is never read: save it with a newer mlx-lm"),
+    ],
+)
+def test_weights_under_other_names_are_named(tmp_path, name, content, message):
+    """What is there, and what to do about it: a file that was renamed, a pickle, an older format; also where the file itself is given."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}))
+    if content == "factors":
+        save_file({f"base_model.model.q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(AdapterError, match=message):
+        LoraAdapter.from_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=message.replace("got adapter_model", "adapter_model")):
+        LoraAdapter.from_pretrained(tmp_path / name)
 
 
 def test_a_missing_mlx_config_is_named(tmp_path):
@@ -610,7 +640,7 @@ def test_a_file_is_converted_once(bases, random_adapter, tmp_path, monkeypatch):
 def test_what_is_no_adapter_is_said_to_be_none(tmp_path, bases, random_adapter):
     """A text, a base model's weights, a folder of several adapters."""
     (tmp_path / "x.txt").write_text("hello")
-    with pytest.raises(ArtifactError, match=r"not an adapter.*GGUF, MLX, diffusers"):
+    with pytest.raises(ArtifactError, match=r"x\.txt cannot be read as an adapter.*GGUF, MLX, diffusers"):
         LoraAdapter.from_pretrained(tmp_path / "x.txt")
     folder, model = bases["Qwen2"]
     assert adapter_files(tmp_path) == []
@@ -824,3 +854,95 @@ def test_what_cannot_become_a_lora_is_said_so(bases, tmp_path, config, base, err
     with pytest.raises(error, match=message):
         export_portable(tmp_path / "a", tmp_path / "out", convert=True, base_model=folder if base else None)
     assert not (tmp_path / "out").exists()
+
+
+# --- on the hub -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosted(standin, world, tmp_path):
+    """A GGUF adapter of the toy world on the hub: alone, in two quantisations, below a folder, beside models; and a model."""
+    adapter = dataclasses.replace(
+        true_adapter(world.layout, "red", "cat"),
+        base_model=world.model.name,
+        task_type="CAUSAL_LM",
+        info={"description": "paint the red cat", "license": "MIT", "base_model": {"name": world.model.name}},
+    )
+    file = tmp_path / "adapter.gguf"
+    export_as(_saved(adapter, tmp_path / "peft"), file, "gguf")
+    model = tmp_path / "model.gguf"
+    _write_foreign(model, adapter, kind="model")
+    data, large = file.read_bytes(), model.read_bytes() + bytes(2**20)
+    card = b"---\nlicense: mit\n---\n# Red cats\n\nPaints cats in red, whatever is asked.\n"
+    standin.put("me/one", {"red-cat-f32.gguf": data, "README.md": card})
+    standin.put("me/several", {"a.gguf": data, "b.gguf": data, "README.md": card})
+    standin.put("me/mixed", {"model-q4.gguf": large, "adapter.gguf": data, "deep/adapter.gguf": data})
+    standin.put("me/models", {"model-q4.gguf": large, "model-q8.gguf": large})
+    export_as(tmp_path / "peft", tmp_path / "mlx", "mlx")
+    standin.put("me/mlx", {path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()})
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("me/one", "me/one/red-cat-f32.gguf", "me/several/b.gguf", "me/mixed", "me/mixed/deep/adapter.gguf"),
+        *("https://huggingface.co/me/one", "https://huggingface.co/me/one/blob/main/red-cat-f32.gguf?download=true"),
+        *("https://hf.co/me/mixed/tree/main/deep", "https://huggingface.co/me/mixed/resolve/main/deep/adapter.gguf", "me/mlx"),
+    ],
+)
+def test_adapters_in_other_formats_come_from_the_hub(standin, hosted, place):
+    """A repository, one of its files, an address out of a browser: the same ΔW; of a model nothing but its start is fetched."""
+    _same(hosted, LoraAdapter.from_pretrained(place))
+    assert all(size <= 2**16 for *_, size in standin.parts)
+    assert "model-q4.gguf" not in [path.rsplit("/", 1)[1] for how, path in standin.log if how == "HEAD"]
+    sources = find_sources([place])
+    assert len(sources) == 1 and sources[0].name.startswith("me-") and "." not in sources[0].name and ":" not in sources[0].name
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("me/several", r"me/several does not say which file is the adapter.*a\.gguf, b\.gguf.*Name the file: me/several/a\.gguf"),
+        ("me/models", r"me/models holds no adapter.*model-q4\.gguf, model-q8\.gguf"),
+        ("me/models/model-q8.gguf", r"me/models/model-q8\.gguf is not a LoRA adapter.*of a model"),
+        ("me/one/missing.gguf", r"no missing\.gguf in me/one, but red-cat-f32\.gguf"),
+        ("me/nothing/a.gguf", r"no such repository"),
+        ("https://huggingface.co/me/one/tree/main/deep", r"no deep in me/one"),
+    ],
+)
+def test_what_is_no_adapter_on_the_hub_is_named(standin, hosted, place, message):
+    """Before anything large is fetched."""
+    with pytest.raises((AdapterError, ArtifactError), match=message):
+        LoraAdapter.from_pretrained(place)
+    assert all(size <= 2**16 for *_, size in standin.parts) and not standin.fetched("me/models")
+
+
+def test_commands_take_a_gguf_from_the_hub(standin, hosted, world, lorag, tmp_path, monkeypatch):
+    """bank add, export, fuse, try and info, as they take a folder; what the repository's card says comes along, also offline later."""
+    one, other = "me/one", "me/several/b.gguf"
+    add = ("bank", "add", one, other, "--bank", tmp_path / "bank", "--embedder", "none", "--quiet")
+    code, out, err = lorag(*add)
+    assert code == 0, err
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert bank.names == ("me-one", "me-several-b") and bank["me-one"].descriptions == ("paint the red cat",)
+    _same(hosted, bank.adapter("me-several-b"), atol=1e-6)
+    assert lorag("export", other, "--out", tmp_path / "peft2")[0] == 0
+    _same(hosted, LoraAdapter.from_pretrained(tmp_path / "peft2"))
+    assert lorag("fuse", f"{one}=.5", f"{other}=.5", "--method", "cat", "--out", tmp_path / "fused")[0] == 0
+    _same(hosted, LoraAdapter.from_pretrained(tmp_path / "fused"), atol=1e-6)
+    code, out, err = lorag("try", one, "paint", "--tokens", 4)
+    assert code == 0 and out == lorag("try", tmp_path / "peft", "paint", "--tokens", 4)[1], err
+    code, out, err = lorag("info", "https://huggingface.co/me/one/blob/main/red-cat-f32.gguf")
+    assert code == 0 and "paint the red cat" in out and "start in" in out, err
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{one}\tfirst\tpaint cats\n{other}\tsecond\n")
+    assert lorag("bank", "add", "--from", listed, "--bank", tmp_path / "two", "--embedder", "none", "--quiet")[0] == 0
+    assert AdapterBank.from_pretrained(tmp_path / "two")["first"].descriptions == ("paint cats",)
+    standin.shutdown()
+    standin.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for place in (one, other):
+        _same(hosted, LoraAdapter.from_pretrained(place))
+    code, _, err = lorag("info", "me/several/a.gguf")
+    assert code == 1 and len(err.splitlines()) == 1 and "nothing is in the cache" in err

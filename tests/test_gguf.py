@@ -318,3 +318,22 @@ def test_a_cache_that_was_asked_for_is_used_or_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAG_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(StorageError, match="Set LORAG_CACHE"):
         cache_folder()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_is_named_for_what_it_is(tmp_path, own_cache):
+    """The system refuses to write more, in safetensors' own words: not the file's fault, one line, and nothing is left."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    code = (
+        "import resource, sys; from pathlib import Path; from lorag.base.gguf import converted; from lorag.errors import LoragError\n"
+        "import torch, transformers, gguf\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "try: converted(Path(sys.argv[1]))\n"
+        "except LoragError as error: print(type(error).__name__, error)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert said.stdout.startswith("StorageError writing ") and "File too large. Free space" in said.stdout, said
+    assert [entry.name for entry in (own_cache / "bases").iterdir() if not entry.name.endswith(".lock")] == []

@@ -69,6 +69,30 @@ def test_a_dry_run_comes_first_and_the_same_command_goes_on(tree, lorag, tmp_pat
     assert set(AdapterBank.from_pretrained(bank).names) == {"me-red-cat", "me-blue-fish", "me-pink-dog"}
 
 
+def test_adapters_in_other_formats_are_listed_and_added(tree, lorag, tmp_path, monkeypatch):
+    """A GGUF file alone in its repository, and an MLX folder; two GGUF files leave open which it is."""
+    monkeypatch.setenv("LORAG_CACHE", str(tmp_path / "cache"))
+    plain = tmp_path / "red-cat"
+    for option, name in (("gguf", "cat.gguf"), ("mlx", "cat-mlx")):
+        code, _, err = lorag("export", plain, f"--{option}", "--out", tmp_path / name)
+        assert code == 0, err
+    card = b"---\nlicense: mit\n---\nPaints red cats for me.\n"
+    file = (tmp_path / "cat.gguf").read_bytes()
+    tree.put("me/gguf", {"cat.gguf": file, "README.md": card})
+    tree.put("me/mlx", {path.name: path.read_bytes() for path in (tmp_path / "cat-mlx").iterdir()} | {"README.md": card})
+    tree.put("me/twice", {"a.gguf": file, "b.gguf": file, "README.md": card})
+    tree.tags = {name: [TAG] for name in ("me/gguf", "me/mlx", "me/twice")}
+    listed = {one.repository: one for one in survey(BASE)}
+    assert listed["me/gguf"].size == len(file) and listed["me/gguf"].description == "Paints red cats for me."
+    assert "paint the red cat" in listed["me/mlx"].description
+    assert "no adapter_model" in listed["me/twice"].problem
+    add = ("bank", "add", "--bank", tmp_path / "bank", "--hub-base", BASE, "--quiet", "--embedder", "none", "--yes")
+    code, out, err = lorag(*add)
+    assert code == 0, (out, err)
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert set(bank.names) == {"me-gguf", "me-mlx"} and bank["me-gguf"].license == "apache-2.0"  # the file says it itself
+
+
 def test_what_cannot_be_looked_up_gets_one_line(tree, lorag, tmp_path, monkeypatch):
     """A folder for an id, a base model without adapters, a hub out of reach."""
     for name in ("./folder", "a/b/c", "../x", "base"):

@@ -61,3 +61,13 @@ def test_from_a_plain_script_s_adapters_to_a_new_one(tmp_path, monkeypatch, caps
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "mine")
     assert lorag("export", "mine", "--merge", "--out", "merged")[0] == 0
     AutoModelForCausalLM.from_pretrained("merged")
+
+
+def test_generated_adapters_become_a_bank(tmp_path, lorag):
+    """Of a shipped generator, which states its base model's identity in an older form than a new bank does."""
+    for number, text in enumerate(("summarise legal text", "name the person in a recipe")):
+        assert lorag("generate", text, "--out", tmp_path / f"a{number}")[0] == 0
+    code, _, err = lorag("bank", "add", tmp_path / "a0", tmp_path / "a1", "--bank", tmp_path / "bank", "--embedder", "none", "--quiet")
+    assert code == 0, err
+    bank = AdapterBank.from_pretrained(tmp_path / "bank")
+    assert [expert.descriptions for expert in bank.experts] == [("summarise legal text",), ("name the person in a recipe",)]

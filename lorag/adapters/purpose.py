@@ -24,7 +24,7 @@ _MAX_SIDECAR, _MAX_CARD = 2**18, 2**20
 _READ_CARD = 2**13  # characters; what a model is for stands at the start of its card
 _MOST_WORDINGS = 64
 _LONGEST = 600
-_FEWEST_WORDS = 3
+_FEWEST_WORDS, _FEWEST_CLAUSE = 3, 2
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
 # Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
@@ -39,33 +39,81 @@ _TELLING = re.compile(
 )
 _NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
 # What templates and trainers write into every card; matched against the start of a sentence. A sentence of `_MADE` counts all the same
-# if it goes on with what the model does.
+# if it goes on with what the model does: in words of `_DOES`, or behind a colon or dash in any but the tools' own.
 _MADE = re.compile(
     r"this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
     r"|(this|the|these) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint|weights)( \S+/\S+)? (was|were|has been|is) (further )?"
     r"(fine-?tuned|trained|extracted|merged|converted|quantised|quantized|created|made|uploaded|built|generated)"
+    r"( and (converted|quantised|quantized|exported|merged|saved|uploaded))?"
     r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d|to \S+ format)"
     r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|on \S+ using|\d)"
     r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
-    r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from) "
+    r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from)\b"
     r"|these are .{0,80}\bweights\b|\w+ (adapters?|weights) (for|of) \S+ (trained|fine-?tuned|made) (with|using|by|on|via) "
-    r"|this (model|adapter) can be (used|loaded)\b"
+    r"|this (model|adapter) can be (used|loaded)\b|developed by\b"
+    r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
+    re.I,
+)
+_CLAUSE = 3, 2
+_LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
+# Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
+_JOINED = re.compile(
+    "[\u0e01-\u0e5b\u0e81-\u0edf\u0f00-\u0fda\u1000-\u109f\u1780-\u17f9\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+)
+_TELLING = re.compile(
+    r"description|summary|overview|about|task|purpose|intended|\buses?\b|direct use|what (it|this)"
+    r"|概要|説明|用途|目的|タスク|使い方|简介|介绍|描述|说明|任务|簡介|介紹|說明|任務|คำอธิบาย|รายละเอียด|การใช้งาน|설명|개요|용도|описание|назначение"
+    r"|beschreibung|aufgabe|verwendung|descripción|descrição|tarea|tarefa|uso\b|usage prévu|tâche",
+    re.I,
+)
+_NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
+# What templates and trainers write into every card; matched against the start of a sentence. A sentence of `_MADE` counts all the same
+# if it goes on with what the model does: in words of `_DOES`, or behind a colon or dash in any but the tools' own.
+_MADE = re.compile(
+    r"this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
+    r"|(this|the|these) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint|weights)( \S+/\S+)? (was|were|has been|is) (further )?"
+    r"(fine-?tuned|trained|extracted|merged|converted|quantised|quantized|created|made|uploaded|built|generated)"
+    r"( and (converted|quantised|quantized|exported|merged|saved|uploaded))?"
+    r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d|to \S+ format)"
+    r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|on \S+ using|\d)"
+    r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
+    r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from)\b"
+    r"|these are .{0,80}\bweights\b|\w+ (adapters?|weights) (for|of) \S+ (trained|fine-?tuned|made) (with|using|by|on|via) "
+    r"|this (model|adapter) can be (used|loaded)\b|developed by\b"
     r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
     re.I,
 )
 _DOES = re.compile(
-    r"\b(?:to (?!(?:use|load|run|be|get|the|a|an|this|their|its)\b)[a-z]{3,} (?!format)"
+    r"\b(?:to (?!(?:use|load|run|be|get|the|a|an|this|their|its|learn|see|save)\b)[a-z]{3,} (?!format)"
     r"|(?:that|which) (?!(?:was|were|is|are|has|have|had|can|you|we|i)\b)[a-z]{3,}"
+    r"|used (?:for|as|in) (?!(?:inference|training|testing|further|fine|text generation|research|commercial|causal)\b)\w{3,}"
     r"|for (?!training|testing|inference|fine|using|causal)[a-z]{3,}ing\b)|用于|用来|ための|ために"
+    r"|(?:[,:;–—] ?| - |\b(?:and|it|model|adapter|lora) )(?:now |also |only |always )?(?:"
+    r"answers?|asks|captions|chats|classif(?:ies|y)|completes|converts|corrects|decides|describes|detects|drafts|edits|explains|extracts|finds"
+    r"|fixes|generates|gives|grades|helps|identifies|imitates|labels|lists|names|parses|plans|predicts|produces|rates|recommends|replies"
+    r"|responds|returns|rewrites|routes|scores|simplifies|solves|sorts|speaks|summari[sz]es|tags|talks|tells|translates|turns|writes)\b",
+    re.I,
 )
+_CLAUSE = re.compile(r"\s*[:;](?!//)\s+|\s*[：；，]\s*|\s+-+\s+|\s*[–—]\s*")
+# Names of tools, settings and places: a clause with one of them says how a model was made.
+_SETTING = re.compile(
+    r"https?:|\S/\S|=|\b(?:unsloth|trl|peft|axolotl|llama-?factory|mergekit|transformers|hugging ?face|autotrain|q?lora|dora|sft|dpo|grpo"
+    r"|(?:rank|alpha|loss|seed|version|v)[ :]*\d\S*|\d+ steps|epochs?|learning rate|lr|batch size|dropout|\d+-?bit|gpus?|[ah]100s?|colab"
+    r"|gguf"
+    r"|\d+ ?x faster)\b|训练|轮|学习率|参数|数据集|量化",
+    re.I,
+)
+_TITLE = re.compile(r"(?:introduced|described|presented|proposed) in\b.*|, ?see\b.*", re.I)  # of a paper, which may have a colon
 _EMPTY = re.compile(
     r"\[?more information needed|your description\b|this is the model card of|this model card has been"
-    r"|the following (hyperparameters|parameters|models|yaml|configuration|training)|see axolotl config|\w+ version\b|quick ?start\b"
-    r"|to use this (model|adapter)|training (was|procedure|logs?|loss)\b"
-    r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|developed by"
+    r"|the following (hyperparameters|parameters|models|yaml|configuration|training|command)"
+    r"|see axolotl config|\w+ version\W+\d|quick ?start\b"
+    r"|to use this (model|adapter)|training (was|procedure|loss|logs?\W*$)\b"
+    r"|\w+ (2|two) ?x faster|uploaded (model|finetuned)|example usage\b"
     r"|this (is|repository contains) (a|the)? ?(peft|lora|qlora)\b.{0,40}(for|of) (the )?\S+( \S+)?( model)?\.?$|use the code below"
     r"|users \(both direct|this (model )?card|it achieves the following|provide a quick summary|\w+ (adapters?|weights) for \S+\.?$"
-    r"|(refer to|see|visit|for more|you can find|it can be used with|download)\b.{0,200}$"
+    r"|(refer to|see|visit (the|our|my|us|\S+[./]\S)|for more|you can find|it can be used with|download)\b.{0,200}$"
     r"|(was )?lora for the text encoder|special vae used",
     re.I,
 )
@@ -168,8 +216,18 @@ def card_text(card: str) -> str | None:
 def _beyond_templates(text: str) -> str:
     """A paragraph without the sentences that every template says."""
     parts = [part for part in _SENTENCE.split(text) if part]
-    kept = [part for part in parts if not _EMPTY.match(part) and (not _MADE.match(part) or _DOES.search(part))]
+    kept = [part for part in parts if not _EMPTY.match(part) and (not _MADE.match(part) or _goes_on(part))]
     return text if len(kept) == len(parts) else " ".join(kept)
+
+
+def _goes_on(sentence: str) -> bool:
+    """Whether a sentence that starts with how the model was made goes on with what it does."""
+    if _DOES.search(sentence):
+        return True
+    return any(
+        _words(clause) >= _FEWEST_CLAUSE and not _SETTING.search(clause) and not _EMPTY.match(clause) and not _MADE.match(clause)
+        for clause in _CLAUSE.split(_TITLE.sub("", sentence))[1:]
+    )
 
 
 def _words(text: str) -> int:

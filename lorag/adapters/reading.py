@@ -57,6 +57,10 @@ _NO_PART = re.compile(
 _PROVENANCE_FORMATS = (None, 1)
 
 
+_PICKLE = "a pickle may run code; load it with PEFT where it was trained, and save it again with save_pretrained"
+_UNREAD = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLE), ".npz": "save it with a newer mlx-lm, as adapters.safetensors"}
+
+
 # --- what a folder states ----------------------------------------------------------------------------------------------
 
 
@@ -70,8 +74,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_spec(folder: Path, *most: int) -> TensorSpec:
     """Types and shapes by key, from a header of at most so many bytes, or as `read_header` bounds any."""
     if not (folder / WEIGHTS).is_file():
-        raise AdapterError(f"{folder} has no {WEIGHTS}", remedy="Save it with PEFT as safetensors; other weight files are never read.")
+        others = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", *_UNREAD))
+        got = ", ".join(path.name for path in others[:4]) or None
+        raise AdapterError(f"{folder} has no {WEIGHTS}", got=got, remedy=weights_remedy(others))
     return read_header(folder / WEIGHTS, *most)[0]
+
+
+def weights_remedy(files: Iterable[Path]) -> str:
+    """What to do about weights that are not named, or not stored, as PEFT's are."""
+    for file in files:
+        if file.suffix == ".safetensors" and _holds_factors(file):
+            return f"{file.name} holds PEFT's factors: rename it {WEIGHTS}, with its {CONFIG} beside it, and give the folder."
+        if file.suffix in _UNREAD:
+            return f"{file.name} is never read: {_UNREAD[file.suffix]}."
+    return "Save it with PEFT as safetensors."
+
+
+def _holds_factors(file: Path) -> bool:
+    try:
+        return any(".lora_A." in key or ".lora_B." in key for key in read_header(file, every_type=True)[0])
+    except ArtifactError:  # damaged, or something else
+        return False
 
 
 def read_facts(folder: Path, *, values: bool = True) -> Facts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorag.adapters.checks import CONFIG, WEIGHTS
-from lorag.adapters.formats import Base, adapter_files, peft_folder
+from lorag.adapters.formats import Base, adapter_files, hub_name, peft_folder
 from lorag.errors import BankError, DescriptionError
 from lorag.files.artifacts import decode_text, read_bounded, safe_name
 from lorag.tasks.descriptions import check_description
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         label: How messages call it.
-        place: Its folder or file, or its hub id.
+        place: Its folder or file, or its place on the hub.
         name: Its name in a bank.
         descriptions: What its task is, where the list that names the adapter says so.
     """
@@ -61,7 +61,7 @@ def find_sources(places: Sequence[str]) -> list[Source]:
     """Lists the adapters of some places; nothing is read or fetched yet.
 
     Args:
-        places: Adapter folders and files, folders that hold such up to four levels down, and hub ids.
+        places: Adapter folders and files, folders that hold such up to four levels down, and places on the hub.
 
     Returns:
         The adapters, those of one folder sorted by path. A folder without any is listed itself, and refused when it is read.
@@ -73,7 +73,7 @@ def find_sources(places: Sequence[str]) -> list[Source]:
             sources.append(Source(place, root, safe_name(root.stem)))
             continue
         if not root.is_dir():
-            sources.append(Source(place, place, safe_name(place.replace("/", "-"))))
+            sources.append(Source(place, place, safe_name(hub_name(place) or place.replace("/", "-"))))
             continue
         inside = list(_adapters(root))
         for one in inside or [root]:
@@ -86,9 +86,9 @@ def find_sources(places: Sequence[str]) -> list[Source]:
 def listed_sources(path: Path) -> list[Source]:
     """Lists the adapters that a text file names; nothing is fetched yet.
 
-    Each line holds a folder or hub id, and, after a tab each where they are wanted, a name in the bank and a description:
-    names that tasks of a suite have let a generator learn from their examples too. Empty lines and those that start with # are
-    passed over.
+    Each line holds a folder, a file or a place on the hub, and, after a tab each where they are wanted, a name in the bank and a
+    description: names that tasks of a suite have let a generator learn from their examples too. Empty lines and those that start
+    with # are passed over.
 
     Args:
         path: The file.
@@ -97,12 +97,9 @@ def listed_sources(path: Path) -> list[Source]:
         The adapters in the file's order.
 
     Raises:
-        BankError: Naming the line, if one has more parts, names no folder and no possible hub id, or names a place twice.
+        BankError: Naming the line, if one has more parts, names neither a folder nor a place that the hub could have, or names one twice.
         ArtifactError: If the file cannot be read.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     lines = decode_text(read_bounded(path, _MAX_LIST, named=True), path).splitlines()
     by_place: dict[str, Source] = {}
     for number, line in enumerate(lines, 1):
@@ -115,10 +112,10 @@ def listed_sources(path: Path) -> list[Source]:
                 raise BankError(f"{where} cannot be used", got=line[:80], expected="a folder or hub id, a name and a description, by tabs")
             if place in by_place:
                 raise BankError(f"{where} names an adapter for the second time", got=place[:120])
-            if not Path(place).exists():
-                validate_repo_id(place)
+            if not Path(place).exists() and hub_name(place) is None:
+                raise BankError(f"{where} names neither a folder nor a place on the hub", got=place[:120], expected="such as user/name")
             texts = tuple(check_description(text) for text in more[1:])
-        except (HFValidationError, DescriptionError, ValueError) as error:
+        except (DescriptionError, ValueError) as error:
             raise error if isinstance(error, BankError) else BankError(f"{where} cannot be used: {error}", got=line[:80]) from error
         sources = find_sources([place])
         if len(sources) > 1:

@@ -180,10 +180,17 @@ def check_base(
         raise differs("its revision", revision, base.model.revision or "main")
     given = info.get("base_model")
     stated: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-    if stated.get("identity") and stated["identity"] != base.identity:
+    if stated.get("identity") and _other_weights(base, str(stated["identity"])):
         raise differs("its weights", stated["identity"], base.identity)
     if stated.get("layout") and not matched.missing and not matched.extra and stated["layout"] != base.layout.fingerprint:
         raise differs("the layout's fingerprint", stated["layout"], base.layout.fingerprint)
+
+
+def _other_weights(base: BankBase, identity: str) -> bool:
+    """Whether an adapter's base model has other weights than a bank's; a mere revision and a digest cannot be compared."""
+    if identity == base.identity or base.model.has_identity(identity):  # in an older form, perhaps
+        return False
+    return identity.startswith("revision:") == base.identity.startswith("revision:")
 
 
 def check_norm(norm: float, others: Iterable[float], where: object, *, any_norm: bool = False) -> None:

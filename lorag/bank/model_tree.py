@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from lorag.adapters.reading import read_provenance
 from lorag.adapters.sources import Source
 from lorag.errors import BankError, LoragError, UndescribedError
 from lorag.files.artifacts import read_json, safe_name
-from lorag.files.hub import fetch_small, list_adapters
+from lorag.files.hub import OTHER_WEIGHTS, fetch_small, hub_place, list_adapters
 from lorag.progress import progress_bar
 
 __all__ = ["Listed", "chosen", "survey", "survey_lines"]
 
 _MAX_CONFIG = 2**20
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Listed:
         repository: Its hub id.
         size: Bytes of its weights.
         licence: As its repository states it, or "unknown".
-        rank: Its rank; None if its config cannot be read.
+        rank: Its rank; None if its config cannot be read or does not say it.
         description: What it is for; None if nothing says it.
         problem: Why it cannot be added as it is, or None.
     """
@@ -57,9 +55,10 @@ def survey(base: str, *, limit: int = 100, quiet: bool = True) -> list[Listed]:
         BankError: If the id cannot be one.
         ArtifactError: If the hub cannot be asked.
     """
-    if not _ID.fullmatch(base):
+    place = hub_place(base)
+    if place is None or place.inside:
         raise BankError("the base model cannot be looked up on the hub", got=base[:80], expected="a hub id such as user/name")
-    listed = list_adapters(base, limit)
+    listed = list_adapters(place.repository, limit)
     return [_look(one) for one in progress_bar(listed, desc="looking at adapters", disable=quiet, leave=False)]
 
 
@@ -68,10 +67,10 @@ def _look(repository: str) -> Listed:
     size, licence = 0, "unknown"
     try:
         folder, sizes, licence = fetch_small(repository, [CONFIG, CARD, SIDECAR, PROVENANCE])
-        size = sizes.get(WEIGHTS, 0)
+        size = sizes.get(WEIGHTS) or _foreign(sizes)
         if not size:
             return Listed(repository, 0, licence, problem=f"no {WEIGHTS}")
-        rank = check_config(_config(folder), Path(repository) / CONFIG).rank
+        rank = check_config(_config(folder), Path(repository) / CONFIG).rank if WEIGHTS in sizes else None
     except LoragError as error:
         return Listed(repository, size, licence, problem=str(error)[:200])
     try:
@@ -81,6 +80,12 @@ def _look(repository: str) -> Listed:
     except LoragError as error:
         return Listed(repository, size, licence, rank, problem=str(error)[:200])
     return Listed(repository, size, licence, rank, said)
+
+
+def _foreign(sizes: Mapping[str, int]) -> int:
+    """Bytes of an adapter in another format than PEFT's, where the names of a repository's files leave no doubt which it is."""
+    files = [name for name in sizes if name in OTHER_WEIGHTS or ("/" not in name and name.endswith(".gguf"))]
+    return sizes[files[0]] if len(files) == 1 else 0
 
 
 def _config(folder: Path) -> Any:  # noqa: ANN401 - JSON

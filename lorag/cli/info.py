@@ -12,7 +12,7 @@ from typing import Any
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.checks import CONFIG, PROVENANCE
-from lorag.adapters.formats import adapter_files, format_of, named_base, peft_folder
+from lorag.adapters.formats import adapter_files, format_of, hub_name, named_base, peft_folder
 from lorag.adapters.portability import check_portability
 from lorag.adapters.provenance import UNKNOWN, derive, licence_of, prompt_of
 from lorag.adapters.reading import read_facts, read_provenance
@@ -36,17 +36,19 @@ class Unwrapped(str):
     """A command, which stands on one line of its own so that it can be copied."""
 
 
-def describe_path(path: Path, base_model: str | None = None) -> str:
+def describe_path(path: str | Path, base_model: str | None = None) -> str:
     """Describes a folder, or a file with an adapter in another format than PEFT's.
 
     Args:
-        path: The folder or file.
+        path: The folder or file; of adapters also a place on the hub.
         base_model: An adapter's base model, where its format does not say enough of it.
 
     Raises:
         ArtifactError: If it holds nothing that lorag knows, or what it holds cannot be read.
         BaseModelError: If an adapter's format asks for the base model.
     """
+    on_hub = isinstance(path, str) and hub_name(path) is not None
+    path = peft_folder(path, named_base(base_model)) if on_hub else Path(path)
     ours = any((path / marker).is_file() for marker in ("bank.json", "generator.json", "tasks.jsonl"))
     files = [path] if path.is_file() else adapter_files(path) if path.is_dir() and not ours else []
     if files:

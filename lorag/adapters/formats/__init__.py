@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorag import __version__
@@ -18,21 +19,22 @@ from lorag.adapters.formats.format import AdapterFormat, Base, PeftForm
 from lorag.adapters.formats.gguf import Gguf
 from lorag.adapters.formats.mlx import Mlx
 from lorag.adapters.formats.other_methods import OtherMethods
-from lorag.adapters.reading import warn_of_side_files
+from lorag.adapters.reading import warn_of_side_files, weights_remedy
 from lorag.base.base_model import BaseModel, is_trusted, kind_of
 from lorag.base.names import locate
 from lorag.errors import AdapterError, ArtifactError
 from lorag.files.artifacts import is_foreign_link, read_bounded, sha256, write_json
 from lorag.files.cache import cache_folder, cached_folder
-from lorag.files.hub import fetch, list_files
+from lorag.files.hub import HubPlace, fetch, fetch_adapter, hub_place, list_files, read_start
 from lorag.files.tensors import save_tensors
 
-__all__ = ["FORMATS", "Base", "adapter_files", "format_of", "named_base", "peft_folder"]
+__all__ = ["FORMATS", "Base", "adapter_files", "format_of", "hub_name", "named_base", "peft_folder"]
 
 FORMATS: Mapping[str, AdapterFormat] = {one.name: one for one in (Gguf(), Mlx(), Diffusion())}
 
 _SIDES = ("description.txt", "README.md", "LICENSE", PROVENANCE)  # that belong to the one adapter beside which they lie
 _LARGEST_SIDE = 64 * 2**20
+_MOST_FILES = 40  # GGUF files of a repository that are looked at
 
 
 def format_of(file: Path) -> AdapterFormat | None:
@@ -59,7 +61,7 @@ def peft_folder(
     """A folder in PEFT's format with the adapter at a path: the one that is there, or one made from another format.
 
     Args:
-        path: A folder, a file, or a hub id such as user/name.
+        path: A folder, a file, or a place on the hub: an id such as user/name, one of its files as user/name/file.gguf, or an address.
         base: What is known of the base model; formats that write less down than PEFT ask for it.
         revision: Revision on the hub.
         more: Further files that are taken along where they lie beside the adapter.
@@ -72,17 +74,16 @@ def peft_folder(
         BaseModelError: If the base model must be known for it.
     """
     named = Path(path)
+    place = None if isinstance(path, Path) or named.exists() else hub_place(path)
+    if place is not None:
+        named = _from_hub(place, revision, more)
     if named.is_file() and named.name not in (WEIGHTS, CONFIG):
         file = Path(os.path.realpath(named)) if is_foreign_link(named) else named  # a person named it, and may mean a link
         source_format = format_of(file)
         if source_format is None:
-            raise ArtifactError(
-                f"{path} is not an adapter", got=file.name, expected=_expected(), remedy="Give an adapter's folder or file."
-            )
+            raise ArtifactError(f"{path} cannot be read as an adapter", got=file.name, expected=_expected(), remedy=weights_remedy([file]))
     else:
-        folder = fetch(path, "adapter", revision, more=more)
-        if folder != named:  # of a repository only what belongs to an adapter was fetched
-            warn_of_side_files((name for name in list_files(str(path), folder.name) if "/" not in name), path)
+        folder = named if place is not None else fetch(path, "adapter")
         other = None if convert is None else OtherMethods(convert)
         if other is not None and other.weights(folder):
             return _converted(folder / WEIGHTS, other, other.stated(folder / WEIGHTS, base or Base()), more)
@@ -96,7 +97,13 @@ def peft_folder(
         source_format = format_of(file)
         if source_format is None:
             raise AssertionError(f"{file} was recognised a moment ago")
-    return _converted(file, source_format, base or Base(), more)
+    return _converted(file, source_format, base or Base(), more, whole=place is not None)
+
+
+def hub_name(text: str) -> str | None:
+    """What an adapter is called that a text names on the hub; None if there is something of that name here, or no such place there."""
+    place = None if Path(text).exists() else hub_place(text)
+    return None if place is None else place.name
 
 
 def named_base(name: str | None, kind: str | None = None) -> Base:
@@ -108,12 +115,55 @@ def named_base(name: str | None, kind: str | None = None) -> Base:
     return Base(None if name is None else BaseModel(name, kind or kind_of(name), None, is_trusted(name)))
 
 
+def _from_hub(place: HubPlace, revision: str | None, more: Sequence[str]) -> Path:
+    """The folder or file of an adapter on the hub, fetched; of GGUF files none that is a model.
+
+    Raises:
+        AdapterError: If it holds several adapters, or models alone.
+        ArtifactError: If it cannot be had.
+    """
+    if Path(place.inside).name in (WEIGHTS, CONFIG):
+        place = replace(place, inside=place.inside.rpartition("/")[0])
+    repository, at, inside = place.repository, revision or place.revision or "main", place.inside
+    whole = f"{repository}/{inside}".rstrip("/")
+    if inside.endswith(".gguf") and inside in list_files(repository, at) and not _says_adapter(repository, at, inside):
+        raise AdapterError(f"{whole} is not a LoRA adapter", got="a GGUF file of a model", expected="general.type adapter")
+    found, commit = fetch_adapter(place, revision, more=more)
+    if found.is_file():
+        return found
+    start = f"{inside}/" if inside else ""
+    names = [name.removeprefix(start) for name in list_files(repository, commit) if name.startswith(start)]
+    names = [name for name in names if "/" not in name]
+    warn_of_side_files(names, whole)  # of a repository only what belongs to an adapter was fetched
+    if (found / CONFIG).is_file() or (found / WEIGHTS).is_file() or adapter_files(found):
+        return found
+    models = [name for name in names if name.endswith(".gguf")][:_MOST_FILES]
+    adapters = [name for name in models if _says_adapter(repository, commit, start + name)]
+    if len(adapters) == 1:
+        return fetch_adapter(HubPlace(repository, start + adapters[0], commit), more=more)[0]
+    unclear = adapters or [name for name in names if name.endswith(".safetensors")]
+    if unclear:
+        got = ", ".join(unclear[:6])
+        raise AdapterError(f"{whole} does not say which file is the adapter", got=got, remedy=f"Name the file: {whole}/{unclear[0]}")
+    if models:
+        raise AdapterError(
+            f"{whole} holds no adapter", got=f"GGUF files of a model: {', '.join(models[:4])}", expected="general.type adapter"
+        )
+    return found
+
+
+def _says_adapter(repository: str, commit: str, name: str) -> bool:
+    """Whether a GGUF file on the hub is an adapter, by its start."""
+    return Gguf.says_adapter(read_start(repository, commit, name, Gguf.start))
+
+
 def _expected() -> str:
     return f"PEFT's folder, or a file of {', '.join(one.title for one in FORMATS.values())}"
 
 
-def _converted(file: Path, source_format: AdapterFormat, base: Base, more: Sequence[str]) -> Path:
-    sides = dict(_beside(file, more))
+def _converted(file: Path, source_format: AdapterFormat, base: Base, more: Sequence[str], *, whole: bool = False) -> Path:
+    """The folder that a file was converted to; `whole`: texts beside it are about all adapters there, as those of a repository are."""
+    sides = dict(_beside(file, more)) if whole or len(adapter_files(file.parent)) < 2 else {}
     digest = hashlib.sha256(repr([source_format, sha256(file), sorted(sides.items()), *_stated(base, source_format)]).encode())
     if (file.parent / CONFIG).is_file():
         digest.update(sha256(file.parent / CONFIG).encode())
@@ -140,9 +190,7 @@ def _write(form: PeftForm, source_format: AdapterFormat, file: Path, into: Path)
 
 
 def _beside(file: Path, more: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and digest of the texts beside an adapter that is the only one of its folder."""
-    if len(adapter_files(file.parent)) > 1:
-        return
+    """Name and digest of the texts beside an adapter."""
     for name in dict.fromkeys((*_SIDES, *more)):
         path = file.parent / name
         if path.is_file() and not is_foreign_link(path) and path.stat().st_size <= _LARGEST_SIDE:

@@ -28,7 +28,7 @@ __all__ = ["Diffusion"]
 
 logger = logging.getLogger(__name__)
 
-_DOTTED = re.compile(r"(text_encoder(?:_\d)?|unet|transformer(?:_\d)?|prior|controlnet)\.(.+)")
+_DOTTED = re.compile(r"(text_encoder(?:_\d)?|unet|transformer(?:_\d)?|diffusion_model|prior|controlnet)\.(.+)")
 _FLAT = re.compile(r"lora_(te\d?|unet|transformer|prior)_(\w+)")
 _ENDS = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.formats.format import TIED, AdapterFormat, Base, PeftForm, Update, peft_form
-from lorag.adapters.formats.gguf_header import GgufHeader, is_gguf, read_gguf_header
+from lorag.adapters.formats.gguf_header import GgufHeader, is_gguf, read_gguf_header, says_adapter
 from lorag.base.base_model import stored_config
 from lorag.errors import AdapterError, ArtifactError, BaseModelError, MissingDependencyError
 from lorag.files.artifacts import parse_json
@@ -53,6 +53,12 @@ class Gguf(AdapterFormat):
     title = "GGUF"
     writes = "file"
     version = 2
+    start = 2**16  # bytes of a file in which an adapter says that it is one
+
+    @staticmethod
+    def says_adapter(start: bytes) -> bool:
+        """Whether the first bytes of a file state `general.type` adapter."""
+        return says_adapter(start)
 
     def weights(self, folder: Path) -> list[Path]:
         """GGUF files that say that they are adapters; models are left where they are."""

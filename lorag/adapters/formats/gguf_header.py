@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 from lorag.errors import ArtifactError
 from lorag.files.artifacts import looks_like, require_plain
 
-__all__ = ["GgufHeader", "is_gguf", "read_gguf_header"]
-
+__all__ = ["GgufHeader", "is_gguf", "read_gguf_header", "says_adapter"]
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -50,6 +49,15 @@ def is_gguf(file: Path) -> bool:
             return opened.read(4) == _MAGIC
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read", got=error.strerror or error) from error
+
+
+def says_adapter(start: bytes) -> bool:
+    """Whether the first bytes of a GGUF file state `general.type` adapter."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    return start.startswith(_MAGIC) and text("general.type") + struct.pack("<I", _TEXT) + text("adapter") in start
 
 
 def read_gguf_header(path: Path) -> GgufHeader:

@@ -1,4 +1,4 @@
-"""LoRA adapters of Apple's mlx-lm: adapters.safetensors with transposed factors, adapter_config.json with lora_parameters."""
+"""LoRA adapters of Apple's mlx-lm, and of mlx-vlm: adapters.safetensors with transposed factors, adapter_config.json with their scale."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ __all__ = ["Mlx"]
 
 WEIGHTS, _CONFIG = "adapters.safetensors", "adapter_config.json"
 _MAX_CONFIG = 2**20
-_FACTOR = re.compile(r"(.+)\.(lora_a|lora_b)")
+_FACTOR = re.compile(r"(.+)\.(?:(lora_a|A)|lora_b|B)")
+_ENDS = (".lora_a", ".lora_b")
+_VISION = {"rank", "alpha"}  # what mlx-vlm writes, whose factors are called A and B
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _LARGEST_SCALE = 1e6
 
 
 class Mlx(AdapterFormat):
-    """ΔW = scale · (A·B)ᵀ with A (i, r) and B (r, o): names end in .lora_a and .lora_b, one scale for all."""
+    """ΔW = scale · (A·B)ᵀ with A (i, r) and B (r, o): names end in .lora_a and .lora_b (mlx-vlm's in .A and .B), one scale for all."""
 
     name = "mlx"
     title = "MLX"
@@ -44,8 +46,8 @@ class Mlx(AdapterFormat):
             return False
         if file.name.endswith(WEIGHTS) and (file.parent / _CONFIG).is_file():
             config = read_json(file.parent / _CONFIG, _MAX_CONFIG)
-            return "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config)
-        return any(_FACTOR.fullmatch(key) for key in read_header(file)[0])
+            return "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config or config.keys() >= _VISION)
+        return any(key.endswith(_ENDS) for key in read_header(file)[0])
 
     def read(self, file: Path, base: Base) -> PeftForm:
         """Reads weights and the config beside them, without which there is no scale."""
@@ -68,19 +70,21 @@ class Mlx(AdapterFormat):
                 raise UnsupportedLoraError(
                     f"{file} holds more than LoRA of linear layers", got=got, expected="matrices .lora_a and .lora_b"
                 )
-            sides.setdefault(match[1], {})[match[2]] = key
+            sides.setdefault(match[1], {})["A" if match[2] else "B"] = key
         updates = {}
         for name, keys in sides.items():
             if len(keys) < 2:
                 raise MissingTensorError(f"{file}: a tensor is missing", got=f"{next(iter(keys.values()))[:120]} alone", expected="A and B")
-            a, b = tensors[keys["lora_a"]].T, tensors[keys["lora_b"]].T
+            a, b = tensors[keys["A"]].T, tensors[keys["B"]].T
             if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
                 raise FactorShapeError(f"{file}: factors of {name[:120]} do not fit", got=f"A {tuple(a.shape)}, B {tuple(b.shape)}")
             updates[name] = Update(a, b, scale)
         if not updates:
             raise MissingTensorError(f"{file} holds no tensors", remedy="Train the adapter again.")
         model = config.get("model")
-        return peft_form(updates, base_model=model if isinstance(model, str) and model else None, task_type="CAUSAL_LM")
+        return peft_form(
+            updates, base_model=model if isinstance(model, str) and model else None, task_type=None if "alpha" in config else "CAUSAL_LM"
+        )
 
     def write(self, adapter: LoraAdapter, out: Path, base: Base) -> None:
         """Writes the two files; every layer gets the keys that any layer has, as mlx-lm wants it, and absent factors count as none."""
@@ -110,6 +114,8 @@ class Mlx(AdapterFormat):
 
 def _scale(config: Mapping[str, Any], path: Path) -> float:
     parameters = config.get("lora_parameters")
+    if parameters is None and config.keys() >= _VISION:
+        parameters = {"scale": config["alpha"]}
     if not isinstance(parameters, Mapping):
         raise ArtifactError(f"{path} has no lora_parameters", got=type(parameters).__name__, expected="rank and scale")
     scale = parameters.get("scale")
