@@ -411,7 +411,7 @@ def test_an_mlx_vlm_folder_is_read_with_its_scale(tmp_path):
     ("name", "content", "message"),
     [
         ("my_lora.safetensors", "factors", r"my_lora\.safetensors holds PEFT's factors: rename it adapter_model\.safetensors"),
-        ("adapter_model.bin", b"\x80\x04.", r"got adapter_model\.bin.*never read: a pickle may run code"),
+        ("adapter_model.bin", b"\x80\x04.", r"got adapter_model\.bin.*never read: opening it may run code"),
         ("adapters.npz", b"PK", r"adapters\.npz is never read: save it with a newer mlx-lm"),
     ],
 )

@@ -54,7 +54,6 @@ _MADE = re.compile(
     r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
     re.I,
 )
-_CLAUSE = 3, 2
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
 # Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
@@ -95,7 +94,7 @@ _DOES = re.compile(
     r"|responds|returns|rewrites|routes|scores|simplifies|solves|sorts|speaks|summari[sz]es|tags|talks|tells|translates|turns|writes)\b",
     re.I,
 )
-_CLAUSE = re.compile(r"\s*[:;](?!//)\s+|\s*[：；，]\s*|\s+-+\s+|\s*[–—]\s*")
+_BREAK = re.compile(r"\s*[:;](?!//)\s+|\s*[：；，]\s*|\s+-+\s+|\s*[–—]\s*")
 # Names of tools, settings and places: a clause with one of them says how a model was made.
 _SETTING = re.compile(
     r"https?:|\S/\S|=|\b(?:unsloth|trl|peft|axolotl|llama-?factory|mergekit|transformers|hugging ?face|autotrain|q?lora|dora|sft|dpo|grpo"
@@ -226,7 +225,7 @@ def _goes_on(sentence: str) -> bool:
         return True
     return any(
         _words(clause) >= _FEWEST_CLAUSE and not _SETTING.search(clause) and not _EMPTY.match(clause) and not _MADE.match(clause)
-        for clause in _CLAUSE.split(_TITLE.sub("", sentence))[1:]
+        for clause in _BREAK.split(_TITLE.sub("", sentence))[1:]
     )
 
 

@@ -55,10 +55,8 @@ _NO_PART = re.compile(
     re.I,
 )
 _PROVENANCE_FORMATS = (None, 1)
-
-
-_PICKLE = "a pickle may run code; load it with PEFT where it was trained, and save it again with save_pretrained"
-_UNREAD = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLE), ".npz": "save it with a newer mlx-lm, as adapters.safetensors"}
+_CODE = "opening it may run code; load it with PEFT where it was trained, and save it again with save_pretrained"
+_UNREAD = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _CODE), ".npz": "save it with a newer mlx-lm, as adapters.safetensors"}
 
 
 # --- what a folder states ----------------------------------------------------------------------------------------------

@@ -143,9 +143,9 @@ def fetch_adapter(place: HubPlace, revision: str | None = None, *, more: Sequenc
     patterns = [glob.escape(f"{above}/{one}" if above else one) for one in names]
     root = _snapshot(place.repository, "adapter", revision or place.revision, patterns)
     if place.inside and not (root / place.inside).exists():
-        there = list_files(place.repository, root.name)
-        if name or not any(one.startswith(f"{place.inside}/") for one in there):
-            beside = ", ".join([one for one in there if one.endswith(_FILES)][:4])
+        files = list_files(place.repository, root.name)
+        if name or not any(one.startswith(f"{place.inside}/") for one in files):
+            beside = ", ".join([one for one in files if one.endswith(_FILES)][:4])
             got = f"no {place.inside} in {place.repository}" + (f", but {beside}" if beside else "")
             raise ArtifactError(f"no adapter at {place.repository}/{place.inside}", got=got, remedy="Check the name.")
     return root / place.inside, root.name

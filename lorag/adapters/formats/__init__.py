@@ -128,15 +128,15 @@ def _from_hub(place: HubPlace, revision: str | None, more: Sequence[str]) -> Pat
     whole = f"{repository}/{inside}".rstrip("/")
     if inside.endswith(".gguf") and inside in list_files(repository, at) and not _says_adapter(repository, at, inside):
         raise AdapterError(f"{whole} is not a LoRA adapter", got="a GGUF file of a model", expected="general.type adapter")
-    found, commit = fetch_adapter(place, revision, more=more)
-    if found.is_file():
-        return found
+    fetched, commit = fetch_adapter(place, revision, more=more)
+    if fetched.is_file():
+        return fetched
     start = f"{inside}/" if inside else ""
     names = [name.removeprefix(start) for name in list_files(repository, commit) if name.startswith(start)]
     names = [name for name in names if "/" not in name]
     warn_of_side_files(names, whole)  # of a repository only what belongs to an adapter was fetched
-    if (found / CONFIG).is_file() or (found / WEIGHTS).is_file() or adapter_files(found):
-        return found
+    if (fetched / CONFIG).is_file() or (fetched / WEIGHTS).is_file() or adapter_files(fetched):
+        return fetched
     models = [name for name in names if name.endswith(".gguf")][:_MOST_FILES]
     adapters = [name for name in models if _says_adapter(repository, commit, start + name)]
     if len(adapters) == 1:
@@ -149,7 +149,7 @@ def _from_hub(place: HubPlace, revision: str | None, more: Sequence[str]) -> Pat
         raise AdapterError(
             f"{whole} holds no adapter", got=f"GGUF files of a model: {', '.join(models[:4])}", expected="general.type adapter"
         )
-    return found
+    return fetched
 
 
 def _says_adapter(repository: str, commit: str, name: str) -> bool:

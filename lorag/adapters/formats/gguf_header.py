@@ -13,6 +13,7 @@ from lorag.errors import ArtifactError
 from lorag.files.artifacts import looks_like, require_plain
 
 __all__ = ["GgufHeader", "is_gguf", "read_gguf_header", "says_adapter"]
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
