@@ -1,8 +1,9 @@
 """What a few examples add to a description, and what they reach without one: a curve over their number, on held-out tasks.
 
-Three adapters a task, from the same examples, scored on the shipped test texts: `generated` starts from the adapter that
-the description gave and takes `--steps` careful gradient steps; `fresh` starts as experts do and takes as many steps at
-the experts' rate; `fresh_long` takes the experts' own number of steps. Without examples, `fresh` is the bare base model.
+Adapters from the same examples, scored on the shipped test texts: `generated` starts from the adapter that the description gave and
+takes `--steps` careful gradient steps; `fresh` starts as experts do and takes as many steps at the experts' rate; `fresh_long` takes the
+experts' own number of steps. Without examples, `fresh` is the bare base model. `read` and `read_alone` take no step: a generator that
+reads examples makes the adapter, with the description or without; `few_shot` shows description and examples to the bare base model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tqdm.auto import tqdm
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import train_group
+from lorag.base.objectives.prompts import with_description, with_shots
 from lorag.base.runner import Runner
+from lorag.evaluation.statistics import bootstrap
 from lorag.files.artifacts import write_json
 from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
@@ -41,16 +44,16 @@ class Setting:
     tests: tuple[Task, ...]
     limit: int
 
-    def score(self, adapters: Sequence[LoraAdapter] | None) -> float:
-        """Mean score on the test texts."""
-        found = []
-        for start in range(0, len(self.tests), CHUNK):
+    def score(self, adapters: Sequence[LoraAdapter] | None, tests: Sequence[Task] | None = None) -> list[float]:
+        """Score of each task on its test texts, or on those of other tasks in their place."""
+        found, tests = [], self.tests if tests is None else tests
+        for start in range(0, len(tests), CHUNK):
             own = None
             if adapters is not None:
                 own = Factors.stack([one.factors for one in adapters[start : start + CHUNK]], self.runner.device)
-            scores = self.runner.scores(own, self.tests[start : start + CHUNK], limit=self.limit)
+            scores = self.runner.scores(own, tests[start : start + CHUNK], limit=self.limit)
             found += [score[self.runner.objective.metric] for score in scores]
-        return sum(found) / len(found)
+        return found
 
 
 def held_out(count: int, examples: int) -> tuple[list[Task], list[Task]]:
@@ -84,9 +87,10 @@ def curve(
     steps: int,
     limit: int,
     learning_rate: float | None = None,
+    methods: Sequence[str] = ("generated", "fresh", "fresh_long"),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Scores of the three adapters for each number of examples and each seed.
+    """Scores of methods for each number of examples and each seed.
 
     Args:
         generator: Makes the adapters to start from.
@@ -96,51 +100,87 @@ def curve(
         steps: Gradient steps of `generated` and `fresh`.
         limit: Most test texts of each task.
         learning_rate: Peak rate of refinement; by default refinement's own.
+        methods: Names of rows.
         quiet: No progress bar.
     """
     runner = generator.runner()
     tests, pools = held_out(tasks, 2 * max(counts, default=0))  # twice as many, so that seeds differ even at the most
     setting = Setting(runner, tuple(tests), limit)
-    recipe = SandboxConfig().experts
-    lengths = {"fresh": steps, "fresh_long": recipe.steps}
-    points: dict[str, dict[int, list[float]]] = {name: {count: [] for count in counts} for name in ("generated", *lengths)}
-    with tqdm(total=seeds * len(counts), desc="examples", disable=quiet) as bar:
+    lengths = {"generated": steps, "fresh": steps, "fresh_long": SandboxConfig().experts.steps}
+    points: dict[str, dict[int, list[list[float]]]] = {name: {count: [] for count in counts} for name in methods}
+    with tqdm(total=seeds * len(counts) * len(methods), desc="examples", disable=quiet) as bar:
         for seed in range(seeds):
-            start = [generator.generate(task.descriptions[seed % len(task.descriptions)], seed=seed) for task in tests]
+            texts = [task.descriptions[seed % len(task.descriptions)] for task in tests]
+            start = [generator.generate(text, seed=seed, on_unknown="ignore") for text in texts]
             for count in counts:
                 known = [few(task, count, seed) for task in pools]
-                refined = refine_tasks(runner, start, known, steps, seed, learning_rate) if count else start
-                points["generated"][count].append(setting.score(refined))
-                for name, length in lengths.items():
-                    fresh = None
-                    if count:
-                        config = replace(recipe, steps=length, batch=min(recipe.batch, count), checkpoints=1, seed=seed)
-                        fresh = [late[-1] for late in train_group(runner, known, generator.rank, config)]
-                    points[name][count].append(setting.score(fresh))
-                bar.update()
+                for name in methods:
+                    points[name][count].append(_row(name, setting, generator, texts, start, known, count, seed, lengths, learning_rate))
+                    bar.update()
     return {
         "generator": {"method": generator.method.name, "revision": generator.revision},
         "metric": runner.objective.metric,
         "tasks": [task.name for task in tests],
         "test_examples": limit,
-        "steps": {"generated": steps, **lengths},
-        "methods": {
-            name: {
-                str(count): {"score": round(sum(found) / len(found), 4), "per_seed": [round(one, 4) for one in found]}
-                for count, found in by_count.items()
-            }
-            for name, by_count in points.items()
-        },
+        "steps": {name: lengths.get(name, 0) for name in methods},
+        "methods": {name: {str(count): _summary(found) for count, found in by_count.items()} for name, by_count in points.items()},
     }
+
+
+def _row(
+    name: str,
+    setting: Setting,
+    generator: LoraGenerator,
+    texts: Sequence[str],
+    start: Sequence[LoraAdapter],
+    known: Sequence[Task],
+    count: int,
+    seed: int,
+    lengths: dict[str, int],
+    learning_rate: float | None,
+) -> list[float]:
+    """Scores of one row with one number of examples."""
+    runner = setting.runner
+    if name == "few_shot":
+        shown = [replace(one, examples=(*one.split("train"), *test.split("test"))) for one, test in zip(known, setting.tests, strict=True)]
+        prompted = [
+            with_shots(task, text, count, seed) if count else with_description(task, [text])
+            for task, text in zip(shown, texts, strict=True)
+        ]
+        return setting.score(None, prompted)
+    if not count:
+        return setting.score(None if name in ("read_alone", "fresh", "fresh_long") else start)
+    if name in ("read", "read_alone"):
+        pairs = [[(example.input, example.output) for example in task.split("train")] for task in known]
+        if name == "read":
+            return setting.score(
+                [generator.generate(text, seed=seed, examples=some, on_unknown="ignore") for text, some in zip(texts, pairs, strict=True)]
+            )
+        return setting.score([generator.generate(generator.read_examples(some, seed=seed)) for some in pairs])
+    if name == "generated":
+        return setting.score(refine_tasks(runner, start, known, lengths["generated"], seed, learning_rate))
+    recipe = SandboxConfig().experts
+    config = replace(recipe, steps=lengths[name], batch=min(recipe.batch, count), checkpoints=1, seed=seed)
+    return setting.score([late[-1] for late in train_group(runner, known, generator.rank, config)])
+
+
+def _summary(found: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean over tasks and seeds, its interval over tasks, and the mean of each seed."""
+    scores = torch.tensor(found, dtype=torch.float64)
+    interval = [round(bound, 4) for bound in bootstrap(scores.mean(0))]
+    return {"score": round(scores.mean().item(), 4), "interval": interval, "per_seed": [round(one, 4) for one in scores.mean(1).tolist()]}
 
 
 def format_curve(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
     counts = list(next(iter(report["methods"].values())))
     lines = [f"{report['metric']} on {len(report['tasks'])} held-out tasks, by number of examples"]
-    lines.append(f"{'adapter':<14}{'steps':>6}" + "".join(f"{count:>9}" for count in counts))
+    lines.append(f"{'adapter':<14}{'steps':>6}" + "".join(f"{count:>21}" for count in counts))
     for name, points in report["methods"].items():
-        lines.append(f"{name:<14}{report['steps'][name]:>6}" + "".join(f"{points[count]['score']:>9.3f}" for count in counts))
+        shown = [
+            f"{points[count]['score']:.3f} ({points[count]['interval'][0]:.3f}-{points[count]['interval'][1]:.3f})" for count in counts
+        ]
+        lines.append(f"{name:<14}{report['steps'][name]:>6}" + "".join(f"{one:>21}" for one in shown))
     return "\n".join(lines)
 
 
@@ -154,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="gradient steps on the examples")
     parser.add_argument("--limit", type=int, default=32, help="most test texts of each task")
     parser.add_argument("--learning-rate", type=float, default=None, help="peak rate of refinement; its own by default")
+    parser.add_argument("--methods", default="generated,fresh,fresh_long", help="rows: these, read, read_alone, few_shot")
     parser.add_argument("--json", type=Path, default=None, help="write the report here")
     given = parser.parse_args(arguments)
     generator = LoraGenerator.from_pretrained(given.generator or DEFAULT)
@@ -166,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps=given.steps,
         limit=given.limit,
         learning_rate=given.learning_rate,
+        methods=given.methods.split(","),
     )
     print(format_curve(report))
     if given.json is not None:

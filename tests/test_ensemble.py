@@ -8,7 +8,7 @@ from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import house, method_type
+from lorag.methods import method_type, students
 from lorag.methods.method import collate
 from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import KernelHead
@@ -98,25 +98,25 @@ def test_what_is_compared_are_codes(head):
     """The distance of features is that of the codes which the head makes of them, whether or not it has to make them."""
     one, other = torch.randn(2, 5, 6).unbind()
     expected = (head(one) - head(other)).square().mean()
-    assert torch.allclose(house._distance_of_codes(head)(one, other), expected, rtol=1e-4)
+    assert torch.allclose(students.distance_of_codes(head)(one, other), expected, rtol=1e-4)
 
 
 def test_no_ensemble_costs_nothing(prepared, monkeypatch):
     """With none asked for, no description is read for them."""
-    monkeypatch.setattr(house, "_mean_features", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(students, "mean_features", lambda *_: pytest.fail("read"))
     _fit(prepared, 0)
 
 
 def test_students_learn_from_no_held_out_task(prepared, monkeypatch):
     """Descriptions of validation tasks are read for early stopping alone."""
     seen = set()
-    draw = house.draw
+    draw = students.draw
 
     def watched(data, rows, loop):
         seen.update(rows)
         return draw(data, rows, loop)
 
-    monkeypatch.setattr(house, "draw", watched)
+    monkeypatch.setattr(students, "draw", watched)
     _fit(prepared, 1, steps=2, ensemble={"count": 1, "steps": 10})
     assert seen and not seen & set(prepared.data.validation)
 

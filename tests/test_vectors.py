@@ -65,7 +65,7 @@ def test_what_is_not_a_vector_is_refused(folder):
     for wrong in ([1.0, 2.0], [1.0, float("nan"), 0.0], []):
         with pytest.raises(DescriptionError):
             generate_lora(vector=wrong, generator=folder)
-    with pytest.raises(DescriptionError, match="neither"):
+    with pytest.raises(DescriptionError, match="none of them"):
         generate_lora(generator=folder)
     with pytest.raises(DescriptionError, match="both"):
         generate_lora("a", vector=[1.0], generator=folder)

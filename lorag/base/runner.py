@@ -193,9 +193,30 @@ class Runner:
         """
         return self.objective.scores(self._rows, adapters, tasks, limit=limit, seed=seed)
 
+    @torch.inference_mode()
+    def likelihoods(self, adapters: Stacked | Cores, count: int, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """Mean log-likelihood (n,) of the tokens of the outputs of (input, output) pairs, each pair alike, under each of n adapters.
+
+        Raises:
+            ConfigError: If the objective writes no answers.
+        """
+        found = []
+        for number in range(count):
+            with self.use(select(adapters, [number])) as model:
+                found.append(torch.stack([likely.mean() for _, likely in self.objective.judge(model, pairs)]).mean())
+        return torch.stack(found)
+
     def hidden(self, inputs: Sequence[str]) -> Tensor:
         """What the bare base model makes of inputs (b, h)."""
         return self.objective.hidden(self.model, inputs)
+
+    def read_pairs(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """What the bare base model makes of each (input, output) that it reads (p, v).
+
+        Raises:
+            ConfigError: If the objective reads no pairs.
+        """
+        return self.objective.read_pairs(self.model, pairs)
 
     @torch.inference_mode()
     def generate(self, inputs: Sequence[str], adapters: Stacked | Cores | None = None, *, max_new_tokens: int = 64) -> list[str]:

@@ -37,7 +37,10 @@ def generate(
     strength: Annotated[float, typer.Option(help="Factor on the generated weights.")] = 1.0,
     generator: Annotated[str | None, typer.Option(help="Shipped generator by name, folder or hub id; by default sandbox.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter; by default the generator's.")] = None,
-    examples: Annotated[Path | None, typer.Option(help='JSON lines {"input": …, "output": …} of the task, if there are some.')] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines {"input": …, "output": …} of the task, beside the description or, if read, instead of it.'),
+    ] = None,
     refine_steps: Annotated[int, typer.Option(min=0, help="Gradient steps on the examples.")] = 0,
     on_unknown: Annotated[
         str,
@@ -52,8 +55,9 @@ def generate(
     gpus: Gpus = 0.0,
 ) -> None:
     """Turn a description into an adapter folder, or each description of a file into one of its own."""
-    if sum(given is not None for given in (description, descriptions, file)) != 1:
-        raise typer.BadParameter("give one description, a file of them with --descriptions, or a skill with --file")
+    stated = sum(given is not None for given in (description, descriptions, file))
+    if stated > 1 or (not stated and examples is None):
+        raise typer.BadParameter("give one description, a file of them with --descriptions, a skill with --file, or --examples")
     if descriptions is not None:
         from lorag.generator.generate import BatchSettings
         from lorag.parallel import Backend
@@ -73,7 +77,7 @@ def generate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # it is said below, in one line
         adapter = generate_lora(
-            str(description) if skill is None else skill.description,
+            description if skill is None else skill.description,
             generator=generator,
             seed=seed,
             strength=strength,
@@ -94,7 +98,7 @@ def _print_made(folder: Path, adapter: LoraAdapter) -> None:
     """What was made, and what may be expected of it."""
     if "read_as" in adapter.info:
         typer.echo(f"read as: {adapter.info['read_as']}")
-    nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3])
+    nearest = ", ".join(f"{name} {score:.2f}" for name, score in adapter.info["neighbours"][:3]) or "not compared without a description"
     typer.echo(f"{folder}: rank {adapter.rank} adapter of {adapter.base_model}, norm {adapter.info['norm']:.3f}")
     gate = adapter.info["gate"]
     if gate["decision"] == "refuse":

@@ -14,7 +14,7 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for command in (train, evaluate, fuse):
+    for command in (train, pairs, evaluate, fuse):
         app.command()(command)
 
 
@@ -43,6 +43,22 @@ def train(
         named = {"bank": values.bank, "tasks": values.tasks}
         more = "".join(f" --{option} {name}" for option, name in named.items() if name not in (None, "sandbox"))
         typer.echo(f"next: lorag evaluate --generator {values.out}{more}")
+
+
+def pairs(
+    generator: Annotated[Path, typer.Argument(help="Generator folder, of method house; what is learned is written into it.")],
+    bank: Annotated[str | None, typer.Option(help="The bank that it learned from; by default the one that its settings name.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="The suite with examples; by default the one that its settings name.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1200,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Teach a trained generator to read a few examples, instead of a description or beside one."""
+    from lorag.training.train import add_pairs
+
+    add_pairs(generator, bank=bank, tasks=tasks, steps=steps, device=device, quiet=quiet)
+    typer.echo(f"{generator}: reads examples now")
+    typer.echo(f"next: lorag generate --examples EXAMPLES.jsonl --generator {generator} --out my-adapter")
 
 
 def evaluate(

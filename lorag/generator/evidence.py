@@ -86,6 +86,7 @@ class Evidence:
         features: Each of `FEATURES` that was measured, by name; empty where no gate asked for any.
         details: Further texts on the task that the condition holds as well.
         read: The description as it was read, if typing errors were corrected; otherwise empty.
+        made_from: What the code was made from, if examples were read too: "description" or "examples".
     """
 
     text: str
@@ -95,6 +96,7 @@ class Evidence:
     features: Mapping[str, float] = field(default_factory=dict)
     details: tuple[str, ...] = ()
     read: str = ""
+    made_from: str = ""
 
     def row(self) -> Tensor:
         """The features (f,) in the order of `FEATURES`, in fp64; 0 for those that were not measured."""

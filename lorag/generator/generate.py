@@ -84,7 +84,7 @@ def generate_lora(
     bank: AdapterBank | str | Path | None = None,
     details: Sequence[str] = (),
 ) -> LoraAdapter:
-    """Turns the description of a task into a LoRA adapter, in one pass: no data, no fine-tuning.
+    """Turns the description of a task, or a few examples of it, into a LoRA adapter, in one pass: no fine-tuning.
 
     Args:
         description: What the adapter should do, such as "summarise legal text".
@@ -93,7 +93,8 @@ def generate_lora(
         seed: Seed of methods that sample.
         strength: Factor on ΔW.
         rank: Rank of the adapter; by default the generator's.
-        examples: (input, output) of the task, if there happen to be some.
+        examples: (input, output) of the task, if there happen to be some. A generator that reads them (`settings.pairs`) needs no
+            description then; others take them for `refine_steps`.
         refine_steps: Gradient steps on the examples, from the generated adapter.
         on_unknown: What becomes of a description that the gate refuses, because the bank has nothing near it: "warn",
             "raise", "fallback" (an adapter that changes nothing) or "ignore" (the gate is not asked).
@@ -106,8 +107,9 @@ def generate_lora(
         to trust it, and by which evidence.
 
     Raises:
-        DescriptionError: If the description is empty, too long or not text, the vector cannot be used, or both or neither are given.
-        GeneratorError: If the generator has no adapters of the rank.
+        DescriptionError: If the description is empty, too long or not text, the vector cannot be used, both are given, or there are
+            neither of them nor examples.
+        GeneratorError: If the generator has no adapters of the rank, or makes none from examples alone.
         TaskError: If the examples are not pairs of texts, or are missing where `refine_steps` needs them.
         UnknownTaskError: If the gate refuses the description and `on_unknown` is "raise".
     """
@@ -115,10 +117,13 @@ def generate_lora(
         if description is not None:
             raise DescriptionError("an adapter is made from a description or from a vector", got="both")
         description = vector_text(vector)
-    if description is None:
-        raise DescriptionError("an adapter is made from a description or from a vector", got="neither")
-    return _open(generator).generate(
-        description,
+    opened, given = _open(generator), description
+    if given is None:
+        if not examples:
+            raise DescriptionError("an adapter is made from a description, from a vector or from examples", got="none of them")
+        given = opened.read_examples(examples, seed=seed)
+    return opened.generate(
+        given,
         seed=seed,
         strength=strength,
         rank=rank,

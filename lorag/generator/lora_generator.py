@@ -20,17 +20,17 @@ from lorag.errors import BankError, ConfigError, GeneratorError, LoragError
 from lorag.generator.evidence import Evidence, gather
 from lorag.generator.files import find_generator, read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
-from lorag.generator.refine import check_examples, refine
+from lorag.generator.refine import check_examples, likelier, refine
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
-from lorag.text.embedding import with_details
+from lorag.text.embedding import Embedding, with_details
 from lorag.text.spelling import Spelling
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank, BankBase
     from lorag.methods import Method
     from lorag.spaces import WeightSpace
-    from lorag.text.embedding import Embedding, TextEmbedder
+    from lorag.text.embedding import TextEmbedder
 
 __all__ = ["ON_UNKNOWN", "LoraGenerator"]
 
@@ -60,7 +60,9 @@ class GenerateSettings(TypedDict, total=False):
         strength: Factor on ΔW, on top of the generator's own.
         rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
             singular values.
-        examples: (input, output) of the task, if there are some: they condition the methods that can use them.
+        examples: (input, output) of the task, if there are some, for methods that can use them. Where they are read (`settings.pairs`),
+            the adapter is the description's or that of the examples alone, whichever makes the examples likelier
+            (`info["made_from"]`).
         refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
             adapter that answers them all already (`info["refine_steps"]` says how many were taken).
         on_unknown: What becomes of a description that the gate refuses: "warn", the default, generates and warns, "raise" raises,
@@ -155,11 +157,33 @@ class LoraGenerator:
         """
         return self._gather(check_description(description), seed, examples, (), ask=True)
 
+    def read_examples(self, examples: Sequence[tuple[str, str]], *, seed: int = 0) -> Evidence:
+        """What a few examples say alone, without any description, for `generate`; the gate, which judges descriptions, is not asked.
+
+        Args:
+            examples: (input, output) of the task; at most 16 are read.
+            seed: Seed of methods that sample.
+
+        Raises:
+            GeneratorError: If the method reads no examples.
+            TaskError: If the examples cannot be used, or there are none.
+        """
+        pairs = check_examples(examples, 0, least=1)
+        if not self.method.reads_pairs:
+            raise GeneratorError(
+                "the generator makes no adapter from examples alone",
+                got=f"method {self.method.name} without a reader of pairs",
+                remedy="Give a description too, or train with method=house settings.pairs.steps=1200.",
+            )
+        size, names = self.embedder.size, self.conditioner.names
+        nothing = Condition(Embedding(torch.zeros(size), torch.zeros(0, size)), torch.zeros(len(names)), (), 1.0)
+        return Evidence("", nothing, names, self._read(nothing, pairs, seed), made_from="examples")
+
     def generate(self, description: str | Evidence, **settings: Unpack[GenerateSettings]) -> LoraAdapter:
         """Makes an adapter for a task that is only described.
 
         Args:
-            description: What the adapter should do, at most 4,096 characters, or what `gather` gave for it with the same seed.
+            description: What the adapter should do, at most 4,096 characters, or what `gather` or `read_examples` gave with the same seed.
             settings: `seed`, `strength`, `rank` and the others of `GenerateSettings`.
 
         Returns:
@@ -230,20 +254,28 @@ class LoraGenerator:
             return condition
         return replace(condition, task_vector=self.runner().hidden([given for given, _ in examples]).mean(0).cpu())
 
+    def _read(self, condition: Condition, examples: Sequence[tuple[str, str]], seed: int) -> Tensor:
+        """The code (1, c) that examples alone ask for."""
+        condition = replace(condition, pairs=self.runner().read_pairs(examples).cpu())
+        return self.method.generate(condition, torch.Generator().manual_seed(seed))
+
     def _gather(self, description: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
         text = self.read(description)
         read = text if text != description else ""
         about = self._about(text, details)
         condition = self._condition(text, examples, about)
-        if self.gate is None or not ask:
-            return replace(gather(self, text, condition, seed=seed), text=description, read=read, details=tuple(about))
 
         def condition_of(reworded: Embedding) -> Condition:
             return self.conditioner(with_details(reworded, list(about.values())))
 
-        reference, needed = self.gate.reference, self.gate.needed
+        reference, needed = (None, ()) if self.gate is None or not ask else (self.gate.reference, self.gate.needed)
         evidence = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
-        return replace(evidence, text=description, read=read, details=tuple(about))
+        evidence = replace(evidence, text=description, read=read, details=tuple(about))
+        if not examples or not self.method.reads_pairs:
+            return evidence
+        codes = torch.cat([evidence.code, self._read(condition, examples, seed)])
+        best = likelier(self.runner(), self.space, self.space.scaled(codes, self.strength), examples)
+        return replace(evidence, code=codes[best : best + 1], made_from=("description", "examples")[best])
 
     def _about(self, text: str, details: Sequence[str]) -> dict[str, Embedding]:
         """Those of further texts that are about what a description says; the others would drown it."""
@@ -256,7 +288,7 @@ class LoraGenerator:
     def _plan(self, evidence: Evidence, on_unknown: str, bank: AdapterBank | None, rank: int | None) -> _Plan:
         """What is served for a description, and how much each expert counts in it."""
         condition = evidence.condition
-        verdict = unasked(condition) if on_unknown == "ignore" else self.judge(evidence)
+        verdict = unasked(condition) if on_unknown == "ignore" or not evidence.text else self.judge(evidence)
         if verdict.decision == "refuse":
             report_unknown(evidence.text, verdict, on_unknown)
         names = self.conditioner.names
@@ -311,6 +343,8 @@ class LoraGenerator:
         }
         if plan.evidence.read:
             info["read_as"] = plan.evidence.read
+        if plan.evidence.made_from:
+            info["made_from"] = plan.evidence.made_from
         if plan.evidence.details:
             info["details"] = list(plan.evidence.details)
         info["license"] = licence_of(info).name

@@ -1,4 +1,4 @@
-"""Refine a generated adapter: gradient steps on a few examples of its task."""
+"""A few examples, if there are some: which adapter makes them likelier, and gradient steps on them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
@@ -16,20 +17,22 @@ from lorag.tasks.suite import Example, Task
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.base.runner import Runner
+    from lorag.spaces import WeightSpace
 
-__all__ = ["check_examples", "refine", "refine_tasks"]
+__all__ = ["check_examples", "likelier", "refine", "refine_tasks"]
 
 # Peak rates of Adam as shares of the factors' root mean square. What one example can teach is learned once the steps'
 # rates add up to about 0.6, in few steps or in many; going on forgets the description. More examples bear a longer way.
 _WAY, _MOST = 0.6, 0.1
 _BATCH = 8
+_WEIGHED = 16  # examples by which adapters are compared, at most
 
 
-def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int) -> list[tuple[str, str]]:
+def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int, least: int = 0) -> list[tuple[str, str]]:
     """Checked examples.
 
     Raises:
-        TaskError: If one is not a pair of texts, or if steps are asked for without examples.
+        TaskError: If one is not a pair of texts, if there are fewer than the least, or if steps are asked for without examples.
     """
     if refine_steps < 0:
         raise TaskError("refine_steps must not be negative", got=refine_steps)
@@ -41,7 +44,15 @@ def check_examples(examples: Sequence[tuple[str, str]], refine_steps: int) -> li
             raise TaskError(f"examples[{number}] cannot be used", got=repr(pair)[:80], expected='("an input", "its output")')
     if refine_steps and not examples:
         raise TaskError("refine_steps needs examples", remedy="Give examples=[(input, output), …], or refine_steps=0.")
+    if len(examples) < least:
+        raise TaskError("no example to read", got=len(examples), remedy="Give examples=[(input, output), …], or a description.")
     return [(text, answer) for text, answer in examples]
+
+
+def likelier(runner: Runner, space: WeightSpace, codes: Tensor, examples: Sequence[tuple[str, str]]) -> int:
+    """The number of the code, of (n, c), under whose adapter the outputs of examples are likeliest."""
+    adapters = space.to(runner.device, torch.float32).differentiable(codes.to(runner.device))
+    return int(runner.likelihoods(adapters, len(codes), examples[:_WEIGHED]).argmax())
 
 
 def refine(

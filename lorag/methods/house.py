@@ -3,140 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.kernel import ExpertRegression, KernelSettings, can_regress, regress_codes
-from lorag.methods.method import NetworkMethod, ReaderSettings, Settings, collate, draw, reconstruct, whole
-from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
+from lorag.methods.method import NetworkMethod, ReaderSettings, Settings, reconstruct, whole
+from lorag.methods.students import EnsembleSettings, PairSettings, teach_ensemble, teach_pairs
 from lorag.networks.experts import KernelHead
 from lorag.networks.modules import ModuleDecoder
-from lorag.networks.readers import Augmentation, DescriptionNetwork, FeatureReader, linear_head
+from lorag.networks.readers import Augmentation, DescriptionNetwork, FeatureReader, PairReader, linear_head
 
 if TYPE_CHECKING:
     from lorag.base.layout import ModulePlace
     from lorag.base.runner import Runner
+    from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
-    from lorag.text.embedding import Embedding
+    from lorag.text.conditioning import Condition
 
-__all__ = ["EnsembleSettings", "House", "HouseSettings", "number_places", "teach_ensemble"]
-
-_DESCRIPTIONS = 16  # of a task, over which the teacher's features are averaged
-
-
-@dataclass
-class EnsembleSettings:
-    """Readers beside the first one.
-
-    Attributes:
-        count: How many; 0 leaves them out.
-        steps: Of training, each.
-        learning_rate: Peak rate.
-        batch: Descriptions in a step.
-    """
-
-    count: int = 2
-    steps: int = 1200
-    learning_rate: float = 1e-3
-    batch: int = 64
-
-
-def teach_ensemble(
-    name: str,
-    network: DescriptionNetwork,
-    another: Callable[[], FeatureReader],
-    data: TrainingSet,
-    loop: TrainingLoop,
-    settings: EnsembleSettings,
-) -> None:
-    """Gives a trained network more readers, trained one after the other; its first reader and its head stay as they are.
-
-    They learn on the tasks that the teacher learned on, and stop at the state that is best on held-out tasks.
-
-    Args:
-        name: Names the stages.
-        network: The trained network, with one reader.
-        another: Makes an untrained reader of the same sizes.
-        data: The tasks.
-        loop: Runs the stages.
-        settings: Of each stage.
-    """
-    if not settings.count:
-        return
-    device = loop.accelerator.device
-    network.to(device).requires_grad_(False).eval()
-    training = torch.tensor(list(data.training))
-    targets = {i: _mean_features(network, data.embeddings[i][:_DESCRIPTIONS]) for i in [*training.tolist(), *data.validation]}
-    apart, members = _distance_of_codes(network.head), []
-    for number in range(1, settings.count + 1):
-        with loop.seeded():
-            student = _Student(network.augmentation, another()).to(device)
-
-        def distance(student: nn.Module, tasks: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
-            return apart(student(*collate(embeddings, device)), torch.stack([targets[i] for i in tasks]))
-
-        def loss(student: nn.Module, step: int) -> Batch:
-            tasks = training[torch.randint(len(training), (settings.batch,), generator=loop.rng)].tolist()
-            drawn = draw(data, tasks, loop)
-            return Batch(len(tasks), lambda share: distance(student, tasks[share], drawn[share]))
-
-        def validate(student: nn.Module) -> float:
-            with torch.no_grad():
-                each = [distance(student, [i] * len(data.embeddings[i][:8]), data.embeddings[i][:8]) for i in data.validation]
-            return torch.stack(each).mean().item()
-
-        length = LoopSettings(settings.steps, settings.learning_rate, validate_every=max(1, settings.steps // 10))
-        loop.run(f"{name} member {number}", student, loss, validate if data.validation else None, length)
-        members.append(student.reader)
-    network.readers.extend(members)
-    network.requires_grad_(False).eval()
-
-
-class _Student(nn.Module):
-    """A reader that sees descriptions with augmentation in training."""
-
-    def __init__(self, augmentation: Augmentation, reader: FeatureReader) -> None:
-        super().__init__()
-        self.augmentation, self.reader = augmentation, reader
-
-    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.reader(*self.augmentation(pooled, tokens, mask))
-
-
-def _distance_of_codes(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean squared distance between the codes that a head makes of two (b, f) features, without making them where that is possible."""
-    before: Callable[[Tensor], Tensor]
-    if isinstance(head, nn.Linear):
-        before, last = nn.Identity(), head.weight.T
-    elif isinstance(head, KernelHead):
-        before, last = head.similarities, head.weights
-    else:
-        return lambda one, other: F.mse_loss(head(one), head(other))
-    gram = last @ last.T / last.shape[1]
-
-    def distance(one: Tensor, other: Tensor) -> Tensor:
-        difference = before(one) - before(other)
-        return ((difference @ gram) * difference).sum(1).mean()
-
-    return distance
-
-
-def _mean_features(network: DescriptionNetwork, embeddings: Sequence[Embedding]) -> Tensor:
-    """Mean features (f,) over descriptions of one task."""
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        return network.features(*collate(embeddings, device)).mean(0)
-
-
-# --- the method -------------------------------------------------------------------------------------------------------
-
+__all__ = ["House", "HouseSettings", "number_places"]
 
 _DECODERS = ("auto", "flat", "shared")
 _LONG = 2**16  # elements of a code beyond which "auto" shares one decoder: 64 modules of k = 32
@@ -163,6 +53,7 @@ class HouseSettings(ReaderSettings):
         batch: Descriptions in a step of reconstruction.
         functional: Steps through the frozen base model.
         ensemble: Readers beside the one that took those steps, which learn from it.
+        pairs: A reader of a few examples, which learns from all of them; without steps it is left out.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -182,6 +73,7 @@ class HouseSettings(ReaderSettings):
     batch: int = 64
     functional: FunctionalSettings = field(default_factory=lambda: FunctionalSettings(steps=900, tasks=64, examples=2))
     ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
+    pairs: PairSettings = field(default_factory=PairSettings)
 
 
 class House(NetworkMethod):
@@ -209,7 +101,12 @@ class House(NetworkMethod):
     @property
     def learns_from_tasks(self) -> bool:
         """Whether there are functional steps."""
-        return self.settings.functional.steps > 0
+        return self.settings.functional.steps > 0 or self.settings.pairs.steps > 0
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether there is a reader of them."""
+        return self.network is not None and self.network.pairs is not None
 
     # --- the network ---------------------------------------------------------------------------------------------
 
@@ -218,12 +115,16 @@ class House(NetworkMethod):
 
         Args:
             shape: Lengths of `embedding` and `code`, number of `members`; `kinds` (m,) and `depths` (m, d) of a shared decoder's modules,
-                or the number of `experts` in a kernel's head, or neither.
+                or the number of `experts` in a kernel's head, or neither; `pair`, the length of a pair's vector, if pairs are read.
         """
         s, members = self.settings, whole(shape, "members", _MOST_MEMBERS)
         head = self._head(whole(shape, "code"), shape)
         embedding = whole(shape, "embedding")
-        return DescriptionNetwork(head, [self._reader(embedding) for _ in range(members)], Augmentation(s.word_dropout, s.noise))
+        pairs = self._pair_reader(whole(shape, "pair")) if "pair" in shape else None
+        return DescriptionNetwork(head, [self._reader(embedding) for _ in range(members)], Augmentation(s.word_dropout, s.noise), pairs)
+
+    def _pair_reader(self, vector: int) -> PairReader:
+        return PairReader(vector, self._reader(vector), self.settings.noise)
 
     def _reader(self, embedding: int) -> FeatureReader:
         s = self.settings
@@ -253,7 +154,7 @@ class House(NetworkMethod):
         s = self.settings
         if self.learns_from_tasks:
             require_runner(self.name, data, runner)  # before time is spent on reconstruction
-        else:
+        if not s.functional.steps:
             data.require_experts(self.name)
         shape: dict[str, Any] = {"embedding": data.embedding_size, "code": data.space.size, "members": 1}
         regression = None
@@ -274,6 +175,22 @@ class House(NetworkMethod):
         network.eval()  # without functional steps nobody else ends the training mode, which adds noise
         teach_ensemble(self.name, network, lambda: self._reader(data.embedding_size), data, loop, s.ensemble)
         self.shape["members"] = len(network.readers)
+        if s.pairs.steps:
+            self.learn_pairs(data, loop, runner, s.pairs.steps)
+
+    def learn_pairs(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None, steps: int) -> None:
+        """Learns to read examples from what the network reads in descriptions, as `settings.pairs` says but for the number of steps."""
+        if self.network is None:
+            raise self.unfitted()
+        settings = replace(self.settings.pairs, steps=steps)
+        self.shape["pair"] = teach_pairs(self.name, self.network, self._pair_reader, data, loop, settings, runner)
+
+    def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
+        """One code, repeated; of pairs where the condition has some and they are read, else of the description."""
+        if condition.pairs is None or self.network is None or self.network.pairs is None:
+            return super().generate(condition, rng, count)
+        with torch.inference_mode():
+            return self.network.head(self.network.pairs([condition.pairs])).cpu().expand(count, -1).clone()
 
     def _kernel_settings(self) -> KernelSettings:
         s = self.settings

@@ -116,6 +116,14 @@ class Method(abc.ABC):
             GeneratorError: If the method needs experts or examples, and there are none.
         """
 
+    def learn_pairs(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None, steps: int) -> None:
+        """Learns, once fitted, to read (input, output) pairs; all else of the method stays as it is.
+
+        Raises:
+            GeneratorError: If the method cannot, is not fitted, or there is no base model.
+        """
+        raise GeneratorError(f"{self.name} does not learn to read examples", expected="method house")
+
     @abc.abstractmethod
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
         """Codes (count, c) for one condition; methods without randomness repeat one code."""
@@ -125,6 +133,11 @@ class Method(abc.ABC):
     @property
     def needs_task_vectors(self) -> bool:
         """Whether conditions must carry a task vector, which takes example inputs."""
+        return False
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a condition with (input, output) pairs gives the code that these ask for, whatever the description."""
         return False
 
     @property

@@ -8,7 +8,17 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-__all__ = ["Augmentation", "ConditionReader", "DescriptionNetwork", "FeatureReader", "PooledNetwork", "TokenReader", "linear_head", "noisy"]
+__all__ = [
+    "Augmentation",
+    "ConditionReader",
+    "DescriptionNetwork",
+    "FeatureReader",
+    "PairReader",
+    "PooledNetwork",
+    "TokenReader",
+    "linear_head",
+    "noisy",
+]
 
 
 def linear_head(features: int, code: int) -> nn.Linear:
@@ -167,6 +177,43 @@ class FeatureReader(nn.Module):
         return self.hidden(self.reader(pooled, tokens, mask))
 
 
+class PairReader(nn.Module):
+    """Reads a few (input, output) pairs of a task into features (b, f), as a `FeatureReader` reads the words of a description.
+
+    Args:
+        vector: Length v of what the base model made of a pair.
+        reader: Reads vectors of this length.
+        noise: Standard deviation of the noise on them in training, as a share of a vector's own root mean square.
+    """
+
+    MOST = 16  # pairs that are read
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, vector: int, reader: FeatureReader, noise: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(vector))
+        self.register_buffer("scale", torch.ones(vector))
+        self.reader, self.noise = reader, noise
+
+    def standardise(self, pairs: Tensor) -> None:
+        """Takes mean and scale from pairs (n, v)."""
+        self.mean.copy_(pairs.mean(0))
+        self.scale.copy_(pairs.std(0).clamp_min(1e-3 * float(pairs.std())))
+
+    def forward(self, pairs: Sequence[Tensor]) -> Tensor:
+        """Features of b tasks, each with p pairs (p, v)."""
+        standard = [(some[: self.MOST].to(self.mean) - self.mean) / self.scale for some in pairs]
+        lengths = torch.tensor([len(some) for some in standard], device=self.mean.device)
+        vectors = nn.utils.rnn.pad_sequence(standard, batch_first=True)
+        if self.training:
+            vectors = noisy(vectors, self.noise)
+        mask = torch.arange(vectors.shape[1], device=self.mean.device)[None] < lengths[:, None]
+        pooled = (vectors * mask[..., None]).sum(1) / lengths[:, None]
+        return self.reader(pooled, vectors, mask)
+
+
 class DescriptionNetwork(nn.Module):
     """Features of an ensemble of readers, averaged, and a head that makes a code (b, c) of them.
 
@@ -176,11 +223,14 @@ class DescriptionNetwork(nn.Module):
         head: From features (b, f) to codes.
         readers: The members.
         augmentation: Of descriptions in training.
+        pairs: Reads examples, if the network learned to.
     """
 
-    def __init__(self, head: nn.Module, readers: Sequence[FeatureReader], augmentation: Augmentation) -> None:
+    def __init__(
+        self, head: nn.Module, readers: Sequence[FeatureReader], augmentation: Augmentation, pairs: PairReader | None = None
+    ) -> None:
         super().__init__()
-        self.augmentation, self.readers, self.head = augmentation, nn.ModuleList(readers), head
+        self.augmentation, self.readers, self.head, self.pairs = augmentation, nn.ModuleList(readers), head, pairs
 
     def features(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Features (b, f), the mean over the members."""

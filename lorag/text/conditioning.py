@@ -43,6 +43,7 @@ class Condition:
         neighbours: The nearest experts and their cosines, best first.
         distance: 1 - the best cosine; 0 only for the sole description of an expert.
         task_vector: Mean hidden state of the base model over example inputs (h,), if there were any.
+        pairs: What the base model made of each of a few (input, output) pairs (p, v), if there were any and the method reads them.
     """
 
     embedding: Embedding
@@ -50,6 +51,7 @@ class Condition:
     neighbours: tuple[tuple[str, float], ...]
     distance: float
     task_vector: Tensor | None = None
+    pairs: Tensor | None = None
 
     @property
     def masked(self) -> Tensor:

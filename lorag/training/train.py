@@ -30,13 +30,14 @@ from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.preparation import Prepared, SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 
-__all__ = ["TrainConfig", "add_gate", "fit_generator", "train"]
+__all__ = ["TrainConfig", "add_gate", "add_pairs", "fit_generator", "train"]
 
 logger = logging.getLogger(__name__)
 
 # What a run that goes on from a generator takes from it, and what is each run's own.
 _KEPT = ("bank", "base", "kind", "objective", "objective_settings", "target_modules", "method", "embedder", "space", "k", "rank")
 _OF_A_RUN = {"out", "start", "seed", "device", "settings", "trackers"}
+_TAUGHT = 16  # descriptions of each task from whose features a reader of examples learns
 
 
 @dataclass
@@ -312,5 +313,45 @@ def add_gate(
         raise ConfigError("tasks: the generator learned from others", got=name, remedy="Give --tasks, the suite that it learned from.")
     listed = None if unknown is None else read_unknown(unknown, "fit")
     generator.gate = fit_gate(generator, experts, run, split, unknown=listed, settings=settings, quiet=quiet)
+    generator.save_pretrained(folder)
+    return generator
+
+
+def add_pairs(
+    folder: str | Path, *, bank: str | None = None, tasks: str | None = None, steps: int = 1200, device: str = "auto", quiet: bool = True
+) -> LoraGenerator:
+    """Teaches a trained generator of method `house` to read examples, and writes that into its folder; nothing else of it changes.
+
+    Args:
+        folder: The generator's.
+        bank: The bank that it learned from; by default the one that its settings name.
+        tasks: The suite with the examples; by default the one that its settings name.
+        steps: Of training.
+        device: Where embedder and base model run.
+        quiet: No progress bar.
+
+    Raises:
+        ConfigError: If there are no tasks to learn from, or the bank is another one.
+        GeneratorError: If the generator is of another method.
+    """
+    generator = LoraGenerator.from_pretrained(folder, device=device)
+    config = generator.origin.get("config", {})
+    bank, name, seed = bank or config.get("bank"), tasks or config.get("tasks"), int(config.get("seed", 0))
+    experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
+    if name is None or not experts.base.same(generator.base):
+        raise ConfigError(
+            "no examples that the generator learned from", got=f"bank {bank}, tasks {name}", remedy="Give --bank and --tasks."
+        )
+    prepared = prepare(
+        experts,
+        generator.embedder,
+        RunTasks.named(name, len(experts)),
+        SplitRule.stated(config),
+        runner=Runner.open(generator.base, device),
+        space=generator.space,
+        wordings=_TAUGHT,
+        quiet=quiet,
+    )
+    generator.method.learn_pairs(prepared.data, TrainingLoop(None, torch.Generator().manual_seed(seed), quiet), prepared.runner, steps)
     generator.save_pretrained(folder)
     return generator

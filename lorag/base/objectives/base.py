@@ -121,6 +121,14 @@ class Objective(abc.ABC):
         """
         raise ConfigError(f"objective {self.name} does not read inputs token by token", expected="a causal language model")
 
+    def read_pairs(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """What the model makes of each (input, output), the output being read and not written: one vector per pair (p, v).
+
+        Raises:
+            ConfigError: If this objective's outputs are not read after their inputs.
+        """
+        raise ConfigError(f"objective {self.name} does not read pairs", expected="a causal language model")
+
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to inputs, one per row, of at most `max_new_tokens` tokens.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CausalLM"]
 
 _ROWS = 8  # packed rows that run together
+_PAIRS = 64  # pairs that are read together
 
 
 class CausalLM(LanguageModel):
@@ -153,6 +154,23 @@ class CausalLM(LanguageModel):
         arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
         outputs: Any = model(**{k: v.to(model.device) for k, v in arguments.items()}, output_hidden_states=True, logits_to_keep=1)
         return outputs.hidden_states[-1][:, -1].float()
+
+    @torch.inference_mode()
+    def read_pairs(self, model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """The last layer's states (p, 2h), averaged over the prompt's tokens and over the answer's."""
+        rows, parts = self._tokenised(pairs), []
+        for start in range(0, len(rows), _PAIRS):
+            batch = self._collate(rows[start : start + _PAIRS], 1)
+            arguments = {key: value.to(model.device) for key, value in batch.arguments.items()}
+            outputs: Any = model(**arguments, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            states, seen = outputs.hidden_states[-1].float(), arguments["attention_mask"].float()
+            width = batch.targets.shape[1]
+            means = [
+                (states[:, columns] * seen[:, columns, None]).sum(1) / seen[:, columns].sum(1, keepdim=True)
+                for columns in (slice(None, -width), slice(-width, None))
+            ]
+            parts.append(torch.cat(means, 1))
+        return torch.cat(parts)
 
     def generate(self, model: nn.Module, inputs: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to inputs, one per row."""
