@@ -200,11 +200,11 @@ class Runner:
         Raises:
             ConfigError: If the objective writes no answers.
         """
-        found = []
+        means = []
         for number in range(count):
             with self.use(select(adapters, [number])) as model:
-                found.append(torch.stack([likely.mean() for _, likely in self.objective.judge(model, pairs)]).mean())
-        return torch.stack(found)
+                means.append(torch.stack([likely.mean() for _, likely in self.objective.judge(model, pairs)]).mean())
+        return torch.stack(means)
 
     def hidden(self, inputs: Sequence[str]) -> Tensor:
         """What the bare base model makes of inputs (b, h)."""

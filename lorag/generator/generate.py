@@ -117,13 +117,12 @@ def generate_lora(
         if description is not None:
             raise DescriptionError("an adapter is made from a description or from a vector", got="both")
         description = vector_text(vector)
-    opened, given = _open(generator), description
-    if given is None:
-        if not examples:
-            raise DescriptionError("an adapter is made from a description, from a vector or from examples", got="none of them")
-        given = opened.read_examples(examples, seed=seed)
+    if description is None and not examples:
+        raise DescriptionError("an adapter is made from a description, from a vector or from examples", got="none of them")
+    opened = _open(generator)
+    task = opened.read_examples(examples, seed=seed) if description is None else description
     return opened.generate(
-        given,
+        task,
         seed=seed,
         strength=strength,
         rank=rank,
