@@ -173,7 +173,7 @@ class LoraGenerator:
             raise GeneratorError(
                 "the generator makes no adapter from examples alone",
                 got=f"method {self.method.name} without a reader of pairs",
-                remedy="Give a description too, or train with method=house settings.pairs.steps=1200.",
+                remedy="Teach it with lorag pairs GENERATOR (method house), or give a description.",
             )
         size, names = self.embedder.size, self.conditioner.names
         nothing = Condition(Embedding(torch.zeros(size), torch.zeros(0, size)), torch.zeros(len(names)), (), 1.0)
