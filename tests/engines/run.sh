@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that start vLLM: bash tests/engines/run.sh [FOLDER]. FOLDER gets an environment of vLLM's own, once: three minutes,
-# 3 GB. The tests themselves run in the Python that has lorag[test], two cores, no GPU, in about five minutes.
+# 3 GB. The tests themselves run in the Python that has lorag[test], two cores, no GPU, in about three minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-.venv-vllm}
