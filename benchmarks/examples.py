@@ -34,6 +34,7 @@ from lorag.worlds.sandbox.build import SandboxConfig
 from lorag.worlds.sandbox.grid import build_suite, splits
 
 CHUNK = 32
+_ROWS = ("generated", "fresh", "fresh_long", "read", "read_alone", "few_shot")
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default="generated,fresh,fresh_long", help="rows: these, read, read_alone, few_shot")
     parser.add_argument("--json", type=Path, default=None, help="write the report here")
     given = parser.parse_args(arguments)
+    unknown = set(given.methods.split(",")) - {*_ROWS}
+    if unknown:
+        parser.error(f"no row {min(unknown)}; there are {', '.join(_ROWS)}")
     generator = LoraGenerator.from_pretrained(given.generator or DEFAULT)
     torch.manual_seed(0)
     report = curve(

@@ -338,10 +338,10 @@ def add_pairs(
     config = generator.origin.get("config", {})
     bank, name, seed = bank or config.get("bank"), tasks or config.get("tasks"), int(config.get("seed", 0))
     experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
-    if name is None or not experts.base.same(generator.base):
-        raise ConfigError(
-            "no examples that the generator learned from", got=f"bank {bank}, tasks {name}", remedy="Give --bank and --tasks."
-        )
+    if name is None:
+        raise ConfigError("no examples that the generator learned from", got=f"bank {bank}, no tasks", remedy="Give --bank and --tasks.")
+    if not experts.base.same(generator.base):
+        raise ConfigError("bank: it is of another base model", got=experts.base.model.name, expected=generator.base.model.name)
     prepared = prepare(
         experts,
         generator.embedder,
