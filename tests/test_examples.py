@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import sys
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_transformers_adapters(run):
     task = find_tasks("sandbox", "test")["legal-summarise-plain"].examples[0]
     assert answers["summary"] == task.output
     assert len(set(answers.values())) == 3 and answers["person"].startswith("Mara Thorne,")
+
+
+def test_lm_eval_task(run):
+    """The task and the command are written; where the harness is installed, it gives the adapter's score."""
+    text = run("lm_eval_task")
+    assert "lm_eval --model hf --model_args pretrained=" in text and "--tasks own" in text
+    assert Path("runs/examples/lm_eval_task/own.yaml").is_file()
+    if util.find_spec("lm_eval") is None:
+        assert "not run: pip install" in text
+    else:
+        assert numbers(text, "exact match")[0] > 0.5
 
 
 def test_serving(run):
