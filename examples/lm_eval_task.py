@@ -1,6 +1,6 @@
 """A generated adapter in EleutherAI's lm-evaluation-harness: a task of one's own, and the command that `lorag info` prints.
 
-Usage: python examples/lm_eval_task.py [OUT]. It prints the command; where lm-eval is installed (`pip install "lm-eval[hf]"`), it runs it too.
+Usage: python examples/lm_eval_task.py [OUT]. It prints the command, and where lm-eval is installed (`pip install "lm-eval[hf]"`) runs it.
 """
 
 import json
