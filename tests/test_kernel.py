@@ -205,7 +205,7 @@ def test_the_vae_adds_to_the_regression(world, both):
     """What is made is the regression's code plus what the VAE decodes at z = 0, and both are learned from training experts alone."""
     condition = _condition(world, HELD_OUT[0])
     start = both.regression([condition.embedding])
-    h = both.network.read(*both._inputs([condition.embedding], None, torch.device("cpu")))
+    h = both.network.read(*both.inputs([condition.embedding], None, torch.device("cpu")))
     decoded = both.network.decode(h.new_zeros(1, both.latent), h)
     assert torch.allclose(_made(both, condition), both.coordinates.to_codes(start + decoded)[0], atol=1e-4)
     assert isinstance(both.coordinates, PrincipalCodes)
