@@ -22,7 +22,7 @@ tables. A GPU is used where there is one, and has tables of its own. What a tabl
 
 _STUDIES = """## Longer studies
 
-They take long or need arguments, and print their own tables; what they found is in [results.md](results.md).
+They take long or need arguments, and print their own tables; figures: [results](results.md), [history](results-history.md).
 
 | command | what it measures |
 |---|---|

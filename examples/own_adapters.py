@@ -65,7 +65,7 @@ def main(out: Path) -> None:
     print(f"   nearest: {', '.join(f'{name} {cosine:.2f}' for name, cosine in adapter.info['neighbours'][:3])}")
 
     # 4. Does it work? The embedded world has right answers for that task. From 66 experts and no example of their tasks the model
-    # moves towards them, and no further: docs/results.md says what more experts, and their tasks' examples, make of it.
+    # moves towards them, and no further: docs/results-history.md says what more experts, and their tasks' examples, make of it.
     for name, score in scores(generator, adapter).items():
         print(f"   {name:<10} exact match {score['exact_match']:.2f}, log-likelihood of a right token {score['log_likelihood']:.2f}")
 

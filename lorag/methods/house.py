@@ -77,7 +77,7 @@ class HouseSettings(ReaderSettings):
 
 
 class House(NetworkMethod):
-    """Ours. Its parts come from measurements in docs/results.md: shared-subspace codes, token conditions, a kernel, functional loss."""
+    """Ours. What each part adds is in docs/results-history.md: shared-subspace codes, token conditions, a kernel, functional loss."""
 
     name = "house"
     settings_type = HouseSettings

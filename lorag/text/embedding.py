@@ -79,7 +79,7 @@ class SentenceEmbedder:
 
     A token's vector is the mean of its states after the last layer and after two thirds of the layers: the last one has been
     drawn towards the sentence as a whole, the earlier one still tells the words apart. Read in this way, wordings that were kept
-    back from training were understood more often (docs/results.md).
+    back from training were understood more often (docs/results-history.md).
 
     Args:
         model: The loaded model.
