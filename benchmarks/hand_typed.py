@@ -69,7 +69,7 @@ def measure(name: str = "smollm2") -> list[dict[str, str | float]]:
     if missing:
         raise ValueError(f"not among the training tasks: {', '.join(missing)}")
     tasks = [every[task] for task in TYPED]
-    runner = Runner.open(generator.base, "cpu", "bfloat16")
+    runner = Runner.open(generator.base, "cpu", "fast")
     own = [(task.eval_descriptions or task.descriptions)[0] for task in tasks]
     typed, suite = (_scores(generator, runner, tasks, texts) for texts in (list(TYPED.values()), own))
     for task, first, second in zip(tasks, typed, suite, strict=True):

@@ -39,7 +39,7 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     method, space = generator.method, generator.space
     if not isinstance(method, Aligned) or not isinstance(method.network, FactorNetwork) or not isinstance(space, ActivationBases):
         raise TypeError("the shipped generator is of another method")
-    runner = Runner.open(generator.base, "cpu", "bfloat16")
+    runner = Runner.open(generator.base, "cpu", "fast")
     rows: list[dict[str, str | float]] = []
     for split in ("validation", "unseen_label", "unseen_task"):
         tasks = [task for task in find_split("smollm2", split) or () if {one.output for one in task.examples} == {"yes", "no"}]

@@ -134,3 +134,14 @@ def test_precisions_are_each_tensor_s(stored, tmp_path):
     assert set(found) == set(names)
     assert (found[names[0]], found[names[1]], {found[name] for name in names[2:]}) == ("BF16", "F8_E4M3", {"F32"})
     assert weights_identity(stored).startswith("tensors:")
+
+
+@pytest.mark.parametrize(("has", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)])
+def test_fast_is_bf16_where_the_cpu_has_instructions_for_it(stored, monkeypatch, recwarn, has, dtype):
+    """Elsewhere it is fp32, and who asks for bf16 gets it, with a warning that it is slow there."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    base = BaseModel(str(stored), "causal_lm")
+    assert base.load("cpu", "fast").dtype == dtype and base.load("cpu").dtype == torch.float32
+    assert not recwarn.list
+    assert base.load("cpu", "bfloat16").dtype == torch.bfloat16
+    assert [warning for warning in recwarn if "no instructions for bfloat16" in str(warning.message)] or dtype == torch.bfloat16

@@ -1,7 +1,6 @@
 """The shipped SmolLM2 generator: it opens without the base model's weights, says what it was made for, and its descriptions matter."""
 
 import pytest
-import torch
 
 from lorag import generate_lora
 from lorag.adapters.factors import Factors
@@ -40,12 +39,13 @@ def test_the_gate_knows_its_world():
 def test_descriptions_of_labels_that_it_never_saw_matter():
     """Detectors answer more texts rightly by their own description than by another label's."""
     generator = open_generator("smollm2")
-    runner = Runner.open(generator.base, "cpu", "bfloat16")
+    runner = Runner.open(generator.base, "cpu", "fast")
     tasks = list(find_split("smollm2", "unseen_label"))[:LABELS]
+    dtype = runner.model.dtype
     made = [generator.generate(task.descriptions[0], on_unknown="ignore").factors for task in tasks]
 
     def score(factors):
-        stacked = {name: (a.to(torch.bfloat16), b.to(torch.bfloat16)) for name, (a, b) in Factors.stack(factors).items()}
+        stacked = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in Factors.stack(factors).items()}
         return sum(one["exact_match"] for one in runner.scores(stacked, tasks, limit=LIMIT)) / len(tasks)
 
     assert score(made) > score([*made[5:], *made[:5]]) + 0.1

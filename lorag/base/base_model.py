@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from lorag.base.names import canonical_name, locate, packaged
 from lorag.base.weights import same_weights, weights_identity
-from lorag.errors import BaseModelError, ConfigError, LoragError, MissingDependencyError
+from lorag.errors import BaseModelError, ConfigError, LoragError, MissingDependencyError, warn_caller
 from lorag.files.artifacts import sha256
 from lorag.files.images import require_pillow
 from lorag.progress import quiet_loading
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import device as Device
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
+__all__ = ["KINDS", "BaseModel", "computes_bf16", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
 
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -34,6 +34,7 @@ _CLASSES = {
 KINDS = tuple(_CLASSES)
 _SEEING = ("two_towers", "image_seq2seq")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch names what a CPU has
 # PEFT's wrapper for a task type passes on arguments of its own, which models that see images, such as CLIP, do not take.
 TASK_TYPES: dict[str, str | None] = {
     "causal_lm": "CAUSAL_LM",
@@ -57,6 +58,17 @@ def device_of(name: str) -> Device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cannot be used", got=name, expected="cpu: no GPU is visible here")
     return chosen
+
+
+def computes_bf16(device: Device) -> bool:
+    """Whether a device has instructions for bf16; without them a CPU takes several times as long as for fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name, False) for name in _BF16_INSTRUCTIONS)
+    return True
 
 
 def kind_of(name: str, revision: str | None = None, task_type: str | None = None) -> str:
@@ -175,7 +187,8 @@ class BaseModel:
 
         Args:
             device: "auto", "cpu" or "cuda".
-            dtype: "float32", "bfloat16" or "float16"; "auto" is fp32 on a CPU, its own precision on a GPU.
+            dtype: "float32", "bfloat16" or "float16"; "auto" is fp32 on a CPU, its own precision on a GPU; "fast" is bf16 where the
+                device has instructions for it, else fp32.
 
         Raises:
             BaseModelError: If it cannot be had.
@@ -184,10 +197,14 @@ class BaseModel:
         import transformers
 
         where = device_of(device)
-        if dtype not in DTYPES:
-            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join(DTYPES))
-        if dtype == "auto" and where.type == "cpu":
+        if dtype not in (*DTYPES, "fast"):
+            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join((*DTYPES, "fast")))
+        if dtype == "fast":
+            dtype = "bfloat16" if computes_bf16(where) else "float32"
+        elif dtype == "auto" and where.type == "cpu":
             dtype = "float32"
+        elif dtype == "bfloat16" and not computes_bf16(where):
+            warn_caller(f"this {where.type} has no instructions for bfloat16, which may be several times slower than float32", UserWarning)
         # torch's fused attention has a slow backward in half precision on a CPU: it took most of a training step.
         attention = "eager" if where.type == "cpu" and dtype != "float32" else None
         loader = getattr(transformers, _CLASSES[self.kind])

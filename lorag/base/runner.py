@@ -125,7 +125,7 @@ class Runner:
         Args:
             base: Base model, layout and objective.
             device: "auto", "cpu" or "cuda".
-            dtype: Precision of the frozen base model: "auto", "float32", "bfloat16" or "float16".
+            dtype: Precision of the frozen base model: "auto", "fast", "float32", "bfloat16" or "float16".
 
         Raises:
             BaseModelError: If the base model cannot be loaded, or does not fit the layout.

@@ -73,7 +73,7 @@ def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
     """
     yield "4. A real language model: SmolLM2-135M-Instruct, on tasks of sources that its generator never saw"
     generator = open_generator(_REAL)
-    runner = Runner.open(generator.base, dtype="bfloat16")
+    runner = Runner.open(generator.base, dtype="fast")
     suite = find_tasks(_REAL, "unseen_task")
     for number, name in enumerate(_REAL_TASKS):
         task = suite[name]

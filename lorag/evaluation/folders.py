@@ -109,7 +109,7 @@ def open_ladder(
         oracles: Bank of experts of the evaluated tasks, or of some of them; for the sandbox the embedded one.
         methods: Names to be scored, so that other baselines need not be fitted; all that take no training by default.
         device: "auto", "cpu" or "cuda".
-        dtype: Precision of the base model: "auto", "float32", "bfloat16" or "float16".
+        dtype: Precision of the base model: "auto", "fast", "float32", "bfloat16" or "float16".
         quiet: No progress bars.
 
     Raises:
