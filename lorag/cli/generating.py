@@ -30,6 +30,9 @@ def generate(
     descriptions: Annotated[
         Path | None, typer.Option(help="File with one per line, or JSON lines with name and description; --out gets a folder for each.")
     ] = None,
+    wording: Annotated[
+        list[str] | None, typer.Option(help="The same task in other words; repeat it. The adapter is the mean over all wordings.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Skill: a text file of any length, with a description in YAML front matter if it has one.")
     ] = None,
@@ -62,8 +65,8 @@ def generate(
         from lorag.generator.generate import BatchSettings
         from lorag.parallel import Backend
 
-        if examples is not None or refine_steps or bank is not None:
-            raise typer.BadParameter("--examples, --refine-steps and --bank are for a single description")
+        if examples is not None or refine_steps or bank is not None or wording:
+            raise typer.BadParameter("--examples, --refine-steps, --bank and --wording are for a single description")
         where = Backend(backend, address, cpus, gpus)
         return _generate_each(descriptions, out, BatchSettings(generator, seed, strength, on_unknown, rank), where)
     if backend != "local" or address is not None:
@@ -87,6 +90,7 @@ def generate(
             on_unknown=on_unknown,
             bank=bank,
             details=() if skill is None else skill.pieces,
+            wordings=wording or (),
         )
     folder = adapter.save_pretrained(out)
     if skill is not None:

@@ -85,6 +85,7 @@ class Evidence:
         code: What the method made of it (1, c).
         features: Each of `FEATURES` that was measured, by name; empty where no gate asked for any.
         details: Further texts on the task that the condition holds as well.
+        wordings: The task in other words; the code is the mean over the description and them, the features are the description's.
         read: The description as it was read, if typing errors were corrected; otherwise empty.
         made_from: What the code was made from, if examples were read too: "description" or "examples".
     """
@@ -95,6 +96,7 @@ class Evidence:
     code: Tensor
     features: Mapping[str, float] = field(default_factory=dict)
     details: tuple[str, ...] = ()
+    wordings: tuple[str, ...] = ()
     read: str = ""
     made_from: str = ""
 

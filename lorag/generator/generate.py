@@ -83,6 +83,7 @@ def generate_lora(
     on_unknown: str = "warn",
     bank: AdapterBank | str | Path | None = None,
     details: Sequence[str] = (),
+    wordings: Sequence[str] = (),
 ) -> LoraAdapter:
     """Turns the description of a task, or a few examples of it, into a LoRA adapter, in one pass: no fine-tuning.
 
@@ -101,6 +102,8 @@ def generate_lora(
         bank: The generator's bank, its folder or hub id, or "sandbox": a known task then gets its own expert, a close one a fusion.
         details: More texts on the task, such as `read_skill("SKILL.md").pieces`: those that are about the same as the description are
             read with it; `info["details"]` says which.
+        wordings: The same task in other words, one description each. The adapter is made from the mean of all, which depends less on
+            how one of them is put; the gate judges the description alone.
 
     Returns:
         The adapter: `save_pretrained(folder)` writes it for PEFT, `apply_to(model)` loads it; `info["gate"]` says how far
@@ -117,6 +120,10 @@ def generate_lora(
         if description is not None:
             raise DescriptionError("an adapter is made from a description or from a vector", got="both")
         description = vector_text(vector)
+    if wordings and description is None:
+        raise DescriptionError(
+            "other wordings stand beside a description, and there is none", remedy="Give one of them as the description."
+        )
     if description is None and not examples:
         raise DescriptionError("an adapter is made from a description, from a vector or from examples", got="none of them")
     opened = _open(generator)
@@ -131,6 +138,7 @@ def generate_lora(
         on_unknown=on_unknown,
         bank=None if bank is None else find_bank(bank),
         details=details,
+        wordings=wordings,
     )
 
 

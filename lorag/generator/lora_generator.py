@@ -70,6 +70,7 @@ class GenerateSettings(TypedDict, total=False):
         bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
         details: More texts on the task, such as the pieces of a skill's file: those that are nearer to the description than the
             bank's tasks are to each other are read with it, and stand in `info["details"]`.
+        wordings: The same task in other words, one description each: the code is the mean over all of them.
     """
 
     seed: int
@@ -80,6 +81,7 @@ class GenerateSettings(TypedDict, total=False):
     on_unknown: str
     bank: AdapterBank | None
     details: Sequence[str]
+    wordings: Sequence[str]
 
 
 @dataclass
@@ -155,7 +157,7 @@ class LoraGenerator:
         Raises:
             DescriptionError: If the description cannot be used.
         """
-        return self._gather(check_description(description), seed, examples, (), ask=True)
+        return self._gather(check_description(description), seed, examples, (), (), ask=True)
 
     def read_examples(self, examples: Sequence[tuple[str, str]], *, seed: int = 0) -> Evidence:
         """What a few examples say alone, without any description, for `generate`; the gate, which judges descriptions, is not asked.
@@ -219,9 +221,11 @@ class LoraGenerator:
         on_unknown: str = "warn",
         bank: AdapterBank | None = None,
         details: Sequence[str] = (),
+        wordings: Sequence[str] = (),
     ) -> Iterator[LoraAdapter | LoragError]:
         """`generate_many` for descriptions that were checked; an error that concerns one of them stands in the place of its adapter."""
-        examples, details = check_examples(examples, refine_steps), [check_description(text) for text in details]
+        examples = check_examples(examples, refine_steps)
+        details, wordings = ([check_description(text) for text in texts] for texts in (details, wordings))
         if on_unknown not in ON_UNKNOWN:
             raise ConfigError("on_unknown cannot be used", got=repr(on_unknown)[:40], expected=" or ".join(ON_UNKNOWN))
         decoded_rank = self._rank(rank)
@@ -231,7 +235,7 @@ class LoraGenerator:
             for given in descriptions[start : start + _TOGETHER]:
                 try:
                     if not isinstance(given, Evidence):
-                        given = self._gather(given, seed, examples, details, ask=on_unknown != "ignore")
+                        given = self._gather(given, seed, examples, details, wordings, ask=on_unknown != "ignore")
                     plans.append(self._plan(given, on_unknown, bank, rank))
                 except LoragError as error:
                     plans.append(error)
@@ -259,7 +263,16 @@ class LoraGenerator:
         condition = replace(condition, pairs=self.runner().read_pairs(examples).cpu())
         return self.method.generate(condition, torch.Generator().manual_seed(seed))
 
-    def _gather(self, description: str, seed: int, examples: Sequence[tuple[str, str]], details: Sequence[str], *, ask: bool) -> Evidence:
+    def _gather(
+        self,
+        description: str,
+        seed: int,
+        examples: Sequence[tuple[str, str]],
+        details: Sequence[str],
+        wordings: Sequence[str],
+        *,
+        ask: bool,
+    ) -> Evidence:
         text = self.read(description)
         read = text if text != description else ""
         about = self._about(text, details)
@@ -270,7 +283,11 @@ class LoraGenerator:
 
         reference, needed = (None, ()) if self.gate is None or not ask else (self.gate.reference, self.gate.needed)
         evidence = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
-        evidence = replace(evidence, text=description, read=read, details=tuple(about))
+        evidence = replace(evidence, text=description, read=read, details=tuple(about), wordings=tuple(wordings))
+        if wordings:
+            conditions = [self._condition(self.read(wording), examples, about) for wording in wordings]
+            others = [self.method.generate(one, torch.Generator().manual_seed(seed)) for one in conditions]
+            evidence = replace(evidence, code=torch.stack([evidence.code, *others]).mean(0))
         if not examples or not self.method.reads_pairs:
             return evidence
         codes = torch.cat([evidence.code, self._read(condition, examples, seed)])
@@ -347,6 +364,8 @@ class LoraGenerator:
             info["made_from"] = plan.evidence.made_from
         if plan.evidence.details:
             info["details"] = list(plan.evidence.details)
+        if plan.evidence.wordings:
+            info["wordings"] = list(plan.evidence.wordings)
         info["license"] = licence_of(info).name
         return replace(adapter, base_model=model.name, task_type=model.task_type, info=info)
 
