@@ -1,7 +1,7 @@
 """One description of a held-out task, or several wordings of it: `python -m benchmarks.wordings [--generator G] [--split S]`.
 
-Each task gets adapters from its first n wordings, two draws that share no wording where there are enough. Exact match and, of labels, balanced
-accuracy, on test examples; intervals by bootstrap over tasks. "Shuffled" gives each task the adapter of the next one.
+Each task gets adapters from n of its wordings, in two draws that share none where there are enough. Exact match and, of labels,
+balanced accuracy, on test examples; intervals by bootstrap over tasks. "Shuffled" gives each task the adapter of the next one.
 
 Bounded by what the wordings say: each places the task elsewhere, and what they have in common is what is meant.
 """

@@ -15,7 +15,8 @@ from lorag.base.runner import Runner
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.generate import generate_lora, generate_loras
-from lorag.generator.lora_generator import GenerateSettings, LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
+from lorag.generator.settings import GenerateSettings
 from lorag.methods import METHODS, TrainingSet, method_type
 from lorag.methods.functional import mean_loss
 from lorag.methods.method import _distance

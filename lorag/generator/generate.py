@@ -16,7 +16,8 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, LoragError, UnknownTaskWarning
 from lorag.files.artifacts import decode_text, parse_json, read_bounded, require_name, sha256, slug
 from lorag.generator.files import DEFAULT, MANIFEST, find_generator
-from lorag.generator.lora_generator import ON_UNKNOWN, LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
+from lorag.generator.settings import ON_UNKNOWN
 from lorag.parallel import Backend
 from lorag.tasks.descriptions import check_description
 from lorag.text.vectors import vector_text

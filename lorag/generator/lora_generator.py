@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lorag.generator.evidence import Evidence, gather
 from lorag.generator.files import find_generator, read_parts, write_generator
 from lorag.generator.gate import Gate, Verdict, report_unknown, unasked, unfitted
 from lorag.generator.refine import check_examples, likelier, refine
+from lorag.generator.settings import ON_UNKNOWN, GenerateSettings
 from lorag.tasks.descriptions import check_description
 from lorag.text.conditioning import Condition, Conditioner, mixture_weights
 from lorag.text.embedding import Embedding, with_details
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
     from lorag.spaces import WeightSpace
     from lorag.text.embedding import TextEmbedder
 
-__all__ = ["ON_UNKNOWN", "LoraGenerator"]
+__all__ = ["LoraGenerator"]
 
-ON_UNKNOWN = ("warn", "raise", "fallback", "ignore")
 _FUSED, _FUSED_TEMPERATURE = 4, 0.05  # experts that are fused, and of the softmax over their cosines
 _TOGETHER = 8  # codes decoded at once: they share the reading of the bases; eight adapters of an 8 B model take 1.3 GB
 
@@ -50,38 +50,6 @@ class _Plan:
     adapter: LoraAdapter | None = None
     code: Tensor | None = None
     factor: float = 1.0
-
-
-class GenerateSettings(TypedDict, total=False):
-    """What `LoraGenerator.generate` takes beside the description.
-
-    Attributes:
-        seed: Seed of methods that sample; the same seed gives the same bytes. By default 0.
-        strength: Factor on ΔW, on top of the generator's own.
-        rank: Rank of the adapter; by default the generator's, or its own if an expert is served. A smaller one keeps the largest
-            singular values.
-        examples: (input, output) of the task, if there are some, for methods that can use them. Where they are read (`settings.pairs`),
-            the adapter is the description's or that of the examples alone, whichever makes the examples likelier
-            (`info["made_from"]`).
-        refine_steps: Gradient steps on the examples, from the generated adapter; 0 takes it as generated, and so does an
-            adapter that answers them all already (`info["refine_steps"]` says how many were taken).
-        on_unknown: What becomes of a description that the gate refuses: "warn", the default, generates and warns, "raise" raises,
-            "fallback" gives the adapter that changes nothing, "ignore" does not ask the gate at all.
-        bank: The experts, so that a known task gets its own and a close one a fusion; without them both are generated.
-        details: More texts on the task, such as the pieces of a skill's file: those that are nearer to the description than the
-            bank's tasks are to each other are read with it, and stand in `info["details"]`.
-        wordings: The same task in other words, one description each: the code is the mean over all of them.
-    """
-
-    seed: int
-    strength: float
-    rank: int | None
-    examples: Sequence[tuple[str, str]]
-    refine_steps: int
-    on_unknown: str
-    bank: AdapterBank | None
-    details: Sequence[str]
-    wordings: Sequence[str]
 
 
 @dataclass

@@ -20,7 +20,8 @@ from lorag.base.names import same_model
 from lorag.errors import BaseModelError, ConfigError, ServedNameError, UnknownTaskWarning
 from lorag.files.artifacts import sha256
 from lorag.generator.generate import default_generator
-from lorag.generator.lora_generator import ON_UNKNOWN, LoraGenerator
+from lorag.generator.lora_generator import LoraGenerator
+from lorag.generator.settings import ON_UNKNOWN
 from lorag.serving.names import PREFIX, DescribedTask, NamedExpert, Requested, alias, parse_name
 from lorag.serving.store import AdapterStore, StoreLimits
 

@@ -1,0 +1,61 @@
+"""One task in several wordings: the adapter is made from the mean of what each of them says."""
+
+import json
+
+import pytest
+import torch
+
+from lorag import generate_lora
+from lorag.cli import main as cli
+from lorag.errors import DescriptionError
+
+TEXT = "write the label of the legal text in upper case"
+OTHERS = ["answer with the contract's category, all in capitals", "which kind of legal text is it? use capital letters"]
+
+
+def test_the_code_is_the_mean_over_all_wordings():
+    """The same wording twice changes nothing; others do; their order does not matter; the adapter says which they were."""
+    plain = generate_lora(TEXT)
+    twice, two, swapped = (generate_lora(TEXT, wordings=texts) for texts in ([TEXT], OTHERS, OTHERS[::-1]))
+    assert plain.factors.cosine(twice.factors) > 1 - 1e-6 and "wordings" not in plain.info
+    assert plain.factors.cosine(two.factors) < 1 - 1e-4 and two.info["wordings"] == OTHERS
+    assert two.factors.cosine(swapped.factors) > 1 - 1e-5
+    assert all(torch.equal(x, y) for x, y in zip(*(_values(generate_lora(TEXT, wordings=OTHERS)) for _ in range(2)), strict=True))
+
+
+def test_the_adapter_lies_between_those_of_its_wordings():
+    """It is nearer to each of them than they are to each other."""
+    alone = [generate_lora(text).factors for text in (TEXT, OTHERS[0])]
+    both = generate_lora(TEXT, wordings=OTHERS[:1]).factors
+    assert min(both.cosine(one) for one in alone) > alone[0].cosine(alone[1])
+
+
+def test_the_gate_judges_the_description():
+    """Whatever the other wordings are."""
+    gates = [generate_lora(TEXT, wordings=texts).info["gate"] for texts in ([], OTHERS)]
+    assert gates[0] == gates[1]
+
+
+def test_wordings_are_checked():
+    """Each as a description is; they stand beside one."""
+    with pytest.raises(DescriptionError):
+        generate_lora(TEXT, wordings=["good", " "])
+    with pytest.raises(DescriptionError, match="beside a description"):
+        generate_lora(wordings=OTHERS, examples=[("a", "b")])
+
+
+def test_the_command_takes_them(tmp_path, capsys):
+    """--wording, as often as wanted, for a single description."""
+    out = tmp_path / "adapter"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", TEXT, "--wording", OTHERS[0], "--wording", OTHERS[1], "--out", str(out)])
+    assert stopped.value.code == 0
+    assert json.loads((out / "lorag.json").read_text())["wordings"] == OTHERS
+    (tmp_path / "many.txt").write_text(TEXT)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "--descriptions", str(tmp_path / "many.txt"), "--wording", "x", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "--wording" in capsys.readouterr().err
+
+
+def _values(adapter):
+    return [value for name in sorted(adapter.factors) for value in adapter.factors[name]]
