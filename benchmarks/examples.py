@@ -39,11 +39,23 @@ _ROWS = ("generated", "fresh", "fresh_long", "read", "read_alone", "few_shot")
 
 @dataclass(frozen=True)
 class Setting:
-    """What all points of the curve share."""
+    """What all points of the curve share.
 
+    Attributes:
+        generator: Makes the adapters to start from.
+        runner: Its base model.
+        tests: Held-out tasks.
+        limit: Most test texts of each.
+        steps: Gradient steps of each row that takes some.
+        learning_rate: Peak rate of refinement; None is refinement's own.
+    """
+
+    generator: LoraGenerator
     runner: Runner
     tests: tuple[Task, ...]
     limit: int
+    steps: dict[str, int]
+    learning_rate: float | None
 
     def score(self, adapters: Sequence[LoraAdapter] | None, tests: Sequence[Task] | None = None) -> list[float]:
         """Score of each task on its test texts, or on those of other tasks in their place."""
@@ -55,6 +67,17 @@ class Setting:
             scores = self.runner.scores(own, tests[start : start + CHUNK], limit=self.limit)
             found += [score[self.runner.objective.metric] for score in scores]
         return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """One description of each task, the adapters that it gave, and so many examples of one seed."""
+
+    seed: int
+    texts: Sequence[str]
+    start: Sequence[LoraAdapter]
+    known: Sequence[Task]
+    count: int
 
 
 def held_out(count: int, examples: int) -> tuple[list[Task], list[Task]]:
@@ -106,17 +129,17 @@ def curve(
     """
     runner = generator.runner()
     tests, pools = held_out(tasks, 2 * max(counts, default=0))  # twice as many, so that seeds differ even at the most
-    setting = Setting(runner, tuple(tests), limit)
     lengths = {"generated": steps, "fresh": steps, "fresh_long": SandboxConfig().experts.steps}
+    setting = Setting(generator, runner, tuple(tests), limit, lengths, learning_rate)
     points: dict[str, dict[int, list[list[float]]]] = {name: {count: [] for count in counts} for name in methods}
     with tqdm(total=seeds * len(counts) * len(methods), desc="examples", disable=quiet) as bar:
         for seed in range(seeds):
             texts = [task.descriptions[seed % len(task.descriptions)] for task in tests]
             start = [generator.generate(text, seed=seed, on_unknown="ignore") for text in texts]
             for count in counts:
-                known = [few(task, count, seed) for task in pools]
+                point = Point(seed, texts, start, [few(task, count, seed) for task in pools], count)
                 for name in methods:
-                    points[name][count].append(_row(name, setting, generator, texts, start, known, count, seed, lengths, learning_rate))
+                    points[name][count].append(_row(name, setting, point))
                     bar.update()
     return {
         "generator": {"method": generator.method.name, "revision": generator.revision},
@@ -128,41 +151,33 @@ def curve(
     }
 
 
-def _row(
-    name: str,
-    setting: Setting,
-    generator: LoraGenerator,
-    texts: Sequence[str],
-    start: Sequence[LoraAdapter],
-    known: Sequence[Task],
-    count: int,
-    seed: int,
-    lengths: dict[str, int],
-    learning_rate: float | None,
-) -> list[float]:
-    """Scores of one row with one number of examples."""
-    runner = setting.runner
+def _row(name: str, setting: Setting, point: Point) -> list[float]:
+    """Scores of one row at one point."""
+    generator, runner, known = setting.generator, setting.runner, point.known
     if name == "few_shot":
-        shown = [replace(one, examples=(*one.split("train"), *test.split("test"))) for one, test in zip(known, setting.tests, strict=True)]
-        prompted = [
-            with_shots(task, text, count, seed) if count else with_description(task, [text])
-            for task, text in zip(shown, texts, strict=True)
-        ]
-        return setting.score(None, prompted)
-    if not count:
-        return setting.score(None if name in ("read_alone", "fresh", "fresh_long") else start)
+        return setting.score(None, _prompted(setting, point))
+    if not point.count:
+        return setting.score(None if name in ("read_alone", "fresh", "fresh_long") else point.start)
     if name in ("read", "read_alone"):
         pairs = [[(example.input, example.output) for example in task.split("train")] for task in known]
-        if name == "read":
-            return setting.score(
-                [generator.generate(text, seed=seed, examples=some, on_unknown="ignore") for text, some in zip(texts, pairs, strict=True)]
-            )
-        return setting.score([generator.generate(generator.read_examples(some, seed=seed)) for some in pairs])
+        if name == "read_alone":
+            return setting.score([generator.generate(generator.read_examples(some, seed=point.seed)) for some in pairs])
+        told = zip(point.texts, pairs, strict=True)
+        return setting.score([generator.generate(text, seed=point.seed, examples=some, on_unknown="ignore") for text, some in told])
     if name == "generated":
-        return setting.score(refine_tasks(runner, start, known, lengths["generated"], seed, learning_rate))
+        return setting.score(refine_tasks(runner, point.start, known, setting.steps[name], point.seed, setting.learning_rate))
     recipe = SandboxConfig().experts
-    config = replace(recipe, steps=lengths[name], batch=min(recipe.batch, count), checkpoints=1, seed=seed)
+    config = replace(recipe, steps=setting.steps[name], batch=min(recipe.batch, point.count), checkpoints=1, seed=point.seed)
     return setting.score([late[-1] for late in train_group(runner, known, generator.rank, config)])
+
+
+def _prompted(setting: Setting, point: Point) -> list[Task]:
+    """The tests with description and examples in their prompts."""
+    prompted = []
+    for task, test, text in zip(point.known, setting.tests, point.texts, strict=True):
+        shown = replace(task, examples=(*task.split("train"), *test.split("test")))
+        prompted.append(with_shots(shown, text, point.count, point.seed) if point.count else with_description(shown, [text]))
+    return prompted
 
 
 def _summary(found: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -5,12 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import WordEmbedder
+from toy_world import WordEmbedder, quiet_loop
 
 from lorag.methods.contrast import ContrastSettings, train_reader
 from lorag.methods.method import collate
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.factor_network import FactorNetwork
 
 EMBEDDER = WordEmbedder()
@@ -35,10 +33,6 @@ def network():
     return FactorNetwork(EMBEDDER.size, (0, 0), **sizes, **reader)
 
 
-def _loop(folder=None):
-    return TrainingLoop(folder, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-
-
 def _known_again(network, data):
     """Share of held-out tasks whose third wording lies nearest, among all of theirs, to their first."""
     network.eval()
@@ -50,16 +44,16 @@ def _known_again(network, data):
 
 def test_unseen_tasks_are_known_again(data, network):
     """Better than by an untrained reader, and in most cases."""
-    train_reader("toy", network, data, _loop(), ContrastSettings(steps=0))
+    train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=0))
     before = _known_again(network, data)
-    best = train_reader("toy", network, data, _loop(), ContrastSettings(steps=200, learning_rate=3e-3))
+    best = train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=200, learning_rate=3e-3))
     after = _known_again(network, data)
     assert math.isfinite(best) and after > before + 0.1 and after > 0.8
 
 
 def test_features_are_white_over_typical_descriptions(data, network):
     """The map is set with and without steps: mean 0, and no direction far from variance 1 or below."""
-    assert math.isnan(train_reader("toy", network, data, _loop(), ContrastSettings(steps=0)))
+    assert math.isnan(train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=0)))
     network.eval()
     with torch.no_grad():
         features = (network.read(*collate([data.embeddings[i][0] for i in data.training])) - network.middle) @ network.spread
@@ -70,14 +64,14 @@ def test_features_are_white_over_typical_descriptions(data, network):
 def test_nothing_but_the_reader_moves(data, network):
     """What writes factors is not asked, and stays as it was."""
     fixed = {name: value.clone() for name, value in network.state_dict().items() if not name.startswith(("reading", "middle", "spread"))}
-    train_reader("toy", network, data, _loop(), ContrastSettings(steps=3))
+    train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=3))
     assert all(torch.equal(network.state_dict()[name], value) for name, value in fixed.items())
     assert network.training  # augmentation and dropout work on, as before
 
 
 def test_shares_of_the_loop_change_nothing(data, network):
     """They bound the memory of steps through a base model; one process learns from wordings in one share."""
-    whole, cut = (_loop() for _ in range(2))
+    whole, cut = (quiet_loop() for _ in range(2))
     cut.shares = 2
     first = {name: value.clone() for name, value in network.state_dict().items()}
     train_reader("toy", network, data, whole, ContrastSettings(steps=2))

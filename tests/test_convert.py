@@ -5,19 +5,15 @@ import re
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 from typer.testing import CliRunner
 
-from lorag.base.runner import Runner
 from lorag.cli import main as cli
 from lorag.errors import ConfigError, FormatVersionError, GeneratorError, StorageError
 from lorag.files.artifacts import GENERATOR_FORMAT, read_json, write_manifest
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.convert import convert_generator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -43,15 +39,7 @@ CASES = {
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING[:8])
-    return prepare(
-        bank,
-        WordEmbedder(),
-        RunTasks(make_suite(TRAINING[:8])),
-        SplitRule(validation=0.25),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=8),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(make_suite(TRAINING[:8])), SplitRule(validation=0.25))
 
 
 def _as_it_was(method, tensors, shape, settings):
@@ -117,9 +105,8 @@ def test_a_converted_generator_makes_the_same_adapters(prepared, tmp_path, case)
     from lorag import LoraGenerator
 
     name, settings = CASES[case]
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
     method = method_type(name).with_settings(settings)
-    generator = fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
+    generator = fit_generator(prepared, method, quiet_loop(), rank=4, strength=1.0, origin={})
     _old(generator, tmp_path / "old")
     with pytest.raises(FormatVersionError, match="lorag convert"):
         LoraGenerator.from_pretrained(tmp_path / "old", embedder=WordEmbedder())
@@ -135,8 +122,9 @@ def test_a_converted_generator_makes_the_same_adapters(prepared, tmp_path, case)
 
 def test_what_cannot_be_converted_is_named(prepared, tmp_path):
     """A method that is gone, a folder in use, and tensors that do not fit: one line each, and nothing is written."""
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, method_type("mlp").with_settings({"steps": 1, "width": 8}), loop, rank=4, strength=1.0, origin={})
+    generator = fit_generator(
+        prepared, method_type("mlp").with_settings({"steps": 1, "width": 8}), quiet_loop(), rank=4, strength=1.0, origin={}
+    )
     _old(generator, tmp_path / "old")
     manifest, tensors = read_json(tmp_path / "old/generator.json"), load_tensors(tmp_path / "old/generator.safetensors")
 
@@ -165,8 +153,7 @@ def test_what_cannot_be_converted_is_named(prepared, tmp_path):
 
 def test_the_command(prepared, tmp_path):
     """`lorag convert` says what it wrote and what comes next."""
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    _old(fit_generator(prepared, method_type("mean")(), loop, rank=4, strength=1.0, origin={}), tmp_path / "old")
+    _old(fit_generator(prepared, method_type("mean")(), quiet_loop(), rank=4, strength=1.0, origin={}), tmp_path / "old")
     result = CliRunner().invoke(cli.app, ["convert", str(tmp_path / "old"), "--out", str(tmp_path / "new")])
     assert result.exit_code == 0 and "mean generator" in result.output and "next: lorag generate" in result.output
     assert read_json(tmp_path / "new/generator.json")["format"] == GENERATOR_FORMAT

@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type, students
 from lorag.methods.method import collate
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import KernelHead
 from lorag.networks.readers import Augmentation
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -25,21 +21,12 @@ TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(
-        bank,
-        WordEmbedder(),
-        RunTasks(make_suite(TRAINING)),
-        SplitRule(validation=0.15),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=8),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(make_suite(TRAINING)), SplitRule(validation=0.15))
 
 
 def _fit(prepared, count, **settings):
     method = method_type("house").with_settings({**SMALL, "ensemble": {**TAUGHT, "count": count}, **settings})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
+    return fit_generator(prepared, method, quiet_loop(), rank=4, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")

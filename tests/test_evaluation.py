@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import gauge
-from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, save_base
+from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, quiet_loop, save_base
 
 import lorag.evaluation.folders as folders
 from lorag.bank.bank import AdapterBank
@@ -22,7 +21,6 @@ from lorag.evaluation.tables import format_table
 from lorag.files.artifacts import write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
@@ -46,8 +44,7 @@ def world(tmp_path_factory, tiny_models, tokenizer):
 
 def _generator(bank, name, embedder=EMBEDDER):
     prepared = prepare(bank, embedder, space=SpaceChoice(k=24), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method_type(name)(), loop, rank=24, strength=1.0, origin={})
+    return fit_generator(prepared, method_type(name)(), quiet_loop(), rank=24, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")

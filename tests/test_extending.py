@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, prepare_toy, quiet_loop, save_base, true_adapter
 
 from lorag.adapters import formats
 from lorag.adapters.adapter import LoraAdapter
@@ -16,11 +15,10 @@ from lorag.base.runner import Runner
 from lorag.errors import AdapterError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import METHODS, method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SPACES, SpaceInputs, fit_space, open_space
 from lorag.spaces.weight_space import AdapterStream
 from lorag.tasks.suite import Task
-from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.preparation import SpaceChoice
 from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
@@ -46,9 +44,8 @@ def test_a_method_and_a_weight_space_by_one_line_each(tmp_path, base, monkeypatc
     monkeypatch.setitem(METHODS, median.name, median)
     monkeypatch.setitem(SPACES, updates.kind, updates)
     bank = make_bank(tmp_path / "bank", base, TRAINING[:5])
-    prepared = prepare(bank, WordEmbedder(), rule=SplitRule(validation=0.0), space=SpaceChoice("full_updates"), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, method_type("median").with_settings({}), loop, rank=16, strength=1.0, origin={})
+    prepared = prepare_toy(bank, rule=SplitRule(validation=0.0), space=SpaceChoice("full_updates"))
+    generator = fit_generator(prepared, method_type("median").with_settings({}), quiet_loop(), rank=16, strength=1.0, origin={})
     generator.save_pretrained(tmp_path / "generator")
     read = LoraGenerator.from_pretrained(tmp_path / "generator", embedder=WordEmbedder())
     adapter = read.generate("paint the red cat", on_unknown="ignore")

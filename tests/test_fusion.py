@@ -5,9 +5,20 @@ import logging
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import WORDS, gauge, stack_adapters
-from toy_world import COLOURS, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base, true_adapter
+from toy_world import (
+    COLOURS,
+    TRAINING,
+    WordEmbedder,
+    describe,
+    make_bank,
+    make_suite,
+    name_of,
+    prepare_toy,
+    quiet_loop,
+    save_base,
+    true_adapter,
+)
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.bank.bank import AdapterBank
@@ -19,13 +30,11 @@ from lorag.methods import method_type
 from lorag.methods.functional import code_losses
 from lorag.methods.fusion_stages import adapt, codes_of, draw_set
 from lorag.methods.support_examples import few_examples, learn_weights, shared_inputs, told_apart, warn_of_shared_inputs
-from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.vae import negative_elbo
 from lorag.networks.vae import FusionVae, added_directions, mean_direction, resolve_conflicts
 from lorag.tasks.suite import Example, TaskSuite
 from lorag.training import fuse as fusion
 from lorag.training.fuse import RULES, fuse, fuse_experts
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -58,21 +67,12 @@ def suite():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, base, suite):
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(
-        bank,
-        WordEmbedder(),
-        RunTasks(suite),
-        SplitRule(validation=0.1),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=20),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(suite), SplitRule(validation=0.1), k=20)
 
 
 def _fit(prepared, seed=0, **settings):
     method = method_type("icm_fusion").with_settings({**PLAIN, **settings})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=12, strength=1.0, origin={})
+    return fit_generator(prepared, method, quiet_loop(seed=seed), rank=12, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")

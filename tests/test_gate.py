@@ -7,8 +7,19 @@ import warnings
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import COLOURS, HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, save_base
+from toy_world import (
+    COLOURS,
+    HELD_OUT,
+    TRAINING,
+    WordEmbedder,
+    describe,
+    make_bank,
+    make_suite,
+    name_of,
+    prepare_toy,
+    quiet_loop,
+    save_base,
+)
 from typer.testing import CliRunner
 
 import lorag.generator.generate as generation_module
@@ -25,13 +36,11 @@ from lorag.generator.gate import Gate
 from lorag.generator.generate import generate_lora, open_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.text import vectors
 from lorag.text.conditioning import mixture_weights
 from lorag.training.calibrate import gap_closed_by
 from lorag.training.calibrate_gate import GateSettings, fit_gate
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, Split, SplitRule
 from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
@@ -62,14 +71,13 @@ def bank(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def prepared(bank):
-    return prepare(bank, EMBEDDER, rule=SplitRule(validation=0.3), space=SpaceChoice(k=16), quiet=True)
+    return prepare_toy(bank, rule=SplitRule(validation=0.3), k=16)
 
 
 @pytest.fixture(scope="module")
 def bare(prepared):
     """A ridge generator without a gate."""
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method_type("ridge")(), loop, rank=8, strength=1.0, origin={})
+    return fit_generator(prepared, method_type("ridge")(), quiet_loop(), rank=8, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +208,7 @@ def test_evidence_tells_more_than_the_nearest_expert(gated, gate):
 
 def test_samples_that_disagree_are_evidence(bare, prepared, gate):
     """A method that samples shows how far its samples lie apart; a deterministic one shows none."""
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    drawn = fit_generator(prepared, method_type("sg_mixture")(), loop, rank=8, strength=1.0, origin={})
+    drawn = fit_generator(prepared, method_type("sg_mixture")(), quiet_loop(), rank=8, strength=1.0, origin={})
     for generator, disagrees in ((drawn, True), (bare, False)):
         condition = generator.condition("paint the red dog")
         found = gather(generator, "paint the red dog", condition, reference=gate.reference)

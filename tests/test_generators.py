@@ -5,8 +5,20 @@ import inspect
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, name_of, other_form, save_base, true_adapter
+from toy_world import (
+    HELD_OUT,
+    TRAINING,
+    WordEmbedder,
+    describe,
+    make_bank,
+    make_suite,
+    name_of,
+    other_form,
+    prepare_toy,
+    quiet_loop,
+    save_base,
+    true_adapter,
+)
 
 from lorag.adapters.adapter import WEIGHTS
 from lorag.bank.bank import AdapterBank
@@ -24,7 +36,6 @@ from lorag.methods.regression import _left_out_error
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.text.conditioning import Conditioner, mixture
 from lorag.training.calibrate import tune_strength
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -68,18 +79,13 @@ BANK_METHODS = sorted(set(METHODS) - {"aligned"})  # which has a file of its own
 EMBEDDER = WordEmbedder()
 
 
-def _loop(folder=None, seed=0):
-    return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
-
-
 def _fit(prepared, name, seed=0, **settings):
     method = method_type(name).with_settings({**QUICK.get(name, {}), **settings})
-    return fit_generator(prepared, method, _loop(seed=seed), rank=8, strength=1.0, origin={})
+    return fit_generator(prepared, method, quiet_loop(seed=seed), rank=8, strength=1.0, origin={})
 
 
 def _prepare(bank, suite=None, **rule):
-    runner = None if suite is None else Runner.open(bank.base, "cpu")
-    return prepare(bank, EMBEDDER, RunTasks(suite), SplitRule(**rule), runner=runner, space=SpaceChoice(k=20), quiet=True)
+    return prepare_toy(bank, RunTasks(suite), SplitRule(**rule), k=20)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +321,7 @@ def test_strength_is_found_on_held_out_experts(prepared):
             return (guessed - wanted).square().flatten(1).mean(1).view(len(indices), -1).mean(1)
 
     method = Third()
-    method.fit(data, _loop())
+    method.fit(data, quiet_loop())
     assert tune_strength(method, data, Distance(model, space.layout, objective), torch.Generator()) == 3.0
     assert tune_strength(method, data, None, torch.Generator()) == 1.0
 
@@ -335,7 +341,7 @@ def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
     rows = [i % len(prepared.data.codes) for i in range(held)]
     data = dataclasses.replace(prepared.data, validation=rows)
     method = method_type("top_k")()
-    method.fit(prepared.data, _loop())
+    method.fit(prepared.data, quiet_loop())
     assert tune_strength(method, data, runner, torch.Generator()) == 0.5
     assert len({seed for _, seed in runner.seeds}) == draws
 
@@ -482,7 +488,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, tmp_path, monke
 
     def fit(folder):
         fresh = method_type("house").with_settings(method.values())
-        loop = _loop(folder)
+        loop = quiet_loop(folder)
         fresh.fit(prepared.data, loop, prepared.runner)
         loop.finish()
         return fresh.state().tensors
@@ -508,7 +514,7 @@ def test_a_stage_that_stopped_early_is_not_trained_further(tmp_path):
         seen = []
         torch.manual_seed(0)
         module = torch.nn.Linear(2, 1)
-        loop = _loop(folder)
+        loop = quiet_loop(folder)
 
         def validate(_):
             seen.append(None)

@@ -4,16 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
-from lorag.base.runner import Runner
 from lorag.errors import GeneratorError
 from lorag.methods import method_type
 from lorag.methods.functional import mean_loss
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.modules import ModuleNetwork
-from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.preparation import SpaceChoice
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -38,8 +35,7 @@ def _inputs(count):
 
 def _fit(prepared, **settings):
     method = method_type("hypernet").with_settings({**SMALL, **settings})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=8, strength=1.0, origin={}).method
+    return fit_generator(prepared, method, quiet_loop(), rank=8, strength=1.0, origin={}).method
 
 
 def _distances(method, data):
@@ -113,7 +109,7 @@ def test_descriptions_beside_it_do_not_change_a_code():
 @pytest.mark.parametrize("space", ["shared_subspace", "flat_factors"])
 def test_experts_are_learned_by_heart_in_both_weight_spaces(bank, space):
     """Equal parts in a shared subspace, unequal ones in flat factors: either way six experts are told apart and met."""
-    prepared = prepare(bank, EMBEDDER, rule=SplitRule(validation=0.0), space=SpaceChoice(space, k=12), quiet=True)
+    prepared = prepare_toy(bank, rule=SplitRule(validation=0.0), space=SpaceChoice(space, k=12))
     method = _fit(prepared, steps=250)
     assert method.shape["parts"] == prepared.space.parts
     assert len(method.network.heads) == len(set(prepared.space.parts)) == (1 if space == "shared_subspace" else 2)
@@ -122,15 +118,7 @@ def test_experts_are_learned_by_heart_in_both_weight_spaces(bank, space):
 
 def test_functional_steps_lower_the_loss_on_the_experts_tasks(bank):
     """With the same reconstruction, steps through the base model reach a lower loss; without examples they are refused."""
-    prepared = prepare(
-        bank,
-        EMBEDDER,
-        RunTasks(make_suite(TRAINING[:6])),
-        SplitRule(validation=0.0),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=12),
-        quiet=True,
-    )
+    prepared = prepare_toy(bank, RunTasks(make_suite(TRAINING[:6])), SplitRule(validation=0.0), k=12)
     data, losses = prepared.data, []
     for steps in (0, 15):
         functional = {"steps": steps, "tasks": 6, "examples": 2, "learning_rate": 3e-3}
@@ -146,7 +134,7 @@ def test_functional_steps_lower_the_loss_on_the_experts_tasks(bank):
 @pytest.mark.parametrize("parts", [None, 432, [144, 144], [0] * 6, [-1, 1], [72.0] * 6, [True] * 6, "words", [10**9] * 6], ids=str)
 def test_stored_lengths_that_do_not_fit_are_refused(bank, parts):
     """Missing, no list, another sum, empty or negative parts, no integers: GeneratorError, and never a strange network."""
-    prepared = prepare(bank, EMBEDDER, rule=SplitRule(validation=0.0), space=SpaceChoice(k=12), quiet=True)
+    prepared = prepare_toy(bank, rule=SplitRule(validation=0.0), k=12)
     method = _fit(prepared, steps=1)
     tensors, shape = method.state()
     del shape["parts"]

@@ -4,28 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
 from test_vae import CLEAR, EMBEDDER, ICM, _condition, _data
-from toy_world import HELD_OUT, TRAINING, describe
+from toy_world import HELD_OUT, TRAINING, describe, quiet_loop
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods import kernel as kernel_module
 from lorag.methods import method_type
 from lorag.methods.kernel import ExpertRegression, KernelSettings
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import ExpertKernel
 from lorag.spaces.principal_codes import PrincipalCodes
 
 SMALL = {"width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "steps": 150, **CLEAR}
 
 
-def _loop(folder=None, seed=0):
-    return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
-
-
 def _fit(data, **settings):
     method = method_type("kernel").with_settings({**SMALL, **settings})
-    method.fit(data, _loop())
+    method.fit(data, quiet_loop())
     return method
 
 
@@ -197,7 +191,7 @@ def test_it_comes_back_from_its_tensors(world, learned):
 @pytest.fixture(scope="module")
 def both(world):
     method = method_type("icm_lora").with_settings({**ICM, "kernel": SMALL, "temperature": 0.0})
-    method.fit(world, _loop())
+    method.fit(world, quiet_loop())
     return method
 
 
@@ -214,7 +208,7 @@ def test_the_vae_adds_to_the_regression(world, both):
 def test_the_vae_on_a_regression_predicts_unseen_combinations(world, both):
     """Not worse than the VAE alone."""
     alone = method_type("icm_lora").with_settings({**ICM, "temperature": 0.0})
-    alone.fit(world, _loop())
+    alone.fit(world, quiet_loop())
     right = _data(HELD_OUT).codes
 
     def error(method):
@@ -254,7 +248,7 @@ HOUSE |= {"functional": {"steps": 0}, "ensemble": {"count": 0}}
 
 def _house(data, **settings):
     method = method_type("house").with_settings({**HOUSE, **settings})
-    method.fit(data, _loop())
+    method.fit(data, quiet_loop())
     return method
 
 
@@ -269,7 +263,7 @@ def test_house_starts_from_what_the_regression_predicts(world):
     settings = KernelSettings(
         **{name: HOUSE[name] for name in ("width", "queries", "learning_rate", *CLEAR)}, features=96, groups=3, steps=150
     )
-    regression, mean = kernel_module.regress_codes("house", settings, world, _loop(), held=False)
+    regression, mean = kernel_module.regress_codes("house", settings, world, quiet_loop(), held=False)
     assert regression.indices.tolist() == list(world.training)
     for cell in HELD_OUT:
         condition = _condition(world, cell)

@@ -4,20 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import WORDS
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, save_base
+from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 from typer.testing import CliRunner
 
-from lorag.base.runner import Runner
 from lorag.cli.main import app
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, TaskError
 from lorag.generator.generate import generate_lora
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.text import vectors
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import add_pairs, fit_generator
 
@@ -30,21 +26,12 @@ PAIRS = {"steps": 600, "learning_rate": 3e-3, "batch": 32, "examples": 12}
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(
-        bank,
-        WordEmbedder(),
-        RunTasks(make_suite(TRAINING)),
-        SplitRule(validation=0.1),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=8),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(make_suite(TRAINING)), SplitRule(validation=0.1))
 
 
 def _fit(prepared, pairs, **origin):
     method = method_type("house").with_settings({**SMALL, **LENGTHS, "pairs": pairs})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin=origin)
+    return fit_generator(prepared, method, quiet_loop(), rank=4, strength=1.0, origin=origin)
 
 
 @pytest.fixture(scope="module")

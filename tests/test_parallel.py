@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import _TINY, word_tokenizer
 from fan_out_work import always_dies, deadly, square
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, save_base, true_adapter
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, quiet_loop, save_base, true_adapter
 
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank
@@ -27,7 +26,6 @@ from lorag.errors import ConfigError, DescriptionError, LoragError, MissingDepen
 from lorag.generator.generate import AdapterRequest, BatchSettings, open_generator, read_requests, write_adapters
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.parallel import Backend, FanOutError
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import SpaceChoice, prepare
@@ -78,8 +76,7 @@ def generator(tmp_path_factory, base):
 
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, CELLS)
     prepared = prepare(bank, SentenceEmbedder.from_pretrained(device="cpu"), space=SpaceChoice(k=8), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), True, Accelerator(cpu=True))
-    made = fit_generator(prepared, method_type("sg_mixture").with_settings({}), loop, rank=4, strength=1.0, origin={})
+    made = fit_generator(prepared, method_type("sg_mixture").with_settings({}), quiet_loop(), rank=4, strength=1.0, origin={})
     return made.save_pretrained(tmp_path_factory.mktemp("generator"))
 
 

@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
-from lorag.base.runner import Runner
 from lorag.errors import ConfigError
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.experts import ExpertAttention
 from lorag.tasks.derived import derive
 from lorag.tasks.suite import Example, Task, TaskSuite, connected
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
@@ -40,15 +36,12 @@ def _suite(sources=None, shared=()):
 
 
 def _prepare(bank, suite=None, without_expert=(), **rule):
-    runner = None if suite is None else Runner.open(bank.base, "cpu")
-    tasks = RunTasks(suite, without_expert)
-    return prepare(bank, WordEmbedder(), tasks, SplitRule(**rule), runner=runner, space=SpaceChoice(k=20), quiet=True)
+    return prepare_toy(bank, RunTasks(suite, without_expert), SplitRule(**rule), k=20)
 
 
 def _fit(prepared, name="house", **settings):
     method = method_type(name).with_settings({**(SMALL if name == "house" else {}), **settings})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=8, strength=1.0, origin={})
+    return fit_generator(prepared, method, quiet_loop(), rank=8, strength=1.0, origin={})
 
 
 def test_connected_groups_share_marks_through_others():
@@ -102,8 +95,7 @@ def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkey
     _fit(prepared, width=16, queries=2, layers=1, heads=2, hidden=16, steps=3)
     assert {8, 9, 10} <= set(drawn) <= set(range(11))
     for method, settings in (("ridge", {}), ("kernel", {"steps": 3}), ("icm_lora", {"steps": 3, "kernel": {"steps": 3}})):
-        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-        method_type(method).with_settings(settings).fit(data, loop)
+        method_type(method).with_settings(settings).fit(data, quiet_loop())
 
 
 def test_a_task_without_an_expert_is_held_out_with_its_group(bank):

@@ -5,12 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import WordEmbedder
+from toy_world import WordEmbedder, quiet_loop
 
 from lorag.methods.method import collate
 from lorag.methods.probing import ProbeSettings, train_probes
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.factor_network import Probes
 from lorag.spaces.activation_bases import ReadTexts
 from lorag.tasks.suite import Example, Task
@@ -53,10 +51,6 @@ def _aligned(data, start):
     return probes
 
 
-def _loop(folder=None):
-    return TrainingLoop(folder, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-
-
 def _separation(probes, data, read, numbers):
     """Mean share of pairs of texts in the right order, over tasks."""
     coordinates, place = torch.stack(list(read.coordinates), 1), {text: i for i, text in enumerate(read.texts)}
@@ -74,7 +68,7 @@ def test_words_that_no_task_had_are_told_apart_better(world):
     data, read, start = world
     probes = _aligned(data, start)
     before = _separation(probes, data, read, range(70, 80))
-    best = train_probes("toy", probes, data, read, _loop(), ProbeSettings(steps=200, learning_rate=5e-3, tasks=16))
+    best = train_probes("toy", probes, data, read, quiet_loop(), ProbeSettings(steps=200, learning_rate=5e-3, tasks=16))
     after = _separation(probes, data, read, range(70, 80))
     assert math.isfinite(best) and after > before + 0.03 and after > 0.8
 
@@ -85,8 +79,8 @@ def test_nothing_to_learn_from_leaves_them_as_they_are(world):
     probes = _aligned(data, start)
     untouched = {name: value.clone() for name, value in probes.state_dict().items()}
     random = SimpleNamespace(**{**vars(data), "training": [0, 1, 2]})
-    assert math.isnan(train_probes("toy", probes, data, read, _loop(), ProbeSettings(steps=0)))
-    assert math.isnan(train_probes("toy", probes, random, read, _loop(), ProbeSettings(steps=5, separation=1.01)))
+    assert math.isnan(train_probes("toy", probes, data, read, quiet_loop(), ProbeSettings(steps=0)))
+    assert math.isnan(train_probes("toy", probes, random, read, quiet_loop(), ProbeSettings(steps=5, separation=1.01)))
     assert all(torch.equal(value, untouched[name]) for name, value in probes.state_dict().items())
 
 
@@ -95,9 +89,9 @@ def test_an_interrupted_stage_goes_on(world, tmp_path):
     data, read, start = world
     settings = ProbeSettings(steps=120, learning_rate=5e-3, tasks=8)
     whole = _aligned(data, start)
-    train_probes("toy", whole, data, read, _loop(), settings)
+    train_probes("toy", whole, data, read, quiet_loop(), settings)
     halves = _aligned(data, start)
-    loop = _loop(tmp_path)
+    loop = quiet_loop(tmp_path)
 
     class Stop(Exception):
         pass
@@ -116,5 +110,5 @@ def test_an_interrupted_stage_goes_on(world, tmp_path):
     with pytest.raises(Stop):
         train_probes("toy", halves, data, read, loop, settings)
     again = _aligned(data, start)
-    train_probes("toy", again, data, read, _loop(tmp_path), settings)
+    train_probes("toy", again, data, read, quiet_loop(tmp_path), settings)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))

@@ -17,16 +17,14 @@ from accelerate import Accelerator
 from conftest import _TINY, word_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, make_bank, make_suite, prepare_toy, save_base
 
 from lorag.bank.bank import AdapterBank
-from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.errors import ConfigError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import Batch, LoopSettings, Shares, TrainingLoop
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, train
 
@@ -81,14 +79,7 @@ def learn(prepared, folder, *, stop=None, settings=QUIET, method="house", **more
 def prepared_in(folder):
     """The toy world that the tests have written."""
     bank = AdapterBank.from_pretrained(folder / "bank")
-    return prepare(
-        bank,
-        WordEmbedder(),
-        RunTasks(make_suite(CELLS)),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=6),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(make_suite(CELLS)), k=6)
 
 
 RUNS = {"plain": {}, "noisy": {"settings": {}}, "four": {"settings": {}, "shares": 4}, "bf16": {"mixed_precision": "bf16"}}

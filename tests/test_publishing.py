@@ -16,7 +16,7 @@ from conftest import WORDS  # noqa: F401 - the conftest sets the offline environ
 from hub_standin import TOKEN
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, save_base
+from toy_world import TRAINING, WordEmbedder, describe, make_bank, name_of, prepare_toy, quiet_loop, save_base
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.provenance import UNKNOWN, derive, known_licence, parents, public_name
@@ -29,8 +29,6 @@ from lorag.errors import ArtifactError, BaseModelError, StorageError
 from lorag.files import hub
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import _licences, fit_generator
 
 CELLS = TRAINING[:6]
@@ -60,11 +58,10 @@ def hosted(tmp_path_factory, toy):
 @pytest.fixture(scope="module")
 def fitted(toy):
     """Generators of the toy bank by method."""
-    prepared = prepare(toy, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
+    prepared = prepare_toy(toy, k=16)
 
     def fit(method):
-        loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
-        return fit_generator(prepared, method_type(method)(), loop, rank=8, strength=1.0, origin={})
+        return fit_generator(prepared, method_type(method)(), quiet_loop(), rank=8, strength=1.0, origin={})
 
     return fit
 
@@ -310,9 +307,8 @@ def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
     """It generates the same bytes; of a training folder only the generator is published."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BankBase, "check", lambda self: None)  # toys/base-lm is on no hub
-        made = prepare(hosted, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True)
-    generator = fit_generator(made, method_type("ridge")(), loop, rank=8, strength=1.0, origin={})
+        made = prepare_toy(hosted, k=16)
+    generator = fit_generator(made, method_type("ridge")(), quiet_loop(), rank=8, strength=1.0, origin={})
     generator.push_to_hub("me/generator")
     assert set(standin.files("me/generator")) == {"generator.json", "generator.safetensors", CARD}
     back = LoraGenerator.from_pretrained("me/generator", embedder=WordEmbedder())

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
 from conftest import Allocations
-from toy_world import TRAINING, WordEmbedder, make_bank, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, prepare_toy, quiet_loop, save_base
 
 from lorag.adapters.spans import Span
 from lorag.base.layout import LoraLayout, ModulePlace
@@ -18,10 +17,8 @@ from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.networks.modules import ModuleDecoder
 from lorag.spaces import FlatFactors, SharedSubspace, open_space
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 CONFIGS = Path(__file__).parent / "base_configs"
@@ -137,15 +134,14 @@ def test_parts_are_in_the_layout_s_order_and_start_at_the_mean():
 def prepared(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
-    return prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True)
+    return prepare_toy(bank)
 
 
 def _fit(prepared, **settings):
     small = {"functional": {"steps": 0}, "steps": 40, "width": 32, "queries": 2, "hidden": 32, "decoder_width": 32, "decoder_blocks": 1}
     small |= {"ensemble": {"count": 1, "steps": 4}, "kernel_steps": 4}
     method = method_type("house").with_settings({**small, "noise": 0.0, "word_dropout": 0.0, "dropout": 0.0, **settings})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=4, strength=1.0, origin={})
+    return fit_generator(prepared, method, quiet_loop(), rank=4, strength=1.0, origin={})
 
 
 def _adapters_equal(one, other):

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import stack_adapters
-from toy_world import WordEmbedder, describe, make_bank, make_suite, save_base
+from toy_world import describe, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
 from lorag.adapters.factors import Factors
 from lorag.bank.experts import ExpertConfig, train_group
@@ -16,9 +15,7 @@ from lorag.errors import TaskError
 from lorag.evaluation.reproduction import delta_error
 from lorag.generator.refine import check_examples, refine, refine_tasks
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
@@ -205,9 +202,8 @@ def test_a_generator_refines_what_it_generates(world, tmp_path):
     """generate(examples=..., refine_steps=K): the answer gets likelier, and the adapter says how it came about."""
     base, runner, tasks, _ = world
     bank = make_bank(tmp_path / "bank", base, CELLS)
-    prepared = prepare(bank, WordEmbedder(), rule=SplitRule(validation=0.0), space=SpaceChoice(k=12), quiet=True)
-    loop = TrainingLoop(None, torch.Generator(), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, method_type("mean")(), loop, rank=6, strength=1.0, origin={})
+    prepared = prepare_toy(bank, rule=SplitRule(validation=0.0), k=12)
+    generator = fit_generator(prepared, method_type("mean")(), quiet_loop(), rank=6, strength=1.0, origin={})
     text, pairs = describe(*CELLS[0])[0], _pairs(tasks[0], 16)
     plain, given, refined = (
         generator.generate(text, **more) for more in ({}, {"examples": pairs}, {"examples": pairs, "refine_steps": 20})

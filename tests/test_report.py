@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import HELD_OUT, TRAINING, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
 from lorag.cli import main as cli
 from lorag.errors import MissingDependencyError
@@ -26,8 +25,6 @@ from lorag.generator.calibration import Logistic, risk_coverage
 from lorag.generator.evidence import FEATURES, Reference
 from lorag.generator.gate import Gate
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 HOSTILE = "<script>alert(1)</script> \"'&amp; $\\frac{ ${x} {{y}}\n\u202e\x1b[2J" + "long " * 40
@@ -282,9 +279,8 @@ def ladder(tmp_path_factory, tiny_models, tokenizer):
     base = save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
     oracles = make_bank(tmp_path_factory.mktemp("oracles"), base, HELD_OUT)
-    prepared = prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    made = [fit_generator(prepared, method_type(name)(), loop, rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
+    prepared = prepare_toy(bank)
+    made = [fit_generator(prepared, method_type(name)(), quiet_loop(), rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
     made[1].gate = _gate(made[1], prepared.data.codes)
     folder = tmp_path_factory.mktemp("generator")
     rows = [{"stage": "fit", "step": step, "loss": 1 / step, "validation": 2 / step if step == 20 else None} for step in (10, 20)]

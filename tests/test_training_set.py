@@ -4,18 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
-from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import METHODS, method_type
 from lorag.methods.functional import evenly, mean_loss
-from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import TaskSuite
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import TrainConfig, fit_generator
 
@@ -39,15 +35,7 @@ def whole(bank):
     """Eight experts and eight more tasks; a quarter of each is held out."""
     suite = make_suite(TRAINING[:16])
     more = TaskSuite(list(suite)[8:])
-    return prepare(
-        bank,
-        EMBEDDER,
-        RunTasks(suite, without_expert=more),
-        SplitRule(validation=0.25),
-        runner=Runner.open(bank.base, "cpu"),
-        space=SpaceChoice(k=12),
-        quiet=True,
-    )
+    return prepare_toy(bank, RunTasks(suite, without_expert=more), SplitRule(validation=0.25), k=12)
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +45,12 @@ def bare(tmp_path_factory, base, whole):
 
     suite = make_suite(TRAINING[:8])
     empty = AdapterBank.create(tmp_path_factory.mktemp("empty"), base)
-    return prepare(
-        empty,
-        EMBEDDER,
-        RunTasks(suite, without_expert=suite),
-        SplitRule(validation=0.25),
-        runner=Runner.open(empty.base, "cpu"),
-        space=whole.space,
-        quiet=True,
-    )
+    return prepare_toy(empty, RunTasks(suite, without_expert=suite), SplitRule(validation=0.25), whole.space)
 
 
 def _fit(prepared, name, **settings):
     method = method_type(name).with_settings(settings)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return fit_generator(prepared, method, loop, rank=4, strength=None, origin={})
+    return fit_generator(prepared, method, quiet_loop(), rank=4, strength=None, origin={})
 
 
 def test_tasks_without_an_expert_are_held_out_alike(whole):
@@ -96,7 +75,7 @@ def test_early_stopping_looks_at_tasks_without_an_expert(whole, monkeypatch):
     monkeypatch.setattr(whole.runner, "losses", watched)
     method_type("multitask").with_settings({"steps": 4, "tasks": 16, "batch": 1}).fit(
         whole.data,
-        TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True)),
+        quiet_loop(),
         whole.runner,
     )
     assert seen["validation"] == set(whole.data.validation) and seen["training"] <= set(whole.data.training)

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 from torch import nn
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of
+from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of, quiet_loop
 
 from benchmarks.sg_controls import SgRescaled, SgRidge
 from lorag.cli.info import describe_path
@@ -87,13 +86,9 @@ def _data(cells, held=0, **changes):
     return TrainingSet(**{**values, **changes})
 
 
-def _loop(folder=None):
-    return TrainingLoop(folder, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-
-
 def _fit(name, data, runner=None, **settings):
     method = method_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings})
-    method.fit(data, _loop(), runner or _Vectors(data.codes))
+    method.fit(data, quiet_loop(), runner or _Vectors(data.codes))
     return method
 
 
@@ -327,7 +322,7 @@ def test_sg_ridge_maps_the_merge_without_the_expert_itself():
     data = _data(cells, codes=codes, embeddings=embeddings, conditioner=conditioner)
     ridge, merge = (method.with_settings({"top": 1}) for method in (SgRidge, method_type("top_k")))
     for method in (ridge, merge):
-        method.fit(data, _loop())
+        method.fit(data, quiet_loop())
     for index in (0, 7, 23):
         alone = conditioner(embeddings[index][0], masked=torch.arange(len(embeddings)) == index)
         assert (_made(ridge, alone)[0] - codes[index]).norm() < 0.3 * codes[index].norm()
@@ -338,7 +333,7 @@ def test_a_rescaled_merge_has_the_experts_length(world):
     """Its distance from the adapter that changes nothing is the experts' mean one, in the direction of the merge."""
     rescaled, merge = SgRescaled(), method_type("top_k")()
     for method in (rescaled, merge):
-        method.fit(world, _loop())
+        method.fit(world, quiet_loop())
     made, merged = (_made(method, _condition(world, HELD_OUT[0]))[0] - world.space.zero for method in (rescaled, merge))
     assert made.norm().item() == pytest.approx((world.codes - world.space.zero).norm(dim=1).mean().item(), rel=1e-4)
     assert nn.functional.cosine_similarity(made, merged, dim=0) > 0.9999 and made.norm() > 1.05 * merged.norm()
@@ -618,7 +613,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tm
 
         monkeypatch.setattr(TrainingLoop, "run", changed)
         fresh = method_type(name).with_settings(method.values())
-        fresh.fit(world, _loop(folder))
+        fresh.fit(world, quiet_loop(folder))
         return fresh.state().tensors
 
     whole = fit(tmp_path / "whole")

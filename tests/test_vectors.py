@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
 from test_import import BASE, LAYOUT
+from toy_world import quiet_loop
 
 from lorag import generate_lora
 from lorag.adapters.adapter import LoraAdapter
@@ -13,7 +13,6 @@ from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.errors import ConfigError, DescriptionError
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
 from lorag.text.embedding import SentenceEmbedder
 from lorag.text.vectors import VectorEmbedder, open_embedder, reads_vectors, vector_text
 from lorag.training.preparation import SpaceChoice, prepare
@@ -43,8 +42,7 @@ def folder(tmp_path_factory):
     bank = AdapterBank.create(tmp_path_factory.mktemp("profiles") / "bank", dataclasses.replace(BASE, identity="revision:main"))
     bank = bank.add([(f"reader-{n}", [vector_text(_profile(n))], [_adapter(_profile(n))]) for n in range(40)])
     prepared = prepare(bank, VectorEmbedder(LENGTH), rule=SplitRule(validation=0.1), space=SpaceChoice(k=6), quiet=True)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    generator = fit_generator(prepared, method_type("ridge").with_settings({}), loop, rank=LENGTH, strength=1.0, origin={})
+    generator = fit_generator(prepared, method_type("ridge").with_settings({}), quiet_loop(), rank=LENGTH, strength=1.0, origin={})
     return generator.save_pretrained(tmp_path_factory.mktemp("generator"))
 
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import stack_adapters
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
@@ -21,12 +20,11 @@ from lorag.errors import ConfigError, GeneratorError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.functional import FunctionalSettings, train_functionally
-from lorag.methods.training_loop import TrainingLoop
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.tasks.suite import TaskSuite
 from lorag.text import vectors
 from lorag.training import calibrate_gate
-from lorag.training.preparation import SpaceChoice, prepare
+from lorag.training.preparation import SpaceChoice
 from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, add_gate, fit_generator, train
 
@@ -144,18 +142,14 @@ def test_a_stored_space_that_does_not_fit_is_refused(space):
 
 def _fitted(base, tmp_path, steps):
     empty = AdapterBank(tmp_path, base, ())
-    prepared = prepare(
+    prepared = prepare_toy(
         empty,
-        WordEmbedder(),
         RunTasks(make_suite(TRAINING), without_expert=make_suite(TRAINING[:14]), held_out=make_suite(TRAINING[14:])),
-        runner=Runner.open(empty.base, "cpu"),
         space=SpaceChoice("activation_bases", k=12, rank=3),
-        quiet=True,
     )
     functional = {"steps": steps, "tasks": 8, "examples": 2, "learning_rate": 0.01, "validate_every": 20}
     method = method_type("aligned").with_settings({**SMALL, "functional": functional})
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    return prepared, fit_generator(prepared, method, loop, rank=3, strength=1.0, origin={})
+    return prepared, fit_generator(prepared, method, quiet_loop(), rank=3, strength=1.0, origin={})
 
 
 def test_it_learns_from_examples_alone(base, tmp_path, runner):
@@ -196,7 +190,7 @@ def test_balance_draws_small_sources_as_often_as_large_ones(base, tmp_path, bala
             return sum(one.flatten(1).mean(1) for pair in factors.values() for one in pair)
 
     network = torch.nn.Linear(1, prepared.data.space.size)
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    loop = quiet_loop()
     data = replace(prepared.data, tasks=tasks, validation=())
     settings = FunctionalSettings(steps=300, tasks=1, examples=1, focus=0.0, balance=balance)
     train_functionally("counted", network, lambda rows, _: network(torch.ones(len(rows), 1)), data, loop, settings, Counting())
@@ -206,12 +200,9 @@ def test_balance_draws_small_sources_as_often_as_large_ones(base, tmp_path, bala
 def test_it_says_what_it_needs(base, tmp_path):
     """Another space, or a bank beside a base, is refused before time is spent."""
     bank = make_bank(tmp_path / "bank", base, TRAINING[:8])
-    prepared = prepare(
-        bank, WordEmbedder(), RunTasks(make_suite(TRAINING[:8])), runner=Runner.open(bank.base, "cpu"), space=SpaceChoice(k=12), quiet=True
-    )
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
+    prepared = prepare_toy(bank, RunTasks(make_suite(TRAINING[:8])), k=12)
     with pytest.raises(GeneratorError, match="needs bases of activations"):
-        method_type("aligned").with_settings(SMALL).fit(prepared.data, loop, prepared.runner)
+        method_type("aligned").with_settings(SMALL).fit(prepared.data, quiet_loop(), prepared.runner)
     with pytest.raises(ConfigError, match="bank and base cannot both"):
         train(TrainConfig(bank=str(bank.folder), base="sandbox-lm", out=str(tmp_path / "out")), quiet=True)
 

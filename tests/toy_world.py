@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from conftest import WORDS, gauge
 
 from lorag.adapters.adapter import LoraAdapter
@@ -11,8 +12,11 @@ from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
+from lorag.base.runner import Runner
+from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task, TaskSuite
 from lorag.text.embedding import Embedding
+from lorag.training.preparation import Prepared, SpaceChoice, prepare
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
 ANIMALS = ("cat", "dog", "bird", "fish", "horse")
@@ -101,3 +105,14 @@ def make_suite(cells, train=24, test=6) -> TaskSuite:
         rows = tuple(Example(text, answer, "train" if i < train else "test") for i, text in enumerate(texts))
         tasks.append(Task(name_of(colour, animal), "toy", tuple(describe(colour, animal)), None, "MIT", "made", rows))
     return TaskSuite(tasks)
+
+
+def prepare_toy(bank, tasks=None, rule=None, space=None, k=8) -> Prepared:
+    """A bank made ready for fitting, with the base model where there are tasks with examples."""
+    runner = None if tasks is None or tasks.suite is None else Runner.open(bank.base, "cpu")
+    return prepare(bank, WordEmbedder(), tasks, rule, runner=runner, space=space or SpaceChoice(k=k), quiet=True)
+
+
+def quiet_loop(folder=None, seed=0) -> TrainingLoop:
+    """A loop on the CPU that shows nothing."""
+    return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))

@@ -1,14 +1,10 @@
 """What the tests of the page share: toy generators, and a gate that knows no robots."""
 
-import torch
-from accelerate import Accelerator
-from toy_world import TRAINING, WordEmbedder, make_bank, save_base
+from toy_world import TRAINING, make_bank, prepare_toy, quiet_loop, save_base
 
 from lorag.base.runner import BankBase
 from lorag.generator.gate import Verdict
 from lorag.methods import method_type
-from lorag.methods.training_loop import TrainingLoop
-from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
 SAMPLED = {"steps": 20, "width": 32, "latent": 8}
@@ -30,8 +26,7 @@ class Picky:
 
 def fit(prepared, name, **settings):
     """A generator of the toy bank, with that gate."""
-    loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet=True, accelerator=Accelerator(cpu=True))
-    made = fit_generator(prepared, method_type(name).with_settings(settings), loop, rank=8, strength=1.0, origin={})
+    made = fit_generator(prepared, method_type(name).with_settings(settings), quiet_loop(), rank=8, strength=1.0, origin={})
     made.gate = Picky()
     return made
 
@@ -39,7 +34,7 @@ def fit(prepared, name, **settings):
 def toy_generators(folder, tiny, tokenizer):
     """Two of one base model, of which only the second samples."""
     bank = make_bank(folder / "bank", save_base(folder / "base", tiny, tokenizer), TRAINING)
-    prepared = prepare(bank, WordEmbedder(), space=SpaceChoice(k=16), quiet=True)
+    prepared = prepare_toy(bank, k=16)
     return {"ridge": fit(prepared, "ridge"), "sg_lora": fit(prepared, "sg_lora", **SAMPLED)}
 
 
@@ -49,4 +44,4 @@ def encoder_generator(folder, tiny, tokenizer):
     model = type(causal.model)(causal.model.name, "encoder")
     base = BankBase(model, model.identity(), causal.layout, "label_matching", {"max_length": 32})
     bank = make_bank(folder / "bank", base, TRAINING[:6])
-    return fit(prepare(bank, WordEmbedder(), space=SpaceChoice(k=8), quiet=True), "ridge")
+    return fit(prepare_toy(bank), "ridge")

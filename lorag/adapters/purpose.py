@@ -54,35 +54,6 @@ _MADE = re.compile(
     r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
     re.I,
 )
-_LICENCE = re.compile(r"^licen[sc]e:[ \t]*[\"']?([\w.+-]{1,60})[\"']?[ \t]*$", re.M)
-_HEADING = re.compile(r"^(#{1,6})[ \t]+(.*?)[ \t#]*$|^([^\n]+)\n(?:=+|-{3,})[ \t]*$", re.M)
-# Han, kana, Thai, Lao, Tibetan, Burmese and Khmer.
-_JOINED = re.compile(
-    "[\u0e01-\u0e5b\u0e81-\u0edf\u0f00-\u0fda\u1000-\u109f\u1780-\u17f9\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
-)
-_TELLING = re.compile(
-    r"description|summary|overview|about|task|purpose|intended|\buses?\b|direct use|what (it|this)"
-    r"|概要|説明|用途|目的|タスク|使い方|简介|介绍|描述|说明|任务|簡介|介紹|說明|任務|คำอธิบาย|รายละเอียด|การใช้งาน|설명|개요|용도|описание|назначение"
-    r"|beschreibung|aufgabe|verwendung|descripción|descrição|tarea|tarefa|uso\b|usage prévu|tâche",
-    re.I,
-)
-_NO_TEXT = re.compile(r"^\s*([-*+>|]|\d+[.)]\s|!\[|\[!\[|</?\w)")
-# What templates and trainers write into every card; matched against the start of a sentence. A sentence of `_MADE` counts all the same
-# if it goes on with what the model does: in words of `_DOES`, or behind a colon or dash in any but the tools' own.
-_MADE = re.compile(
-    r"this (model|adapter) is a (lora )?fine-?tuned (version|adapter)? ?(of|from)\b"
-    r"|(this|the|these) [\w.\- ]{0,40}?(model|adapter|lora|checkpoint|weights)( \S+/\S+)? (was|were|has been|is) (further )?"
-    r"(fine-?tuned|trained|extracted|merged|converted|quantised|quantized|created|made|uploaded|built|generated)"
-    r"( and (converted|quantised|quantized|exported|merged|saved|uploaded))?"
-    r" (\d|from|with|using|on top|by|via|in|on (the )?\S+ (dataset|data)\b|for \d|to \S+ format)"
-    r"|(it|this) (was|has been) (trained|extracted|merged|converted|created|made|built) (with|using|by|from|via|on \S+ using|\d)"
-    r"|this is a (lora|qlora|peft|merge|merged|quanti[sz]ed)\b.{0,60}(extracted|merged|created|trained|converted)\b"
-    r"|(fine-?tuned|trained|made|built|created|merged|generated|powered) (with|using|by|via|from)\b"
-    r"|these are .{0,80}\bweights\b|\w+ (adapters?|weights) (for|of) \S+ (trained|fine-?tuned|made) (with|using|by|on|via) "
-    r"|this (model|adapter) can be (used|loaded)\b|developed by\b"
-    r"|本模型(是|基于).{0,60}微调|(この|本)モデルは.{0,80}(ファインチューニング|微調整|追加学習|学習|変換)(した|された)(もの|モデル)",
-    re.I,
-)
 _DOES = re.compile(
     r"\b(?:to (?!(?:use|load|run|be|get|the|a|an|this|their|its|learn|see|save)\b)[a-z]{3,} (?!format)"
     r"|(?:that|which) (?!(?:was|were|is|are|has|have|had|can|you|we|i)\b)[a-z]{3,}"

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertRegression", "Kernel", "KernelSettings", "can_regress", "regress_codes"]
 
-_DESCRIPTIONS = 16  # of an expert, over which its features are averaged
 _WORDINGS = 8  # of each held-out task, that validation reads
 _AT_ONCE = 256
 
@@ -142,9 +141,9 @@ class ExpertRegression:
 
     @classmethod
     def of(
-        cls, kernel: ExpertKernel, values: Tensor, data: TrainingSet, rows: Sequence[int], descriptions: int = _DESCRIPTIONS
+        cls, kernel: ExpertKernel, values: Tensor, data: TrainingSet, rows: Sequence[int], descriptions: int | None = None
     ) -> ExpertRegression:
-        """The regression on the experts at some rows of a bank, whose values (n, p) are given."""
+        """The regression on the experts at some rows of a bank, whose values (n, p) are given; of their first descriptions alone, if so."""
         features = _features(kernel, data, rows, descriptions)
         return cls(kernel, torch.tensor(list(rows)), features, values[list(rows)].to(features))
 
@@ -152,7 +151,7 @@ class ExpertRegression:
         """The regression of given values (n, p) on these experts and those at some more rows of the bank."""
         features = self.features
         if rows:
-            features = torch.cat([features, _features(self.kernel, data, rows, _DESCRIPTIONS)])
+            features = torch.cat([features, _features(self.kernel, data, rows)])
         indices, order = torch.cat([self.indices, torch.tensor(list(rows), dtype=torch.int64)]).sort()
         return ExpertRegression(self.kernel, indices, features[order.to(features.device)], values[indices.to(values.device)].to(features))
 
@@ -275,9 +274,9 @@ def _others(data: TrainingSet, drawn: Sequence[int], asked: Sequence[int]) -> li
     return [i for i in drawn if not masked[i]]
 
 
-def _features(kernel: ExpertKernel, data: TrainingSet, rows: Sequence[int], descriptions: int) -> Tensor:
+def _features(kernel: ExpertKernel, data: TrainingSet, rows: Sequence[int], descriptions: int | None = None) -> Tensor:
     """Features (l, f) of the experts at some rows of a bank, each the mean over its first descriptions."""
-    texts = [data.embeddings[i][:descriptions] for i in rows]
+    texts = [data.averaged(i)[:descriptions] for i in rows]
     flat = [one for texts_of_one in texts for one in texts_of_one]
     with torch.no_grad():
         parts = [_read(kernel, flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE)]

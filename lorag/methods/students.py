@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EnsembleSettings", "PairSettings", "teach_ensemble", "teach_pairs"]
 
-_DESCRIPTIONS = 16  # of a task, over which the teacher's features are averaged
 _COUNTS = (1, 1, 2, 4, 8, 16)  # pairs of a task in a step, each as likely
 _VALIDATED = (1, 4)  # pairs of a held-out task that validation reads
 
@@ -173,7 +172,7 @@ class _Teacher:
         self.device, self.loop, self.data = loop.accelerator.device, loop, data
         network.to(self.device).requires_grad_(False).eval()
         self.training = torch.tensor(list(data.training))
-        self.targets = {i: mean_features(network, data.embeddings[i][:_DESCRIPTIONS]) for i in (*data.training, *data.validation)}
+        self.targets = {i: mean_features(network, data.averaged(i)) for i in (*data.training, *data.validation)}
         self.apart = distance_of_codes(network.head)
 
     def draw(self, count: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class TrainingSet:
         alignment: For a space of activation bases, the map (g, e, k) from embeddings to its input directions; None for others.
     """
 
+    AVERAGED: ClassVar[int] = 16
+
     space: WeightSpace
     codes: Tensor
     deviations: Tensor
@@ -55,6 +57,10 @@ class TrainingSet:
     def embedding_size(self) -> int:
         """Length e of the vectors of descriptions."""
         return self.embeddings[0][0].pooled.shape[-1]
+
+    def averaged(self, task: int) -> Sequence[Embedding]:
+        """The descriptions of a task over which what is read of it is averaged: its first `AVERAGED`."""
+        return self.embeddings[task][: self.AVERAGED]
 
     @property
     def training_experts(self) -> list[int]:

@@ -21,7 +21,7 @@ from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.metrics import Metrics
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import Method, method_type
+from lorag.methods import Method, TrainingSet, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
 from lorag.tasks.unknown import read_unknown
 from lorag.text.vectors import open_embedder, reads_vectors
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 # What a run that goes on from a generator takes from it, and what is each run's own.
 _KEPT = ("bank", "base", "kind", "objective", "objective_settings", "target_modules", "method", "embedder", "space", "k", "rank")
 _OF_A_RUN = {"out", "start", "seed", "device", "settings", "trackers"}
-_TAUGHT = 16  # descriptions of each task from whose features a reader of examples learns
 
 
 @dataclass
@@ -349,7 +348,7 @@ def add_pairs(
         SplitRule.stated(config),
         runner=Runner.open(generator.base, device),
         space=generator.space,
-        wordings=_TAUGHT,
+        wordings=TrainingSet.AVERAGED,
         quiet=quiet,
     )
     generator.method.learn_pairs(prepared.data, TrainingLoop(None, torch.Generator().manual_seed(seed), quiet), prepared.runner, steps)
