@@ -268,11 +268,7 @@ def merge(
         sizes = [adapter.factors.norm() for adapter in adapters]
         order = sorted(range(len(adapters)), key=lambda index: sizes[index])
         adapters, shares = [adapters[index] for index in order], shares[order]
-    ranks = [adapter.rank for adapter in adapters]
-    wanted = (max(ranks) if rule.narrow else sum(ranks)) if rank is None else rank
-    if wanted < 1:
-        raise AdapterError("rank cannot be used", got=rank, expected="1 or more")
-    wanted = min(wanted, max(min(module.in_features, module.out_features) for module in layout.modules))
+    wanted = _rank(adapters, rule, rank)
     tensors, kept, whole = {}, 0.0, 0.0
     for index, module in enumerate(layout.modules):
         pairs = [adapter.factors.pair(module.name, torch.float64) for adapter in adapters]
@@ -300,6 +296,15 @@ def _settings(method: str, rule: _Rule, given: Mapping[str, float]) -> dict[str,
         if not low <= value <= high:
             raise AdapterError(f"{name} cannot be used", got=value, expected=f"a number from {low} to {high}")
     return values
+
+
+def _rank(adapters: Sequence[LoraAdapter], rule: _Rule, given: int | None) -> int:
+    """Largest rank of the result; no module can have more than its smaller side."""
+    ranks = [adapter.rank for adapter in adapters]
+    wanted = (max(ranks) if rule.narrow else sum(ranks)) if given is None else given
+    if wanted < 1:
+        raise AdapterError("rank cannot be used", got=given, expected="1 or more")
+    return min(wanted, max(min(module.in_features, module.out_features) for module in adapters[0].layout.modules))
 
 
 def _weights(adapters: Sequence[LoraAdapter], rule: _Rule, given: Sequence[float] | Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,29 +95,21 @@ def build_bank(
         quiet: No progress bar.
     """
     check_trackers(trackers)
-    if not config.ranks or config.steps < 1 or config.group < 1 or config.batch < 1 or config.checkpoints < 1:
-        raise ConfigError("experts: ranks, steps, group, batch and checkpoints must be positive")
-    targets = config.target_modules
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
-        raise ConfigError("experts.target_modules cannot be used", got=repr(targets)[:80], expected="a list of names, or one expression")
+    _check(config)
     backend = Backend() if backend is None else backend
     afar = backend.name != "local"
     if afar and base.remote_code:
         raise ConfigError("a base model with code of its own is run on this machine alone", got=base.name, remedy="Use --backend local.")
-    order = _Order(BankBase.of(base, objective_name, settings, targets, config.layers), config, device, dtype)
+    order = _Order(BankBase.of(base, objective_name, settings, config.target_modules, config.layers), config, device, dtype)
     runner = None if afar else order.open()
     bank = AdapterBank.create(folder, order.base)
     tasks = list(suite)
     random.Random(config.seed).shuffle(tasks)
-    groups = [tasks[i : i + config.group] for i in range(0, len(tasks), config.group)]
+    groups = _groups(tasks, config)
     finished = sum(task.key in bank for task in tasks)
     if finished:
         logger.info("%s: %d of %d experts are there; going on with the others", folder, finished, len(tasks))
-    left = [
-        _Group(number, config.ranks[number % len(config.ranks)], [t for t in group if t.key not in bank])
-        for number, group in enumerate(groups)
-    ]
-    left = [group for group in left if group.tasks]
+    left = [rest for group in groups if (rest := group.without(bank)).tasks]
     done, metrics = (len(groups) - len(left)) * config.steps, Metrics(Path(folder), trackers, {"experts": asdict(config)})
     with metrics, progress_bar(total=len(groups) * config.steps, initial=done, desc="experts", disable=quiet) as bar:
         trained: Iterable[tuple[_Group, _Trained]]
@@ -130,21 +122,39 @@ def build_bank(
                 metrics.record("experts", group.number * config.steps + step, loss=loss)
             if afar:
                 bar.update(config.steps)
-            details = {
-                task.key: {"suite": task.suite, "license": task.license, "score": score, "examples": len(task.split("train"))}
-                for task, score in zip(group.tasks, result.scores, strict=True)
-            }
-            bank = bank.add(
-                [(task.key, task.descriptions, checkpoints) for task, checkpoints in zip(group.tasks, result.checkpoints, strict=True)],
-                precision=config.precision,
-                details=details,
-            )
-            measured = [score for score in result.scores if score is not None]
-            score = sum(measured) / len(measured) if measured else None
+            bank = _with_group(bank, group, result, config.precision)
+            score = result.mean_score
             metrics.record("groups", group.number + 1, score=score, rank=group.rank, experts=len(group.tasks))
             if score is not None and not quiet:
                 bar.write(f"group {group.number + 1} of {len(groups)}: rank {group.rank}, mean score {score:.3f}")
     return _in_order(bank, [task.key for task in tasks]) if afar else bank
+
+
+def _check(config: ExpertConfig) -> None:
+    if not config.ranks or config.steps < 1 or config.group < 1 or config.batch < 1 or config.checkpoints < 1:
+        raise ConfigError("experts: ranks, steps, group, batch and checkpoints must be positive")
+    targets = config.target_modules
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        raise ConfigError("experts.target_modules cannot be used", got=repr(targets)[:80], expected="a list of names, or one expression")
+
+
+def _groups(tasks: Sequence[Task], config: ExpertConfig) -> list[_Group]:
+    """Tasks that are trained together; ranks take turns."""
+    starts = range(0, len(tasks), config.group)
+    return [
+        _Group(number, config.ranks[number % len(config.ranks)], list(tasks[start : start + config.group]))
+        for number, start in enumerate(starts)
+    ]
+
+
+def _with_group(bank: AdapterBank, group: _Group, result: _Trained, precision: str) -> AdapterBank:
+    """The bank with the experts of a group, on disk as well."""
+    details = {
+        task.key: {"suite": task.suite, "license": task.license, "score": score, "examples": len(task.split("train"))}
+        for task, score in zip(group.tasks, result.scores, strict=True)
+    }
+    experts = [(task.key, task.descriptions, checkpoints) for task, checkpoints in zip(group.tasks, result.checkpoints, strict=True)]
+    return bank.add(experts, precision=precision, details=details)
 
 
 def _recorder(metrics: Metrics, before: int) -> Callable[[int, float], None]:
@@ -185,6 +195,10 @@ class _Group:
     rank: int
     tasks: list[Task]
 
+    def without(self, bank: AdapterBank) -> _Group:
+        """The group without tasks that a bank has an expert of."""
+        return replace(self, tasks=[task for task in self.tasks if task.key not in bank])
+
 
 @dataclass(frozen=True)
 class _Trained:
@@ -193,6 +207,12 @@ class _Trained:
     checkpoints: list[list[LoraAdapter]]
     scores: list[float | None]
     losses: list[tuple[int, float]]
+
+    @property
+    def mean_score(self) -> float | None:
+        """Over the tasks that have one."""
+        measured = [score for score in self.scores if score is not None]
+        return sum(measured) / len(measured) if measured else None
 
 
 def _train(

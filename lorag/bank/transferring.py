@@ -148,19 +148,10 @@ def transfer_bank(
         BaseModelError: If a copy is asked for that does not fit, or a base model cannot be had.
         ConfigError: If inputs are missing, a setting cannot be used, or the objective writes no answers.
     """
-    out, config = Path(out), config or TransferConfig()
-    answers, settings = config.answers, {**bank.base.settings, **config.objective_settings}
-    chosen = [bank[name] for name in dict.fromkeys(bank.names if names is None else names)]
-    if not chosen:
-        raise BankError(f"{bank.folder} has no expert to transfer")
-    if out.exists() and out.samefile(bank.folder):
-        raise BankError("a bank cannot be transferred into itself", got=str(out), remedy="Choose another folder with --out.")
-    if by not in ("auto", "copy", "answers"):
-        raise ConfigError("by cannot be used", got=repr(by)[:40], expected="auto, copy or answers")
-    if answers.inputs < _LEAST or not 0 < answers.keep <= 1 or answers.max_new_tokens < 1:
-        raise ConfigError("answers cannot be used", got=repr(asdict(answers)), expected=f"inputs of {_LEAST} or more, keep above 0 up to 1")
+    move = _Move(bank, Path(out), to, config or TransferConfig(), device, dtype, quiet)
+    names = list(dict.fromkeys(bank.names if names is None else names))
+    move.check(by, names)
     bank.base.check()
-    names = [expert.name for expert in chosen]
     texts = [expert.descriptions[0] for expert in bank.experts[:_COMPARED]]
     likeness = compare_bases(bank.base.model, to, bank.base.layout, texts, weights=by != "answers")
     moved = None if likeness.change is None else likeness.change / _size(bank)
@@ -176,42 +167,20 @@ def transfer_bank(
             got="no inputs to answer",
             remedy="Give texts without labels that look like the tasks' inputs: --tasks SUITE or --inputs FILE.",
         )
-    by_expert = {} if inputs is None else _answers(bank, out, names, inputs, answers, device, dtype, quiet)
-    copy, agreed = fits and by != "answers", None
-    if copy and by_expert:
-        agreed = _agreed(bank, to, settings, by_expert, device, dtype)
-        copy = by == "copy" or agreed >= _AGREE
-    if copy:
+    by_expert = {} if inputs is None else move.answers(names, inputs)
+    copied = fits and by != "answers"
+    agreed = move.agreement(by_expert) if copied and by_expert else None
+    if copied and (by == "copy" or agreed is None or agreed >= _AGREE):
         if moved is not None and moved > RELATED and (agreed is None or agreed < _AGREE):
             logger.warning(
                 "%s moved %.2f times as far from %s as an expert changes it (copies are known to work up to %.2f); %s",
                 *(to.name, moved, bank.base.model.name, RELATED),
                 "with inputs (--tasks, --inputs) copies are tried, and learned anew where they fail",
             )
-        return Transferred(_copied(bank, out, to, names, settings), "copy", likeness, moved, agreed)
-    tasks, kept = _tasks(bank, by_expert, answers)
+        return Transferred(move.copy(names), "copy", likeness, moved, agreed)
+    new, agreed, kept = move.learn(by_expert)
     skipped = tuple(name for name, (count, _) in kept.items() if count < _LEAST)
-    if not tasks:
-        counts = ", ".join(f"{name} {count} of {asked}" for name, (count, asked) in list(kept.items())[:3])
-        raise BankError(
-            "no expert gave enough answers to learn from",
-            got=counts,
-            expected=f"{_LEAST} or more of one expert",
-            remedy="Give more inputs, such as the tasks' own, or raise keep or max_new_tokens.",
-        )
-    new = build_bank(
-        out,
-        TaskSuite(tasks),
-        to,
-        bank.base.objective,
-        settings,
-        config.experts_for(bank),
-        device=device,
-        dtype=dtype,
-        quiet=quiet,
-    )
-    scores = [score for task in tasks if (score := new[task.key].score) is not None]
-    return Transferred(new, "answers", likeness, moved, statistics.fmean(scores) if scores else None, kept, skipped)
+    return Transferred(new, "answers", likeness, moved, agreed, kept, skipped)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -240,33 +209,112 @@ def read_inputs(path: str | Path, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: lines for name in names}
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- one transfer -----------------------------------------------------------------------------------------------------
 
 
-def _answers(
-    bank: AdapterBank,
-    out: Path,
-    names: Sequence[str],
-    inputs: Mapping[str, Sequence[str]],
-    config: AnswerConfig,
-    device: str,
-    dtype: str,
-    quiet: bool,
-) -> dict[str, list[Answer]]:
-    """What the old experts answer."""
-    runner = Runner.open(bank.base, device, dtype)
-    if not runner.objective.generates or not runner.objective.reads_texts:
-        raise ConfigError(
-            f"objective {bank.base.objective} writes no answers to texts, so that nothing can be learned from them",
-            remedy="Train the new base's experts on labelled examples: lorag bank build.",
+@dataclass(frozen=True)
+class _Move:
+    """From which bank to which base model, and how."""
+
+    bank: AdapterBank
+    out: Path
+    to: BaseModel
+    config: TransferConfig
+    device: str
+    dtype: str
+    quiet: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the objective on the new base."""
+        return {**self.bank.base.settings, **self.config.objective_settings}
+
+    def check(self, by: str, names: Sequence[str]) -> None:
+        """Refuses what cannot be done, before anything is loaded."""
+        for name in names:
+            self.bank[name]  # raises if there is none
+        if not names:
+            raise BankError(f"{self.bank.folder} has no expert to transfer")
+        if self.out.exists() and self.out.samefile(self.bank.folder):
+            raise BankError("a bank cannot be transferred into itself", got=str(self.out), remedy="Choose another folder with --out.")
+        if by not in ("auto", "copy", "answers"):
+            raise ConfigError("by cannot be used", got=repr(by)[:40], expected="auto, copy or answers")
+        answers = self.config.answers
+        if answers.inputs < _LEAST or not 0 < answers.keep <= 1 or answers.max_new_tokens < 1:
+            expected = f"inputs of {_LEAST} or more, keep above 0 up to 1"
+            raise ConfigError("answers cannot be used", got=repr(asdict(answers)), expected=expected)
+
+    def answers(self, names: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> dict[str, list[Answer]]:
+        """What the old experts answer."""
+        bank, config = self.bank, self.config.answers
+        runner = Runner.open(bank.base, self.device, self.dtype)
+        if not runner.objective.generates or not runner.objective.reads_texts:
+            raise ConfigError(
+                f"objective {bank.base.objective} writes no answers to texts, so that nothing can be learned from them",
+                remedy="Train the new base's experts on labelled examples: lorag bank build.",
+            )
+        by_expert = {}
+        for name in progress_bar(names, desc="old experts answer", disable=self.quiet):
+            texts = sorted(set(inputs.get(name, ())))
+            random.Random(f"{config.seed}/{name}").shuffle(texts)
+            file, chosen = self.out / "answers" / f"{name}.json", texts[: config.inputs]
+            by_expert[name] = answers_in(file, runner, bank.adapter(name), chosen, max_new_tokens=config.max_new_tokens)
+        return by_expert
+
+    def agreement(self, by_expert: Mapping[str, Sequence[Answer]]) -> float:
+        """The share of the old answers that the new base gives with copied experts, mean over experts."""
+        bank = self.bank
+        runner = Runner.open(replace(bank.base, model=self.to, settings=self.settings), self.device, self.dtype)
+        shares = [agreement(runner, bank.adapter(name), answers[:_TRIED]) for name, answers in by_expert.items() if answers]
+        return statistics.fmean(shares) if shares else 0.0
+
+    def copy(self, names: Sequence[str]) -> AdapterBank:
+        """The same shards, byte for byte, under a manifest that names the new base; every expert is read first.
+
+        Scores are left out: they were the old base's.
+        """
+        bank, out, chosen = self.bank, self.out, set(names)
+        wrong = next(((expert.name, problem) for expert, problem in bank.check() if problem and expert.name in chosen), None)
+        if wrong:
+            raise BankError(f"expert {wrong[0]!r} cannot be copied", got=wrong[1], remedy=f"Mend it first: lorag bank check {bank.folder}")
+        moved = BankBase.of(self.to, bank.base.objective, self.settings, list(bank.base.layout.target_modules))
+        new = AdapterBank.create(out, moved)
+        entries = [replace(bank[name], score=None) for name in names]
+        for file in sorted({file for expert in entries for file in (expert.file, expert.bases) if file}):
+            source = resolve_inside(bank.folder, file)
+            write_atomically(resolve_inside(out, file), lambda sibling, source=source: shutil.copyfile(source, sibling))  # type: ignore[misc]
+        with new.locked() as now:
+            taken = [name for name in names if name in now]
+            if taken:
+                raise BankError(f"{out} already has an expert of this name", got=taken[0], remedy="Choose another folder with --out.")
+            AdapterBank(out, now.base, [*now.experts, *entries], now.files).write_manifest()
+        return AdapterBank.from_pretrained(out)
+
+    def learn(self, by_expert: Mapping[str, Sequence[Answer]]) -> tuple[AdapterBank, float | None, dict[str, tuple[int, int]]]:
+        """Experts of the new base that learned from the surest answers, how often they give those kept apart, and `Transferred.kept`."""
+        bank, config = self.bank, self.config
+        tasks, kept = _tasks(bank, by_expert, config.answers)
+        if not tasks:
+            counts = ", ".join(f"{name} {count} of {asked}" for name, (count, asked) in list(kept.items())[:3])
+            raise BankError(
+                "no expert gave enough answers to learn from",
+                got=counts,
+                expected=f"{_LEAST} or more of one expert",
+                remedy="Give more inputs, such as the tasks' own, or raise keep or max_new_tokens.",
+            )
+        new = build_bank(
+            self.out,
+            TaskSuite(tasks),
+            self.to,
+            bank.base.objective,
+            self.settings,
+            config.experts_for(bank),
+            device=self.device,
+            dtype=self.dtype,
+            quiet=self.quiet,
         )
-    by_expert = {}
-    for name in progress_bar(names, desc="old experts answer", disable=quiet):
-        texts = sorted(set(inputs.get(name, ())))
-        random.Random(f"{config.seed}/{name}").shuffle(texts)
-        file, chosen = out / "answers" / f"{name}.json", texts[: config.inputs]
-        by_expert[name] = answers_in(file, runner, bank.adapter(name), chosen, max_new_tokens=config.max_new_tokens)
-    return by_expert
+        scores = [score for task in tasks if (score := new[task.key].score) is not None]
+        return new, statistics.fmean(scores) if scores else None, kept
 
 
 def _tasks(
@@ -283,38 +331,6 @@ def _tasks(
     return tasks, kept
 
 
-# --- copying ----------------------------------------------------------------------------------------------------------
-
-
 def _size(bank: AdapterBank) -> float:
     """Mean ‖ΔW‖ of a bank's experts."""
     return max(statistics.fmean(bank.adapter(expert.name).factors.norm() for expert in bank.experts[:_MEASURED]), 1e-12)
-
-
-def _agreed(
-    bank: AdapterBank, to: BaseModel, settings: Mapping[str, Any], by_expert: Mapping[str, Sequence[Answer]], device: str, dtype: str
-) -> float:
-    """The share of the old answers that the new base gives with copied experts, mean over experts."""
-    runner = Runner.open(replace(bank.base, model=to, settings=settings), device, dtype)
-    shares = [agreement(runner, bank.adapter(name), answers[:_TRIED]) for name, answers in by_expert.items() if answers]
-    return statistics.fmean(shares) if shares else 0.0
-
-
-def _copied(bank: AdapterBank, out: Path, to: BaseModel, names: Sequence[str], settings: Mapping[str, Any]) -> AdapterBank:
-    """The same shards, byte for byte, under a manifest that names the new base; every expert is read first. Scores were the old base's."""
-    chosen = set(names)
-    wrong = next(((expert.name, problem) for expert, problem in bank.check() if problem and expert.name in chosen), None)
-    if wrong:
-        raise BankError(f"expert {wrong[0]!r} cannot be copied", got=wrong[1], remedy=f"Mend it first: lorag bank check {bank.folder}")
-    moved = BankBase.of(to, bank.base.objective, settings, list(bank.base.layout.target_modules))
-    new = AdapterBank.create(out, moved)
-    entries = [replace(bank[name], score=None) for name in names]
-    for file in sorted({file for expert in entries for file in (expert.file, expert.bases) if file}):
-        source = resolve_inside(bank.folder, file)
-        write_atomically(resolve_inside(out, file), lambda sibling, source=source: shutil.copyfile(source, sibling))  # type: ignore[misc]
-    with new.locked() as now:
-        taken = [name for name in names if name in now]
-        if taken:
-            raise BankError(f"{out} already has an expert of this name", got=taken[0], remedy="Choose another folder with --out.")
-        AdapterBank(out, now.base, [*now.experts, *entries], now.files).write_manifest()
-    return AdapterBank.from_pretrained(out)

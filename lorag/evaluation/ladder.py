@@ -23,6 +23,7 @@ from lorag.progress import progress_bar
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
     from lorag.bank.bank import AdapterBank
+    from lorag.base.runner import BankBase
     from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import Task, TaskSuite
 
@@ -86,22 +87,13 @@ def evaluate(
         ConfigError: If a method is unknown, or generators have different bases.
         BankError: If the oracles are of another base, or of none of the tasks.
     """
-    everything = [one for group in generators.values() for one in group]
-    if not everything or any(one.base != everything[0].base for one in everything):
-        raise ConfigError("generators must share one base model, layout and objective")
-    base = everything[0].base
+    base = _shared_base(generators)
     base.check()
     if oracles is not None:
-        if oracles.base.layout != base.layout or not base.model.has_identity(oracles.base.identity):
-            raise BankError("the oracles are of another base model or layout", got=oracles.base.model.name, expected=base.model.name)
-        if not any(task.key in oracles for task in tasks):
-            raise BankError("the oracle bank lacks tasks", got=f"all {len(tasks)} such as {tasks.names[0]}")
+        _check_oracles(oracles, base, tasks)
     runner = Runner.open(base, device, dtype) if runner is None else runner
     names = _names(tasks, generators, oracles, runner)
-    chosen = list(methods) if methods else names
-    unknown = [name for name in chosen if name not in names and not (_WITH_EXAMPLES.fullmatch(name) and "few_shot" in names)]
-    if unknown:
-        raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join([*names, "few_shot_K", "fresh_K"]))
+    chosen = _known(methods, names) if methods else names
     wanted = [name for name in ("base", "oracle") if name in names and name not in chosen] + chosen
     reproduction = None
     if reproduce and oracles is not None and all(task.key in oracles for task in tasks):
@@ -140,6 +132,29 @@ def shown_descriptions(tasks: Iterable[Task], seed: int) -> list[str]:
     """The description of each task that generators are shown for a seed: of a training task, one that is kept for evaluation."""
     shown = [(task.eval_descriptions or task.descriptions) for task in tasks]
     return [texts[seed % len(texts)] for texts in shown]
+
+
+def _shared_base(generators: Mapping[str, Sequence[LoraGenerator]]) -> BankBase:
+    """The base model, layout and objective of all generators."""
+    everything = [one for group in generators.values() for one in group]
+    if not everything or any(one.base != everything[0].base for one in everything):
+        raise ConfigError("generators must share one base model, layout and objective")
+    return everything[0].base
+
+
+def _check_oracles(oracles: AdapterBank, base: BankBase, tasks: TaskSuite) -> None:
+    if oracles.base.layout != base.layout or not base.model.has_identity(oracles.base.identity):
+        raise BankError("the oracles are of another base model or layout", got=oracles.base.model.name, expected=base.model.name)
+    if not any(task.key in oracles for task in tasks):
+        raise BankError("the oracle bank lacks tasks", got=f"all {len(tasks)} such as {tasks.names[0]}")
+
+
+def _known(methods: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The methods, each of which is a row that takes no training, or one that takes a number of examples."""
+    unknown = [name for name in methods if name not in names and not (_WITH_EXAMPLES.fullmatch(name) and "few_shot" in names)]
+    if unknown:
+        raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join([*names, "few_shot_K", "fresh_K"]))
+    return list(methods)
 
 
 def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], oracles: AdapterBank | None, runner: Runner) -> list[str]:

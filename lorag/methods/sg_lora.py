@@ -13,7 +13,7 @@ from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.baselines import MixtureSettings
 from lorag.methods.method import ReaderSettings, collate, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.vae import VaeMethod, negative_elbo, squared_error
+from lorag.methods.vae import Diagnostics, VaeMethod, negative_elbo, squared_error
 from lorag.networks.vae import LearnedPriorVae
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition, mixture
@@ -182,46 +182,13 @@ class SgLora(VaeMethod[LearnedPriorVae]):
         s, training, held = self.settings, data.training_experts, data.validation_experts
         self.coordinates = PrincipalCodes.fit(data.codes[training], s.components)
         neighbours = ExpertMixture.of(data, training, self.coordinates, s.top, s.temperature)
-        merges = neighbours.leave_group_out(data, training)
+        merges, unseen = (neighbours.leave_group_out(data, rows) for rows in (training, held))
         coordinates = self.coordinates.size
         self.shape = {"merge": 2 * coordinates, "embedding": data.embedding_size if self.reads else 0, "elements": coordinates}
-        network, device = self.start(loop), loop.accelerator.device
-
-        def inputs(merge: Tensor, embeddings: Sequence[Embedding]) -> tuple[Tensor, ...]:
-            return merge.to(device), *collate(embeddings, device)
-
-        def loss(module: nn.Module, step: int) -> Batch:
-            places = torch.randint(len(training), (s.batch,), generator=loop.rng).tolist()
-            picks = torch.randint(2**31, (s.batch,), generator=loop.rng).tolist()
-            chosen = [(i, pick % len(merges[i])) for i, pick in zip(places, picks, strict=True)]
-            merge = torch.stack([merges[i][text] for i, text in chosen])
-            texts = [data.embeddings[training[i]][text] for i, text in chosen]
-            x = neighbours.means[places] + neighbours.deviations[places] * torch.randn(s.batch, coordinates, generator=loop.rng)
-            x, noise = x.to(device), torch.randn(s.batch, s.latent, generator=loop.rng).to(device)
-
-            def losses(share: slice) -> Tensor:
-                read = inputs(merge[share], texts[share])
-                return negative_elbo(module(x[share], noise[share], *read), x[share], s.beta, each=False)
-
-            return Batch(s.batch, losses)
-
-        unseen = neighbours.leave_group_out(data, held)
-        right = self.coordinates.to_coordinates(data.codes[held])
-
-        def validate(_: nn.Module) -> float:
-            first = [merge[:_WORDINGS] for merge in unseen]
-            texts = [one for i in held for one in data.embeddings[i][:_WORDINGS]]
-            wanted = right.repeat_interleave(torch.tensor([len(each) for each in first]), 0).to(device)
-            with torch.no_grad():
-                h = network.read(*inputs(torch.cat(first), texts))
-                return squared_error(network.decode(network.prior(h).mean, h), wanted).mean().item()
-
+        stage = _Stage(self, data, loop, self.start(loop), neighbours, merges, unseen)
         steps = LoopSettings(s.steps, s.learning_rate, validate_every=100)
-        loop.run(f"{self.name} reconstruction", network, loss, validate if held else None, steps)
-        network.eval()
-        with torch.no_grad():
-            h = network.read(*inputs(torch.stack([of_task[0] for of_task in merges]), [data.embeddings[i][0] for i in training]))
-        self.diagnostics = self.diagnose(neighbours.means.to(device), h, data.space.zero.cpu())
+        loop.run(f"{self.name} reconstruction", stage.network, stage.batch, stage.validate if held else None, steps)
+        self.diagnostics = stage.diagnostics()
         self.experts = ExpertMixture.of(data, sorted([*training, *held]), self.coordinates, s.top, s.temperature)
 
     def generate(self, condition: Condition, rng: torch.Generator, count: int = 1) -> Tensor:
@@ -242,3 +209,72 @@ class SgLora(VaeMethod[LearnedPriorVae]):
     def load_more(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts the experts back."""
         self.experts = ExpertMixture.from_tensors(tensors, self.settings.top, self.settings.temperature)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The training of the VAE on experts, each conditioned on the others.
+
+    Attributes:
+        method: Whose network it is.
+        data: The experts.
+        loop: Runs the stage.
+        network: What is trained.
+        neighbours: The training experts.
+        merges: Conditions (d, 2 p) of the d descriptions of each training expert.
+        unseen: The same of each held-out one.
+    """
+
+    method: SgLora
+    data: TrainingSet
+    loop: TrainingLoop
+    network: LearnedPriorVae
+    neighbours: ExpertMixture
+    merges: Sequence[Tensor]
+    unseen: Sequence[Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return self.loop.accelerator.device
+
+    def batch(self, module: nn.Module, step: int) -> Batch:
+        """Codes of some experts with the noise of their checkpoints, each with one of its descriptions."""
+        s, data, experts, rng = self.method.settings, self.data, self.neighbours, self.loop.rng
+        training = data.training_experts
+        places = torch.randint(len(training), (s.batch,), generator=rng).tolist()
+        picks = torch.randint(2**31, (s.batch,), generator=rng).tolist()
+        chosen = [(i, pick % len(self.merges[i])) for i, pick in zip(places, picks, strict=True)]
+        merge = torch.stack([self.merges[i][text] for i, text in chosen])
+        texts = [data.embeddings[training[i]][text] for i, text in chosen]
+        x = experts.means[places] + experts.deviations[places] * torch.randn(s.batch, self.method.coordinates.size, generator=rng)
+        x, noise = x.to(self.device), torch.randn(s.batch, s.latent, generator=rng).to(self.device)
+
+        def losses(share: slice) -> Tensor:
+            read = self._inputs(merge[share], texts[share])
+            return negative_elbo(module(x[share], noise[share], *read), x[share], s.beta, each=False)
+
+        return Batch(s.batch, losses)
+
+    def validate(self, _: nn.Module) -> float:
+        """Squared error of the prior's mean on held-out experts."""
+        held = self.data.validation_experts
+        first = [merge[:_WORDINGS] for merge in self.unseen]
+        texts = [one for i in held for one in self.data.embeddings[i][:_WORDINGS]]
+        right = self.method.coordinates.to_coordinates(self.data.codes[held])
+        wanted = right.repeat_interleave(torch.tensor([len(each) for each in first]), 0).to(self.device)
+        with torch.no_grad():
+            h = self.network.read(*self._inputs(torch.cat(first), texts))
+            return squared_error(self.network.decode(self.network.prior(h).mean, h), wanted).mean().item()
+
+    def diagnostics(self) -> Diagnostics:
+        """Of the trained network, on the training experts."""
+        self.network.eval()
+        with torch.no_grad():
+            texts = [self.data.embeddings[i][0] for i in self.data.training_experts]
+            h = self.network.read(*self._inputs(torch.stack([of_task[0] for of_task in self.merges]), texts))
+        return self.method.diagnose(self.neighbours.means.to(self.device), h, self.data.space.zero.cpu())
+
+    def _inputs(self, merge: Tensor, embeddings: Sequence[Embedding]) -> tuple[Tensor, ...]:
+        """What the network reads: merges (b, 2 p), pooled, tokens and mask."""
+        return merge.to(self.device), *collate(embeddings, self.device)

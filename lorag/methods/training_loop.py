@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lorag.errors import ConfigError
 from lorag.files.metrics import Metrics
@@ -117,60 +118,55 @@ class TrainingLoop:
         module.to(self.accelerator.device)
         learned = [one for one in module.parameters() if one.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        best, best_state, waited, start = math.inf, None, 0, 0
-        state = None if self.folder is None else self.folder / f"{stage}.state.safetensors"
-        kept = None if self.folder is None else self.folder / f"{stage}.best.safetensors"
-        if state is not None and kept is not None and state.exists():
-            counters = load_training_state(state, module, [optimizer], self.rng, ("step", "waited", "best"))
-            start, waited = int(counters["step"] or 0), int(counters["waited"] or 0)
-            best = math.inf if counters["best"] is None else float(counters["best"])
-            best_state = None if counters["best"] is None else load_best(kept, module)
-            if main:
-                logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
+        stand = _Standing(self.folder if main else None, stage, module, optimizer, self.rng)
+        start = 0 if self.folder is None else stand.resume(self.folder)
+        if start and main:
+            logger.info("%s: going on at step %d of %d", stage, start, settings.steps)
         shares.agree(module, start)
         began = time.monotonic()
-        left = range(start, settings.steps if waited < settings.patience else start)
+        left = range(start, settings.steps if stand.waited < settings.patience else start)
         device = self.accelerator.device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             progress_bar(left, initial=start, total=settings.steps, desc=stage, disable=self.quiet) as bar,
         ):
             for step in bar:
-                seed = int(torch.randint(2**62, (), generator=self.rng))
-                torch.manual_seed(seed)
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
-                module.train()
-                with shares.autocast():
-                    batch = loss(module, step)
-                optimizer.zero_grad(set_to_none=True)
-                value = shares.backward(stage, batch, seed, module.parameters())
-                self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
+                value = self._step(stage, module, loss, step, optimizer, shares)
                 last = step + 1 == settings.steps
                 if step % 20 == 0 or last:
-                    shown = {"loss": f"{value.item():.4f}"} | ({} if math.isinf(best) else {"best": f"{best:.4f}"})
-                    bar.set_postfix(shown)
+                    bar.set_postfix({"loss": f"{value.item():.4f}"} | ({} if math.isinf(stand.best) else {"best": f"{stand.best:.4f}"}))
                 if (step + 1) % settings.validate_every == 0 or last:
                     validation = math.nan
                     if validate is not None:
                         module.eval()
                         validation = from_main(self.accelerator, functools.partial(validate, module))
-                        waited = 0 if validation < best else waited + 1
-                        if validation < best:
-                            best, best_state = validation, {n: v.detach().clone() for n, v in module.state_dict().items()}
-                            if kept is not None and main:
-                                save_tensors(kept, best_state)
+                        stand.judge(validation)
                     self._record(stage, step + 1, value.item(), validation, time.monotonic() - began)
-                    if state is not None and main and not last:
-                        counters = {"step": step + 1, "best": None if math.isinf(best) else best, "waited": waited}
-                        save_training_state(state, module, [optimizer], self.rng, counters)
-                    if waited >= settings.patience:
+                    if not last:
+                        stand.save(step + 1)
+                    if stand.waited >= settings.patience:
                         break
-        if best_state is not None:
-            module.load_state_dict(best_state)
+        if stand.best_state is not None:
+            module.load_state_dict(stand.best_state)
         module.eval()
-        return best if validate is not None else math.nan
+        return stand.best if validate is not None else math.nan
+
+    def _step(
+        self, stage: str, module: nn.Module, loss: Callable[[nn.Module, int], Batch], step: int, optimizer: Optimizer, shares: Shares
+    ) -> Tensor:
+        """One step of the optimizer; returns the batch's mean loss ()."""
+        seed = int(torch.randint(2**62, (), generator=self.rng))
+        torch.manual_seed(seed)
+        module.train()
+        with shares.autocast():
+            batch = loss(module, step)
+        optimizer.zero_grad(set_to_none=True)
+        value = shares.backward(stage, batch, seed, module.parameters())
+        self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        return value
 
     def finish(self) -> None:
         """Closes the metrics, and removes the stages' states once the result is written elsewhere; for the main process."""
@@ -184,6 +180,51 @@ class TrainingLoop:
         if self.metrics is None:
             self.metrics = Metrics(self.folder, main=self.accelerator.is_main_process)
         self.metrics.record(stage, step, loss=loss, validation=validation, seconds=round(seconds, 1))
+
+
+class _Standing:
+    """Where a stage stands: its best state so far, and the files from which it can go on.
+
+    Args:
+        folder: Gets the files; None writes none.
+        stage: Names them.
+        module: What is trained.
+        optimizer: Of its parameters.
+        rng: The run's.
+    """
+
+    def __init__(self, folder: Path | None, stage: str, module: nn.Module, optimizer: Optimizer, rng: torch.Generator) -> None:
+        self.folder, self.stage, self.module, self.optimizer, self.rng = folder, stage, module, optimizer, rng
+        self.best, self.waited = math.inf, 0  # validations without improvement since the best
+        self.best_state: dict[str, Tensor] | None = None
+
+    def resume(self, folder: Path) -> int:
+        """Goes on from the files in a folder, if there are any; returns the step."""
+        state, best = self._files(folder)
+        if not state.exists():
+            return 0
+        counters = load_training_state(state, self.module, [self.optimizer], self.rng, ("step", "waited", "best"))
+        self.waited = int(counters["waited"] or 0)
+        if counters["best"] is not None:
+            self.best, self.best_state = float(counters["best"]), load_best(best, self.module)
+        return int(counters["step"] or 0)
+
+    def judge(self, validation: float) -> None:
+        """Keeps the module's state if it is the best so far."""
+        self.waited = 0 if validation < self.best else self.waited + 1
+        if validation < self.best:
+            self.best, self.best_state = validation, {n: v.detach().clone() for n, v in self.module.state_dict().items()}
+            if self.folder is not None:
+                save_tensors(self._files(self.folder)[1], self.best_state)
+
+    def save(self, step: int) -> None:
+        """Writes what `resume` reads."""
+        if self.folder is not None:
+            counters = {"step": step, "best": None if math.isinf(self.best) else self.best, "waited": self.waited}
+            save_training_state(self._files(self.folder)[0], self.module, [self.optimizer], self.rng, counters)
+
+    def _files(self, folder: Path) -> tuple[Path, Path]:
+        return folder / f"{self.stage}.state.safetensors", folder / f"{self.stage}.best.safetensors"
 
 
 def _schedule(step: int, steps: int) -> float:

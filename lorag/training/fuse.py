@@ -72,23 +72,10 @@ def fuse(
     """
     weights = list(names.values()) if isinstance(names, Mapping) else None
     names = distinct(list(names))
-    if method not in _METHODS:
-        raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join(_METHODS))
-    if (generator is None) == (method == "icm_fusion"):
-        raise ConfigError(
-            "method icm_fusion and a generator belong together",
-            got=f"method {method}, generator {generator}",
-            remedy="Train one with lorag train method=icm_fusion out=DIR, then --method icm_fusion --generator DIR.",
-        )
-    if method == "regmean" and tasks is None:
-        raise ConfigError("method regmean needs examples of the experts' tasks", remedy="Give their suite with --tasks SUITE.")
+    _check_together(bank, method, generator, tasks, base_model)
     rng = torch.Generator().manual_seed(seed)
     if bank is None:
-        if tasks is not None or generator is not None:
-            raise ConfigError("tasks and generators are of a bank's experts", got="no bank", remedy="Add the adapters to one.")
         return merge(_loose(names, base_model), method, weights=weights, rank=rank, rng=rng)
-    if base_model is not None:
-        raise ConfigError("a base model is given for adapters in no bank", got=f"bank {bank}", remedy="Leave one of the two out.")
     experts = find_bank(bank)
     for name in names:
         experts[name]  # raises before anything is loaded
@@ -107,6 +94,24 @@ def fuse(
     if method == "cat" and weights is None:
         return _learned(runner, experts, names, their_tasks, rank, seed)
     return experts.fuse(names, method, rank=rank, weights=weights, rng=rng)
+
+
+def _check_together(bank: str | None, method: str, generator: str | None, tasks: str | None, base_model: str | None) -> None:
+    """Refuses what cannot be given together, before anything is opened."""
+    if method not in _METHODS:
+        raise ConfigError("method of fusion is unknown", got=repr(method)[:80], expected=", ".join(_METHODS))
+    if (generator is None) == (method == "icm_fusion"):
+        raise ConfigError(
+            "method icm_fusion and a generator belong together",
+            got=f"method {method}, generator {generator}",
+            remedy="Train one with lorag train method=icm_fusion out=DIR, then --method icm_fusion --generator DIR.",
+        )
+    if method == "regmean" and tasks is None:
+        raise ConfigError("method regmean needs examples of the experts' tasks", remedy="Give their suite with --tasks SUITE.")
+    if bank is None and (tasks is not None or generator is not None):
+        raise ConfigError("tasks and generators are of a bank's experts", got="no bank", remedy="Add the adapters to one.")
+    if bank is not None and base_model is not None:
+        raise ConfigError("a base model is given for adapters in no bank", got=f"bank {bank}", remedy="Leave one of the two out.")
 
 
 def _loose(names: Sequence[str], base_model: str | None) -> list[LoraAdapter]:

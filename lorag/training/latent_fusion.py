@@ -20,9 +20,7 @@ from lorag.networks.vae import resolve_conflicts
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
-    from lorag.base.runner import Runner
     from lorag.generator.lora_generator import LoraGenerator
-    from lorag.spaces.weight_space import WeightSpace
     from lorag.tasks.suite import Task, TaskSuite
 
 __all__ = ["RULES", "distinct", "fuse_experts"]
@@ -88,13 +86,10 @@ def fuse_experts(
     if rule == "conflict":
         fusion = replace(fusion, latents=resolve_conflicts(fusion.latents), vectors=resolve_conflicts(fusion.vectors))
     settings: dict[str, Any] = {"rule": rule}
-    support: list[Task] = []
-    if suite is not None:
-        tasks = suite.of_experts(names)
-        warn_of_shared_inputs(generator.runner(), tasks)
-        support = [few_examples(task, examples, seed) for task in tasks]
+    support = [] if suite is None else _support(generator, suite, names, examples, seed)
     if rule == "learned":
-        fusion, before, after = fusion.learned(generator.runner(), generator.space, support, steps, learning_rate, reduction, seed)
+        learning = _Learning(steps, learning_rate, reduction, seed)
+        fusion, before, after = fusion.learned(generator, support, learning)
         settings |= {"reduction": reduction, "steps": steps, "support_loss": [round(before, 4), round(after, 4)]}
     with torch.no_grad():
         (factors,) = generator.space.decode(fusion.code(), rank or generator.rank)
@@ -128,6 +123,23 @@ def distinct(names: Sequence[str]) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise ConfigError("fusion needs experts, each named once", got=", ".join(names)[:120] or "no name")
     return list(names)
+
+
+def _support(generator: LoraGenerator, suite: TaskSuite, names: Sequence[str], examples: int, seed: int) -> list[Task]:
+    """The experts' tasks with a few examples; a warning says which of them share inputs."""
+    tasks = suite.of_experts(names)
+    warn_of_shared_inputs(generator.runner(), tasks)
+    return [few_examples(task, examples, seed) for task in tasks]
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """How weights and turn are learned."""
+
+    steps: int
+    learning_rate: float
+    reduction: Reduction
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -193,24 +205,16 @@ class _Fusion:
         z, v = self.method.fuse(self.latents, self.vectors, self.shares())
         return self.method.decode((z + self.turn @ z)[None], v[None])
 
-    def learned(
-        self,
-        runner: Runner,
-        space: WeightSpace,
-        support: Sequence[Task],
-        steps: int,
-        learning_rate: float,
-        reduction: Reduction,
-        seed: int,
-    ) -> tuple[_Fusion, float, float]:
+    def learned(self, generator: LoraGenerator, support: Sequence[Task], how: _Learning) -> tuple[_Fusion, float, float]:
         """With weights and turn learned on examples of the tasks, and the loss before and after."""
-        space = space.to(runner.device)
+        runner = generator.runner()
+        space = generator.space.to(runner.device)
         fusion = replace(self, logits=self.logits.clone().requires_grad_(), turn=self.turn.clone().requires_grad_())
 
         def losses(draw: str, count: int) -> Tensor:
             codes = fusion.code().to(runner.device).expand(len(support), -1)
-            return runner.losses(space.differentiable(codes), support, count, f"fusion/{seed}/{draw}")
+            return runner.losses(space.differentiable(codes), support, count, f"fusion/{how.seed}/{draw}")
 
-        rates = [([fusion.logits], learning_rate), ([fusion.turn], learning_rate / len(self.turn))]
-        before, after = minimise(rates, losses, steps, reduction)
+        rates = [([fusion.logits], how.learning_rate), ([fusion.turn], how.learning_rate / len(self.turn))]
+        before, after = minimise(rates, losses, how.steps, how.reduction)
         return fusion, before, after
