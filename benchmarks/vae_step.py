@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +63,16 @@ ADAPTERS = (
 TINY = Adapter("two modules of 64", ((64, 64),), 2, 4)
 
 
-def measure(quick: bool) -> list[dict[str, str | float]]:
-    """One row an adapter and network; `quick` takes one tiny adapter, in this process, so that its peaks say nothing."""
-    run = _here if quick else _child
+def measure(quick: bool, child: Callable[[str, Adapter], dict[str, float]] | None = None) -> list[dict[str, str | float]]:
+    """One row an adapter and network; `quick` takes one tiny adapter, in this process, so that its peaks say nothing.
+
+    `child` measures in a process of its own.
+    """
+    child = child or _child
+    run = _here if quick else child
     rows: list[dict[str, str | float]] = []
     known: list[tuple[int, float]] = []  # values of an adapter, net bytes of the convolutional network
-    bare = _child("bare", TINY)["peak"]
+    bare = child("bare", TINY)["peak"]
     for adapter in (TINY,) if quick else ADAPTERS:
         values = adapter.layout.values(adapter.rank)
         codes = run("codes", adapter)

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from lorag.base.layout import LoraLayout
 from lorag.errors import ArtifactError, BankError, BaseModelError, DescriptionError, DtypeOverflowError, LoragError, NonFiniteError
 from lorag.files import artifacts
 from lorag.files import tensors as tensor_files
+from lorag.files.atomic import locked
 
 LAYOUT = LoraLayout.from_dict(
     {
@@ -396,20 +400,20 @@ def test_processes_adding_at_once_lose_nothing(bank):
             assert opened.adapter(f"{who}-{number}").delta("layers.0.q").unique().tolist() == [2.0 * (number + 1)]
 
 
-def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, random_adapter, monkeypatch):
+def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, random_adapter):
     """Of two processes that start one bank, the slower finds the bank made and filled while it waited for the lock."""
-    from lorag.bank import bank as module
-
-    lock = module.AdapterBank._lock
-
-    def slow(self):
-        monkeypatch.setattr(module.AdapterBank, "_lock", lock)
-        module.AdapterBank.create(tmp_path, BASE).add([("first", ["task"], [random_adapter(LAYOUT)])])
-        return lock(self)
-
-    monkeypatch.setattr(module.AdapterBank, "_lock", slow)
-    assert AdapterBank.create(tmp_path, BASE).names == ("first",)
-    assert AdapterBank.from_pretrained(tmp_path).names == ("first",)
+    quick, folder = AdapterBank.create(tmp_path / "quick", BASE), tmp_path / "bank"
+    quick.add([("first", ["task"], [random_adapter(LAYOUT)])])
+    with ThreadPoolExecutor() as pool:
+        with locked(folder / ".lock", 10, "Wait."):
+            slow = pool.submit(AdapterBank.create, folder, BASE)
+            time.sleep(0.5)
+            assert not slow.done()
+            for path in quick.folder.iterdir():
+                if path.name != ".lock":
+                    shutil.copy(path, folder)
+        assert slow.result().names == ("first",)
+    assert AdapterBank.from_pretrained(folder).names == ("first",)
 
 
 def test_a_bank_cannot_be_where_a_file_is(bank, tmp_path):

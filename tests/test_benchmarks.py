@@ -103,9 +103,8 @@ def test_a_network_that_cannot_fit_is_estimated_and_not_run(monkeypatch):
         gigabytes = adapter.layout.values(adapter.rank) / 1e6 * 2 if what == "conv" else 0.3
         return {"peak": gigabytes * 1e9, "step": 1.0 if what == "conv" else 0.01, "parameters": 1e6, "generate": 0.1}
 
-    monkeypatch.setattr(vae_step, "_child", child)
     monkeypatch.setattr(vae_step, "memory_bytes", lambda: 24e9)
-    rows = vae_step.measure(False)
+    rows = vae_step.measure(False, child)
     assert [row["values"] for row in rows[::2]] == [1_929_216, 3_407_872, 20_971_520]
     assert ("conv", vae_step.ADAPTERS[2].name) not in started
     assert "does not fit" in rows[-1]["step ms"] and "42 GB" in rows[-1]["step ms"]

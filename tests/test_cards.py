@@ -7,7 +7,6 @@ import statistics
 import pytest
 from toy_world import TRAINING, make_bank, make_suite, save_base, true_adapter
 
-from lorag.cli import info as cards
 from lorag.cli.info import describe_path
 
 
@@ -51,10 +50,11 @@ def test_a_bank_s_card(bank):
     assert "lorag bank check" in rows["look closer"]
 
 
-def test_of_a_large_bank_some_are_looked_at(bank, monkeypatch):
-    """Evenly spread, and the card says how many."""
-    monkeypatch.setattr(cards, "_LOOKED_AT", 7)
-    assert "of 7 experts" in _rows(describe_path(bank.folder))["norm of ΔW"]
+def test_of_a_large_bank_some_are_looked_at(bank, tmp_path):
+    """Evenly spread, 48 at most, and the card says how many."""
+    twins = [(f"{name}-{n}", ["the same again"], [bank.adapter(name)]) for n in range(2) for name in bank.names]
+    large = bank.copy_to(tmp_path / "large", bank.names, "float32").add(twins)
+    assert len(large) == 63 and "of 32 experts" in _rows(describe_path(large.folder))["norm of ΔW"]
 
 
 def test_an_adapter_s_norm_is_its_weights_own(bank, tmp_path):

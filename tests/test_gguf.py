@@ -73,14 +73,15 @@ def test_text_is_split_as_the_vocabulary_was_learned(tmp_path, caplog):
     assert "not as martian" in caplog.text
 
 
-def test_it_is_converted_once(tmp_path, monkeypatch):
-    """A second use, also under another name or link, takes the folder that is there, and needs no package."""
+def test_it_is_converted_once(tmp_path):
+    """A second use, also under another name or link, takes the folder that is there and writes nothing."""
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     folder = converted(path)
     shutil.copy(path, tmp_path / "copy.gguf")
-    monkeypatch.setattr(gguf_module, "_convert", None)
-    assert converted(path) == folder
+    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert converted(path) == converted(tmp_path / "copy.gguf") == folder
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
     assert same_model(str(path), str(path)) and not same_model(str(path), str(tmp_path / "copy.gguf"))
 
 
@@ -300,7 +301,8 @@ def test_a_read_only_home_means_temporary_files_and_a_warning(tmp_path, monkeypa
     monkeypatch.delenv("LORAG_CACHE")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(cache.tempfile, "tempdir", None)
-    monkeypatch.setattr(cache, "_usual_place", lambda: blocked / "lorag")
+    for home in ("XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"):  # of Linux, macOS and Windows
+        monkeypatch.setenv(home, str(blocked))
     with caplog.at_level(logging.WARNING):
         folder = cache_folder()
         assert cache_folder() == folder and folder.parent == tmp_path

@@ -8,7 +8,7 @@ import torch
 from conftest import EOS, WORDS, stack_adapters
 
 from lorag.base.layout import LoraLayout
-from lorag.base.objectives import OBJECTIVES, language_model, make_objective, take
+from lorag.base.objectives import OBJECTIVES, make_objective, take
 from lorag.base.objectives.sentence_encoder import _macro_f1
 from lorag.base.objectives.text_metrics import lenient_match, rouge_l
 from lorag.base.row_adapters import RowAdapters
@@ -92,7 +92,7 @@ def test_scores_of_a_batch_are_those_of_each_task_alone(setting, monkeypatch):
     """Scores are in range and depend on no task beside it, nor on how many rows run at once."""
     objective, rows, tasks, stacked = setting
     alone = [objective.scores(rows, take(stacked, i, i + 1), [task], limit=6)[0] for i, task in enumerate(tasks)]
-    limit = "_tokens_at_once" if objective.generates else "_rows_at_once"
+    limit = "tokens_at_once" if objective.generates else "rows_at_once"
     for at_once in (100_000, 3):
         monkeypatch.setattr(type(objective), limit, at_once)
         for together, one in zip(objective.scores(rows, stacked, tasks, limit=6), alone, strict=True):
@@ -350,7 +350,7 @@ def test_the_head_sees_the_states_of_answers_alone(mixed):
 def test_parts_of_a_step_hold_what_the_step_holds_with_less_padding(mixed, monkeypatch):
     """The same rows, each once, in fewer tokens; losses and gradients of every adapter as in one batch."""
     runner, tasks = mixed
-    monkeypatch.setattr(language_model, "_WORTHWHILE", 16)
+    monkeypatch.setattr(runner.objective, "tokens_of_a_part", 16)
     parts = runner.objective.sample_parts(tasks, 4, "0")
     whole = runner.objective.sample(tasks, 4, "0")
     assert len(parts) > 1 and sorted(number for numbers, _ in parts for number in numbers) == list(range(6))

@@ -15,6 +15,7 @@ import torch
 from conftest import _TINY, word_tokenizer
 from fan_out_work import always_dies, deadly, square
 from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, quiet_loop, save_base, true_adapter
+from web_world import Picky
 
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank
@@ -247,18 +248,11 @@ def test_descriptions_of_a_batch_are_decoded_together(generator, tmp_path, monke
     decode = type(opened.space).decode
     monkeypatch.setattr(type(opened.space), "decode", lambda space, codes, rank: decoded.append(len(codes)) or decode(space, codes, rank))
 
-    plan = type(opened)._plan
-
-    def refuse_pink(self, evidence, *more):
-        if "pink" in evidence.text:
-            raise UnknownTaskError("refused")
-        return plan(self, evidence, *more)
-
-    monkeypatch.setattr(type(opened), "_plan", refuse_pink)
-    requests = [
-        AdapterRequest(f"a{number}", text) for number, text in enumerate(("paint the red dog", "pink cat", "blue fish", "green cat"))
-    ]
-    results = {one.request.name: one for one in write_adapters(requests, tmp_path, BatchSettings(str(generator), rank=3))}
+    monkeypatch.setattr(opened, "gate", Picky())
+    texts = ("paint the red dog", "weld with a robot", "blue fish", "green cat")
+    requests = [AdapterRequest(f"a{number}", text) for number, text in enumerate(texts)]
+    settings = BatchSettings(str(generator), rank=3, on_unknown="raise")
+    results = {one.request.name: one for one in write_adapters(requests, tmp_path, settings)}
     assert decoded == [3] and isinstance(results["a1"].error, UnknownTaskError) and not (tmp_path / "a1").exists()
     assert [results[name].info["rank"] for name in ("a0", "a2", "a3")] == [3, 3, 3]
     (other,) = write_adapters(requests[:1], tmp_path, BatchSettings(str(generator), rank=2))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import Allocations
 from toy_world import TRAINING, WordEmbedder, make_bank, prepare_toy, quiet_loop, save_base
 
 from lorag.adapters.spans import Span
-from lorag.base.layout import LoraLayout, ModulePlace
+from lorag.base.layout import LoraLayout, ModulePlace, ModuleShape
 from lorag.errors import ConfigError, GeneratorError, LoragError
 from lorag.files.tensors import load_tensors, save_tensors
 from lorag.generator.lora_generator import LoraGenerator
@@ -217,12 +218,13 @@ def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepare
     assert cores.bases_in[layout.names[0]].dtype == torch.float32
 
 
-def test_large_spaces_take_bf16_by_themselves(monkeypatch, prepared):
-    """Beyond a number of values, and not below: what ships stays as it is."""
-    fit = lambda: SharedSubspace.fit_stream(prepared.bank, prepared.bank.base.layout, 4)  # noqa: E731
-    assert fit().bases_in[0].dtype == torch.float32
-    monkeypatch.setattr("lorag.spaces.shared_subspace._LARGE", 100)
-    assert fit().bases_in[0].dtype == torch.bfloat16
+@pytest.mark.parametrize("side, dtype", [(2**12, torch.float32), (2**17, torch.bfloat16)])
+def test_large_spaces_take_bf16_by_themselves(side, dtype):
+    """Of more than eight million values, and not below: what ships stays as it is."""
+    layout = LoraLayout(("q",), (ModuleShape("q", side, side),))
+    pair = (torch.randn(2, 20, side, dtype=torch.float64), torch.randn(2, side, 20, dtype=torch.float64))
+    stream = SimpleNamespace(factors=lambda module: iter([pair]))
+    assert SharedSubspace.fit_stream(stream, layout, 40).bases_in[0].dtype == dtype
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
@@ -240,11 +242,10 @@ def test_streamed_experts_are_those_of_the_bank(prepared, tmp_path, precision):
             assert torch.allclose(delta.float(), adapter.delta(module), atol=1e-5 * adapter.delta(module).abs().max().item())
 
 
-def test_a_stream_holds_a_few_experts_at_a_time(monkeypatch, prepared):
+def test_a_stream_holds_a_few_experts_at_a_time(prepared):
     """However many experts a shard has, stacks stay below the limit, and nobody is left out."""
-    monkeypatch.setattr("lorag.bank.shards._MOST", 3 * 4 * 64)
     module = prepared.bank.base.layout.names[2]  # 64 -> 32
-    counts = [len(rows) for rows, _ in prepared.bank.factors(module)]
+    counts = [len(rows) for rows, _ in prepared.bank.factors(module, at_once=3 * 4 * 64)]
     assert max(counts) == 3 and sum(counts) == len(prepared.bank)
 
 

@@ -216,12 +216,10 @@ def test_what_tells_tasks_apart_is_what_counts(telling):
     assert sum(a == b for a, b in enumerate(found)) >= 11
 
 
-def test_adapters_are_kept_in_bounds(router, monkeypatch):
+def test_adapters_are_kept_in_bounds(router):
     """No more than the bound; the last ones used stay."""
-    import lorag.serving.router as module
-
-    monkeypatch.setattr(module, "_KEPT", 2)
-    fresh = LoraRouter(router.generator, router.bank)
+    fresh = LoraRouter(router.generator, router.bank, kept=2)
     routes = [fresh.route(["x"], models=[f"lorag:expert/{name}"])[0] for name in router.bank.names[:3]]
     made = [fresh.adapter(route) for route in routes]
-    assert len(fresh._adapters) == 2 and fresh.adapter(routes[2]) is made[2] and isinstance(made[0], LoraAdapter)
+    assert isinstance(made[0], LoraAdapter)
+    assert [fresh.adapter(routes[n]) is made[n] for n in (2, 1, 0)] == [True, True, False]

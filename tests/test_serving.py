@@ -340,10 +340,9 @@ def test_settings_that_do_not_fit_are_refused(generator, tmp_path):
 
 def test_threads_make_one_adapter_of_one_description(resolver, monkeypatch):
     """Ten threads that ask at once for one description generate once."""
-    made = []
-    real = resolver._adapter
-    monkeypatch.setattr(resolver, "_adapter", lambda requested: made.append(requested) or real(requested))
-    found = []
+    made, found = [], []
+    real = resolver.generator.generate
+    monkeypatch.setattr(resolver.generator, "generate", lambda text, **more: made.append(text) or real(text, **more))
     threads = [threading.Thread(target=lambda: found.append(resolver.resolve(f"lorag:{OTHER}"))) for _ in range(10)]
     for thread in threads:
         thread.start()
@@ -378,11 +377,11 @@ def plugin(tmp_path, monkeypatch, generator):
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["vllm"].envs = sys.modules["vllm.envs"]
+    monkeypatch.delitem(sys.modules, "lorag.serving.vllm", raising=False)  # a process of its own has registered nothing
     import lorag.serving.vllm as plugin
 
     (tmp_path / "serving.yaml").write_text(f"folder: {tmp_path / 'store'}\nmax_adapters: 2\nmax_waiting: 3\n")
     monkeypatch.setenv("LORAG_SERVING", str(tmp_path / "serving.yaml"))
-    monkeypatch.setattr(plugin, "_registered", None)
     plugin.registered = registered
     level = logging.getLogger("lorag").level
     yield plugin

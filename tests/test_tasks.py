@@ -181,13 +181,11 @@ def test_files_that_are_no_text_are_refused(folder):
     _refused(folder, "tasks.jsonl")
 
 
-def test_endless_lines_are_refused(folder, monkeypatch):
-    """A line has a limit, and so has a file."""
-    monkeypatch.setattr("lorag.tasks.suite._MAX_LINE", 50)
+def test_endless_lines_are_refused(folder):
+    """A line has a limit: a million characters."""
+    lines = _lines(folder, "examples.jsonl.gz")
+    _write(folder, "examples.jsonl.gz", [lines[0] + " " * 1_000_000, *lines[1:]])
     _refused(folder, "line 1 is too long")
-    monkeypatch.undo()
-    monkeypatch.setattr("lorag.tasks.suite._MAX_BYTES", 10)
-    _refused(folder, "too large")
 
 
 def test_a_line_that_unpacks_without_end_is_not_held(folder):

@@ -184,9 +184,12 @@ class AdapterBank:
         """Reads final checkpoints one at a time."""
         return (self.adapter(name) for name in (self.names if names is None else names))
 
-    def factors(self, module: str) -> Iterator[Pair]:
-        """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of all final checkpoints, in order, a few at a time."""
-        return self._shards.stacks(self.experts, module)
+    def factors(self, module: str, at_once: int = 2**21) -> Iterator[Pair]:
+        """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of all final checkpoints, in order, a few at a time.
+
+        A few are as many as have `at_once` values of one factor, or one.
+        """
+        return self._shards.stacks(self.experts, module, at_once)
 
     def fuse(self, names: Sequence[str], method: str = "mean", **settings: Any) -> LoraAdapter:  # noqa: ANN401 - the rule's own
         """Merges experts into one adapter by a rule of `lorag.adapters.merging.merge`, which says what the rules' settings are.

@@ -35,7 +35,6 @@ __all__ = ["BASES", "PRECISIONS", "Expert", "ShardReader", "check_shards", "quan
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 BASES = ("{module}.U_in", "{module}.U_out")  # of the module of a number: (i, k) and (o, k)
 _STORED = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
-_MOST = 2**21  # values of one factor at a time
 
 
 Sizes = Sequence[tuple[int, int]]  # length of A's rows and B's columns, module by module
@@ -213,8 +212,13 @@ class ShardReader:
                 pairs = [self._expanded(file, expert.bases, place, pair) for place, pair in enumerate(pairs)]
         return Factors.with_alpha(dict(zip(self._layout.names, pairs, strict=True)), expert.alpha).check_values()
 
-    def stacks(self, experts: Sequence[Expert], module: str) -> Iterator[Pair]:
+    def stacks(self, experts: Sequence[Expert], module: str, at_once: int = 2**21) -> Iterator[Pair]:
         """Stacks A (n, r, i) and B (n, o, r) of one module with ΔW = B·A, in fp64, of the final checkpoints, in order, a few at a time.
+
+        Args:
+            experts: The experts.
+            module: Its name.
+            at_once: Most values of one factor at a time.
 
         Raises:
             ArtifactError: If a shard ends before its tensors do.
@@ -224,7 +228,7 @@ class ShardReader:
         longest = max(self._layout.modules[place].in_features, self._layout.modules[place].out_features)
         for (name, rank, bases), group in groupby(experts, key=lambda expert: (expert.file, expert.rank, expert.bases)):
             members, sides = list(group), list(_sides(self._held(bases), rank))[2 * place : 2 * place + 2]
-            count = max(1, _MOST // (rank * longest))
+            count = max(1, at_once // (rank * longest))
             with self._open(name) as file:
                 for start in range(0, len(members), count):
                     part = members[start : start + count]

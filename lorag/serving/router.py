@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 _TEMPERATURE = 0.05  # of the softmax over mean cosines: the likeliest right tasks, of 54 of nine public suites
 _SURE = 0.5  # share of one task from which its expert alone is served
 _FUSED = 4
-_KEPT = 256  # adapters in memory
 _PADDING = 1.25  # rows that may be computed for each row that is asked for, before factors are copied instead
 
 
@@ -81,6 +80,7 @@ class LoraRouter:
         known: Descriptions of the tasks among which is chosen; with a bank, those of its experts.
         texts: What texts each expert's task is known by; None if requests are not to be judged by their texts.
         runner: The base model; loaded at the first request.
+        kept: Most adapters in memory.
     """
 
     generator: LoraGenerator
@@ -88,6 +88,7 @@ class LoraRouter:
     known: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     texts: TextIndex | None = None
     runner: Runner | None = None
+    kept: int = 256
     _adapters: collections.OrderedDict[tuple, LoraAdapter] = field(default_factory=collections.OrderedDict, repr=False)
     _descriptions: DescriptionIndex | None = field(default=None, repr=False)
     _text_weight: float | None = field(default=None, repr=False)
@@ -312,7 +313,7 @@ class LoraRouter:
             return self._adapters[route.key]
         generated = self._made(route)
         self._adapters[route.key] = generated
-        if len(self._adapters) > _KEPT:
+        if len(self._adapters) > self.kept:
             self._adapters.popitem(last=False)
         return generated
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["regmean"]
 
-_VALUES = 2**27  # of moments (i, i) that are gathered at once: 1 GiB in fp64
 _PASSES = 2  # draws are with replacement: so many for each example leave few out
 
 
@@ -43,6 +42,7 @@ def regmean(
     ridge: float = 1e-3,
     rank: int | None = None,
     seed: int = 0,
+    at_once: int = 2**27,
 ) -> LoraAdapter:
     """Merges n experts by a regression on what flows through each module on their own tasks' examples.
 
@@ -64,6 +64,7 @@ def regmean(
         ridge: ρ, as a share of the mean of the moments' diagonal.
         rank: Largest rank of the result, by default the sum of the experts' ranks, which loses nothing.
         seed: Seed of the choice of examples.
+        at_once: Most values of moments that are gathered at once, of one module at the least; the default is 1 GiB in fp64.
 
     Raises:
         AdapterError: If adapters do not fit each other, or weights or the rank cannot be used.
@@ -86,9 +87,9 @@ def regmean(
     if wanted < 1:
         raise AdapterError("rank cannot be used", got=rank, expected="1 or more")
     support = [few_examples(task, examples, seed) for task in tasks]
-    merged: Factors | None = None
+    parts, merged = _parts(adapters[0], at_once), None
     for number in range(rounds):
-        merged = _regress(runner, adapters, support, (shares / shares.sum()).tolist(), merged, ridge, f"regmean/{seed}/{number}")
+        merged = _regress(runner, adapters, support, (shares / shares.sum()).tolist(), merged, ridge, f"regmean/{seed}/{number}", parts)
     if merged is None:
         raise AssertionError("no round was run")
     factors, energy = merged.truncated(min(wanted, whole))
@@ -111,11 +112,12 @@ def _regress(
     at_work: Factors | None,
     ridge: float,
     seed: str,
+    parts: Sequence[Sequence[str]],
 ) -> Factors:
     """One round: the merged ΔW of all modules, from moments gathered with an adapter at work, or with none."""
     stacked = None if at_work is None else Factors.stack([at_work], runner.device)
     tensors = {}
-    for names in _parts(adapters[0]):
+    for names in parts:
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         total: dict[str, Tensor] = {}
         for adapter, task, share in zip(adapters, support, shares, strict=True):
@@ -134,13 +136,13 @@ def _regress(
     return Factors(tensors)
 
 
-def _parts(adapter: LoraAdapter) -> list[list[str]]:
+def _parts(adapter: LoraAdapter, at_once: int) -> list[list[str]]:
     """Names of modules in runs whose moments fit into memory together."""
     parts: list[list[str]] = []
     held = 0
     for module in adapter.layout.modules:
         size = module.in_features**2
-        if not parts or held + size > _VALUES:
+        if not parts or held + size > at_once:
             parts.append([])
             held = 0
         parts[-1].append(module.name)

@@ -50,7 +50,7 @@ class ImageText(Objective):
 
     name, kind, metric = "image_text", "two_towers", "recall_at_1"
     reads_texts = False
-    _rows_at_once = 64
+    rows_at_once = 64
 
     def __init__(self, tokenizer: Any, max_length: int = 77, k: Sequence[int] = (1, 5)) -> None:  # noqa: ANN401 - a processor
         super().__init__(tokenizer, max_length)
@@ -109,8 +109,8 @@ class ImageText(Objective):
             texts = list(dict.fromkeys(example.output for example in examples))
             adapter = take(adapters, index, index + 1)
             with nullcontext(rows.model) if adapter is None else rows.use(adapter) as model:
-                seen = torch.cat([_image_vectors(model, self._pixels(part)) for part in _parts(list(groups), self._rows_at_once)])
-                read = torch.cat([_text_vectors(model, self._tokens(part)) for part in _parts(texts, self._rows_at_once)])
+                seen = torch.cat([_image_vectors(model, self._pixels(part)) for part in _parts(list(groups), self.rows_at_once)])
+                read = torch.cat([_text_vectors(model, self._tokens(part)) for part in _parts(texts, self.rows_at_once)])
             fits = torch.tensor([[any(e.output == text for e in group) for text in texts] for group in groups.values()])
             similarity = (seen @ read.T).cpu()
             score: dict[str, float] = {}

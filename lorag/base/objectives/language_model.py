@@ -28,7 +28,7 @@ __all__ = ["LanguageModel", "TokenRows", "pad_rows"]
 _METRICS = ("exact_match", "token_accuracy", "log_likelihood", "rouge_l", "lenient_match", "neg_perplexity", "neg_bits_per_character")
 _RUN = 16  # examples of a task that are scored in one run of rows
 _JUDGED = 1024  # answer tokens whose logits are judged at once
-_LONGER, _WORTHWHILE = 1.25, 512  # a batch is parted where tasks get longer by this factor, if both parts have this many tokens
+_LONGER = 1.25  # a batch is parted where tasks get longer by this factor
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class LanguageModel(Objective):
     """
 
     generates = True
-    _tokens_at_once = 16_384  # of a batch that is scored
+    tokens_at_once = 16_384  # of a batch that is scored
+    tokens_of_a_part = 512  # that make it worthwhile to part a batch
 
     def __init__(
         self,
@@ -141,11 +142,11 @@ class LanguageModel(Objective):
         lengths = [max(self._size(row) for row in group) for group in drawn]
         parts: list[list[int]] = []
         for task in sorted(range(len(tasks)), key=lambda number: lengths[number]):
-            part = parts[-1] if parts else None
-            if part is None or lengths[task] > _LONGER * lengths[part[-1]] and len(part) * count * lengths[part[-1]] >= _WORTHWHILE:
+            longest = lengths[parts[-1][-1]] if parts else 0
+            if not parts or lengths[task] > _LONGER * longest and len(parts[-1]) * count * longest >= self.tokens_of_a_part:
                 parts.append([task])
             else:
-                part.append(task)
+                parts[-1].append(task)
         return [(sorted(part), self._collate([row for task in sorted(part) for row in drawn[task]], len(part))) for part in parts]
 
     def losses(self, model: PreTrainedModel, batch: TokenRows) -> Tensor:
@@ -179,7 +180,7 @@ class LanguageModel(Objective):
         sizes = [[self._size(row) for row in chosen] for chosen in encoded]
         right: list[list[Tensor]] = [[torch.empty(0)] * len(test) for test in tests]
         likely = [list(chosen) for chosen in right]
-        for batch in _batches([range(len(test)) for test in tests], sizes, self._tokens_at_once):
+        for batch in _batches([range(len(test)) for test in tests], sizes, self.tokens_at_once):
             flat = [encoded[task][place] for task, places in batch for place in places]
             collated = self._collate(flat, len(batch))
             chosen = select(adapters, [task for task, _ in batch])
@@ -243,7 +244,7 @@ class LanguageModel(Objective):
         """The greedy answer to every test example, written out unless it is known to be the reference."""
         answers = [[example.output for example in test] for test in tests]
         left = [[place for place, right in enumerate(of_task) if not right] for of_task in answered]
-        for batch in _batches(left, sizes, self._tokens_at_once):
+        for batch in _batches(left, sizes, self.tokens_at_once):
             pairs = [(task, place) for task, places in batch for place in places]
             room = max(16, 2 * max(len(encoded[task][place][1]) for task, place in pairs))
             chosen = select(adapters, [task for task, _ in batch])

@@ -41,7 +41,7 @@ class _Encoder(Objective):
     kind, metric = "encoder", "accuracy"
     closed_labels = True
     _texts_per_class = 1  # what a class needs among the training examples
-    _rows_at_once = 256
+    rows_at_once = 256
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 64, temperature: float = 0.05) -> None:
         super().__init__(tokenizer, max_length)
@@ -93,8 +93,8 @@ class _Encoder(Objective):
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
             parts = []
             with nullcontext(rows.model) if adapter is None else rows.use(adapter) as model:
-                for start in range(0, len(order), self._rows_at_once):
-                    chunk = [texts[i] for i in order[start : start + self._rows_at_once]]
+                for start in range(0, len(order), self.rows_at_once):
+                    chunk = [texts[i] for i in order[start : start + self.rows_at_once]]
                     parts.append(self._embed(model, self._arguments(chunk)))
             embedded = torch.cat(parts)
             vectors.append(embedded[torch.tensor(order, device=embedded.device).argsort()])
