@@ -409,9 +409,7 @@ def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, rand
             slow = pool.submit(AdapterBank.create, folder, BASE)
             time.sleep(0.5)
             assert not slow.done()
-            for path in quick.folder.iterdir():
-                if path.name != ".lock":
-                    shutil.copy(path, folder)
+            shutil.copytree(quick.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
         assert slow.result().names == ("first",)
     assert AdapterBank.from_pretrained(folder).names == ("first",)
 
