@@ -133,7 +133,9 @@ def open_ladder(
     names = _SPLITS.get(tasks, ("test",)) if split is None else (split,) if isinstance(split, str) else tuple(split)
     splits = {name: find_tasks(tasks, None if name == _ALL else name) for name in names}
     seen = _TRAIN in names
-    everything = opened | (_fit_baselines(first, experts, tasks, seen, opened, methods, device, dtype, quiet) if len(experts) else {})
+    missing = [name for name in BASELINES if len(experts) and name not in opened and (methods is None or name in methods)]
+    training = find_split(tasks, _TRAIN) if missing and not seen else None
+    everything = opened | _fit_baselines(missing, first, experts, training, device, dtype, quiet)
     order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
     oracle_bank = experts if oracles is None and seen and len(experts) else find_oracles(oracles, tasks)
@@ -159,38 +161,28 @@ def find_oracles(oracles: str | None, tasks: str) -> AdapterBank | None:
 
 
 def _fit_baselines(
-    first: LoraGenerator,
-    experts: AdapterBank,
-    tasks: str,
-    seen: bool,
-    given: Mapping[str, object],
-    methods: Sequence[str] | None,
-    device: str,
-    dtype: str,
-    quiet: bool,
+    names: Sequence[str], like: LoraGenerator, bank: AdapterBank, tasks: TaskSuite | None, device: str, dtype: str, quiet: bool
 ) -> dict[str, list[LoraGenerator]]:
-    """Baselines on a bank. Their strength is tuned where the suite has the experts' own tasks for training."""
-    names = [name for name in BASELINES if name not in given and (methods is None or name in methods)]
+    """Baselines on a bank, in a generator's weight space. Their strength is tuned where a suite has all experts' tasks for training."""
     if not names:
         return {}
-    training = None if seen else find_split(tasks, _TRAIN)
-    if training is not None and not set(experts.names) <= {task.key for task in training}:
-        training = None
+    if tasks is not None and not set(bank.names) <= {task.key for task in tasks}:
+        tasks = None
     prepared = prepare(
-        experts,
-        first.embedder,
-        RunTasks(training),
-        runner=None if training is None else Runner.open(experts.base, device, dtype),
-        space=first.space,
+        bank,
+        like.embedder,
+        RunTasks(tasks),
+        runner=None if tasks is None else Runner.open(bank.base, device, dtype),
+        space=like.space,
         wordings=_WORDINGS,
         quiet=quiet,
     )
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
-    fitted = {}
-    for name in progress_bar(names, desc="fitting baselines", disable=quiet, leave=False, every=10.0):
-        strength = None if training is not None else 1.0
-        fitted[name] = [fit_generator(prepared, method_type(name)(), loop, rank=first.rank, strength=strength, origin={})]
-    return fitted
+    strength = None if tasks is not None else 1.0
+    return {
+        name: [fit_generator(prepared, method_type(name)(), loop, rank=like.rank, strength=strength, origin={})]
+        for name in progress_bar(names, desc="fitting baselines", disable=quiet, leave=False, every=10.0)
+    }
 
 
 def _open_generators(

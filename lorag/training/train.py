@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,9 @@ from lorag.training.calibrate import tune_strength
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.preparation import Prepared, SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
+
+if TYPE_CHECKING:
+    from lorag.spaces.weight_space import WeightSpace
 
 __all__ = ["TrainConfig", "add_gate", "add_pairs", "fit_generator", "train"]
 
@@ -116,8 +119,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     Raises:
         ConfigError: If a setting is wrong, or if `out` holds a run with other settings.
     """
-    first = None if config.start is None else LoraGenerator.from_pretrained(config.start, device=config.device)
-    config = config if first is None else _going_on(config, first)
+    start = _Start.of(config)
+    config = start.config
     stated = _stated(config)
     loop = _loop(config, stated, quiet)
     out, main = Path(config.out), loop.accelerator.is_main_process
@@ -126,10 +129,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
     if (out / "generator.json").exists():
         logger.warning("%s is trained already; delete it to train it anew", out)
         return LoraGenerator.from_pretrained(out, device=config.device)
-    method = method_type(config.method).with_settings(config.settings)
-    bank = _find_bank(config) if first is None else AdapterBank(out, first.base, ())
-    if first is not None:
-        method.go_on_from(first.method)
+    method, bank = start.method(), start.bank()
     tasks = RunTasks.named(config.tasks, len(bank))
     embedder, vectors = open_embedder(config.embedder, config.device), reads_vectors(config.embedder)
     runner = None if tasks.suite is None else Runner.open(bank.base, config.device, config.dtype)
@@ -141,14 +141,14 @@ def train(config: TrainConfig, *, quiet: bool = False) -> LoraGenerator:
         tasks,
         SplitRule(config.groups, config.validation, config.seed),
         runner=runner,
-        space=SpaceChoice(config.space, config.k, config.rank) if first is None else first.space,
+        space=start.space(),
         wordings=config.wordings,
         typos=0.0 if vectors else config.typos,
         quiet=loop.quiet,
     )
     origin = {"config": _published(stated), "experts": len(bank)}
     generator = fit_generator(prepared, method, loop, rank=config.rank, strength=config.strength, origin=origin)
-    generator.licenses = {**({} if first is None else first.licenses), **generator.licenses}
+    generator.licenses = {**start.licenses, **generator.licenses}
     if main:
         if prepared.split.validation and not method.needs_task_vectors and not vectors:
             generator.gate = fit_gate(generator, bank, tasks, prepared.split, quiet=loop.quiet)
@@ -184,6 +184,63 @@ def _licences(prepared: Prepared, method: Method) -> dict[str, str]:
     if method.learns_from_tasks:
         licences |= {data.tasks[i].key: data.tasks[i].license for i in data.training if i >= len(prepared.bank)}
     return licences
+
+
+# --- what a run starts from --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The settings of a run, and the trained generator that it goes on from, if there is one.
+
+    Attributes:
+        config: The settings, those of the generator's own run where these are left at their defaults.
+        first: The generator.
+    """
+
+    config: TrainConfig
+    first: LoraGenerator | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> _Start:
+        """Opens the generator that the settings name."""
+        if config.start is None:
+            return cls(config)
+        first = LoraGenerator.from_pretrained(config.start, device=config.device)
+        return cls(_going_on(config, first), first)
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Of what was learned from before."""
+        return {} if self.first is None else dict(self.first.licenses)
+
+    def method(self) -> Method:
+        """The method of the run, untrained or as it was left."""
+        method = method_type(self.config.method).with_settings(self.config.settings)
+        if self.first is not None:
+            method.go_on_from(self.first.method)
+        return method
+
+    def space(self) -> SpaceChoice | WeightSpace:
+        """Which weight space is fitted, or the one that was."""
+        config = self.config
+        return SpaceChoice(config.space, config.k, config.rank) if self.first is None else self.first.space
+
+    def bank(self) -> AdapterBank:
+        """The bank that the settings name, or one without experts: on the base model that they name, or on the generator's.
+
+        Raises:
+            ConfigError: If they name both bank and base.
+        """
+        config, out = self.config, Path(self.config.out)
+        if self.first is not None:
+            return AdapterBank(out, self.first.base, ())
+        if config.base is None:
+            return find_bank(config.bank or "sandbox")
+        if config.bank is not None:
+            raise ConfigError("bank and base cannot both be given", got=f"{config.bank}, {config.base}", remedy="A bank states its base.")
+        model = BaseModel(config.base, config.kind)
+        return AdapterBank(out, BankBase.of(model, config.objective, config.objective_settings, config.target_modules), ())
 
 
 # --- from settings to values ------------------------------------------------------------------------------------------
@@ -253,21 +310,6 @@ def _loop(config: TrainConfig, stated: dict[str, Any], quiet: bool) -> TrainingL
         config.mixed_precision,
         Metrics(Path(config.out), config.trackers, stated, main=accelerator.is_main_process),
     )
-
-
-def _find_bank(config: TrainConfig) -> AdapterBank:
-    """The bank that a run names, or one without experts on the base model that it names.
-
-    Raises:
-        ConfigError: If it names both.
-    """
-    if config.base is None:
-        return find_bank(config.bank or "sandbox")
-    if config.bank is not None:
-        raise ConfigError("bank and base cannot both be given", got=f"{config.bank}, {config.base}", remedy="A bank states its base.")
-    model = BaseModel(config.base, config.kind)
-    base = BankBase.of(model, config.objective, config.objective_settings, config.target_modules)
-    return AdapterBank(Path(config.out), base, ())
 
 
 # --- a gate afterwards ------------------------------------------------------------------------------------------------
