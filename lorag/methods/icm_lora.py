@@ -14,7 +14,7 @@ from lorag.methods.functional import task_vectors
 from lorag.methods.kernel import ExpertRegression, KernelSettings
 from lorag.methods.method import ReaderSettings, collate, draw, nested, part, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.vae import Diagnostics, VaeMethod, negative_elbo, squared_error
+from lorag.methods.vae import Diagnostics, VaeMethod, VaeStage, negative_elbo, squared_error
 from lorag.networks.conv_vae import ConvVae
 from lorag.networks.vae import ConditionalVae
 from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
@@ -147,7 +147,7 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
         self.shape = {"embedding": embedding, "vector": 0 if vectors is None else vectors.shape[1], "elements": self.coordinates.size}
         coordinates = self.coordinates.to_coordinates(data.codes)
         learned = ExpertRegression.learn(self.name, s.kernel, coordinates, data, loop) if self.regresses else None
-        stage = _Stage(self, data, loop, self.start(loop), coordinates, vectors, learned)
+        stage = _Stage(data, loop, self.start(loop), self, coordinates, vectors, learned)
         steps = LoopSettings(s.steps, self.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", stage.network, stage.batch, stage.validate if held else None, steps)
         self.diagnostics = stage.diagnostics()
@@ -231,31 +231,20 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Stage(VaeStage[ConditionalVae | ConvVae]):
     """The training of the VAE on experts, which adds to a regression where one is learned.
 
     Attributes:
         method: Whose network it is.
-        data: The experts.
-        loop: Runs the stage.
-        network: What is trained.
         coordinates: Of the experts' codes (n, p).
         vectors: Their normalised task vectors (n, v), if they are asked for.
         regression: What the VAE adds to, if it does.
     """
 
     method: IcmLora
-    data: TrainingSet
-    loop: TrainingLoop
-    network: ConditionalVae | ConvVae
     coordinates: Tensor
     vectors: Tensor | None
     regression: ExpertRegression | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is trained."""
-        return self.loop.accelerator.device
 
     def batch(self, module: nn.Module, step: int) -> Batch:
         """Codes of some experts with the noise of their checkpoints, each with one of its descriptions."""

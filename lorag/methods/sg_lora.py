@@ -13,7 +13,7 @@ from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.baselines import MixtureSettings
 from lorag.methods.method import ReaderSettings, collate, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
-from lorag.methods.vae import Diagnostics, VaeMethod, negative_elbo, squared_error
+from lorag.methods.vae import Diagnostics, VaeMethod, VaeStage, negative_elbo, squared_error
 from lorag.networks.vae import LearnedPriorVae
 from lorag.spaces.principal_codes import PrincipalCodes
 from lorag.text.conditioning import Condition, mixture
@@ -185,7 +185,7 @@ class SgLora(VaeMethod[LearnedPriorVae]):
         merges, unseen = (neighbours.leave_group_out(data, rows) for rows in (training, held))
         coordinates = self.coordinates.size
         self.shape = {"merge": 2 * coordinates, "embedding": data.embedding_size if self.reads else 0, "elements": coordinates}
-        stage = _Stage(self, data, loop, self.start(loop), neighbours, merges, unseen)
+        stage = _Stage(data, loop, self.start(loop), self, neighbours, merges, unseen)
         steps = LoopSettings(s.steps, s.learning_rate, validate_every=100)
         loop.run(f"{self.name} reconstruction", stage.network, stage.batch, stage.validate if held else None, steps)
         self.diagnostics = stage.diagnostics()
@@ -212,31 +212,20 @@ class SgLora(VaeMethod[LearnedPriorVae]):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Stage(VaeStage[LearnedPriorVae]):
     """The training of the VAE on experts, each conditioned on the others.
 
     Attributes:
         method: Whose network it is.
-        data: The experts.
-        loop: Runs the stage.
-        network: What is trained.
         neighbours: The training experts.
         merges: Conditions (d, 2 p) of the d descriptions of each training expert.
         unseen: The same of each held-out one.
     """
 
     method: SgLora
-    data: TrainingSet
-    loop: TrainingLoop
-    network: LearnedPriorVae
     neighbours: ExpertMixture
     merges: Sequence[Tensor]
     unseen: Sequence[Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is trained."""
-        return self.loop.accelerator.device
 
     def batch(self, module: nn.Module, step: int) -> Batch:
         """Codes of some experts with the noise of their checkpoints, each with one of its descriptions."""

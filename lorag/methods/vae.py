@@ -17,8 +17,9 @@ from lorag.spaces.principal_codes import PrincipalCodes, StandardCodes
 
 if TYPE_CHECKING:
     from lorag.methods.training_loop import TrainingLoop
+    from lorag.methods.training_set import TrainingSet
 
-__all__ = ["Diagnostics", "VaeMethod", "gaussian_kl", "negative_elbo", "squared_error"]
+__all__ = ["Diagnostics", "VaeMethod", "VaeStage", "gaussian_kl", "negative_elbo", "squared_error"]
 
 Vae = TypeVar("Vae", bound=ConditionalVae | ConvVae | LearnedPriorVae)
 
@@ -102,6 +103,26 @@ class Diagnostics:
         if kl.dim() != 1 or kl.shape != variance.shape or not len(kl) or diversity.dim():
             raise ValueError(f"diagnostics {tuple(kl.shape)}, {tuple(variance.shape)}")
         return cls(kl, variance, diversity.item())
+
+
+@dataclass(frozen=True)
+class VaeStage(Generic[Vae]):
+    """The training of a VAE on experts.
+
+    Attributes:
+        data: The experts.
+        loop: Runs the stage.
+        network: What is trained.
+    """
+
+    data: TrainingSet
+    loop: TrainingLoop
+    network: Vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return self.loop.accelerator.device
 
 
 class VaeMethod(Method, Generic[Vae]):
