@@ -8,6 +8,7 @@ import torch
 from lorag import generate_lora
 from lorag.cli import main as cli
 from lorag.errors import DescriptionError
+from lorag.generator.generate import read_requests, write_adapters
 
 TEXT = "write the label of the legal text in upper case"
 OTHERS = ["answer with the contract's category, all in capitals", "which kind of legal text is it? use capital letters"]
@@ -55,6 +56,30 @@ def test_the_command_takes_them(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--descriptions", str(tmp_path / "many.txt"), "--wording", "x", "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2 and "--wording" in capsys.readouterr().err
+
+
+def test_a_file_of_descriptions_may_hold_them(tmp_path):
+    """JSON lines with wordings: as if each adapter were made alone; a folder made from others is not taken for it."""
+    file, out = tmp_path / "many.jsonl", tmp_path / "out"
+    rows = [{"name": "one", "description": TEXT, "wordings": OTHERS}, {"name": "two", "description": TEXT}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not [one.error for one in write_adapters(read_requests(file), out) if one.error]
+    for row in rows:
+        alone = generate_lora(TEXT, wordings=row.get("wordings", ())).save_pretrained(tmp_path / "alone" / row["name"])
+        assert (alone / "adapter_model.safetensors").read_bytes() == (out / row["name"] / "adapter_model.safetensors").read_bytes()
+    assert all(one.existed for one in write_adapters(read_requests(file), out))
+    rows[0]["wordings"] = OTHERS[:1]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = sorted(write_adapters(read_requests(file), out), key=lambda one: one.request.name)
+    assert "another adapter" in str(first.error) and second.existed
+
+
+@pytest.mark.parametrize("wordings", ["text", [3], [""]])
+def test_a_file_s_wordings_are_checked(tmp_path, wordings):
+    """They are a list of descriptions."""
+    (tmp_path / "many.jsonl").write_text(json.dumps({"description": TEXT, "wordings": wordings}))
+    with pytest.raises(DescriptionError, match="line 1"):
+        read_requests(tmp_path / "many.jsonl")
 
 
 def _values(adapter):

@@ -28,7 +28,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
     description: Annotated[str | None, typer.Argument(help='What the adapter should do, such as "summarise legal text".')] = None,
     descriptions: Annotated[
-        Path | None, typer.Option(help="File with one per line, or JSON lines with name and description; --out gets a folder for each.")
+        Path | None, typer.Option(help="File with one per line, or JSON lines of name, description and wordings; --out gets a folder each.")
     ] = None,
     wording: Annotated[
         list[str] | None, typer.Option(help="The same task in other words; repeat it. The adapter is the mean over all wordings.")

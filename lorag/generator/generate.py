@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import OrderedDict
@@ -173,10 +174,11 @@ _TOGETHER = 8  # descriptions that a local run decodes at once; an interruption 
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """An adapter to be made: the name of its folder, and what it should do."""
+    """An adapter to be made: the name of its folder, and what it should do, at will in several wordings."""
 
     name: str
     description: str
+    wordings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class AdapterResult:
 
 
 def read_requests(path: str | Path) -> list[AdapterRequest]:
-    """Reads a file of descriptions: one per line, or JSON lines with `description` and, if it likes, `name`.
+    """Reads a file of descriptions: one per line, or JSON lines with `description` and, if it likes, `name` and a list of `wordings`.
 
     A description without a name is named by its first words and a digest of all, whatever line it stands in.
 
@@ -232,20 +234,23 @@ def read_requests(path: str | Path) -> list[AdapterRequest]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where, name, text = f"{path}, line {number}", None, line.strip()
+        where, name, text, wordings = f"{path}, line {number}", None, line.strip(), []
         if text.startswith("{"):
             row = parse_json(text, where)
-            if not isinstance(row, dict) or not isinstance(row.get("description"), str) or row.keys() - {"name", "description"}:
+            if not isinstance(row, dict) or not isinstance(row.get("description"), str) or row.keys() - {"name", "description", "wordings"}:
                 raise DescriptionError(f"{where} cannot be read", got=text[:80], expected='{"name": …, "description": …}')
-            name, text = row.get("name"), row["description"].strip()
+            name, text, wordings = row.get("name"), row["description"].strip(), row.get("wordings", [])
         try:
-            check_description(text)
+            if not isinstance(wordings, list):
+                raise DescriptionError("wordings is not a list", got=repr(wordings)[:80])
+            for one in (text, *wordings):
+                check_description(one)
         except DescriptionError as error:
             raise DescriptionError(f"{where}: {error}") from error
         name = slug(text) if name is None else require_name(name, f"{where}: name")
         if name in requests:
             raise DescriptionError(f"{where}: an adapter is asked for twice", got=name, remedy="Give each line its own name.")
-        requests[name] = AdapterRequest(name, text)
+        requests[name] = AdapterRequest(name, text, tuple(wordings))
     if not requests:
         raise DescriptionError(f"{path} holds no description")
     return list(requests.values())
@@ -307,18 +312,23 @@ def _answers(folder: Path, request: AdapterRequest, settings: BatchSettings) -> 
     asked = {"description": request.description, "seed": settings.seed, "strength": settings.strength, "rank": rank}
     made_by = info.get("generator")
     revision = made_by.get("revision") if isinstance(made_by, dict) else None
-    return {key: info.get(key) for key in asked} == asked and revision == generator.revision
+    same = {key: info.get(key) for key in asked} == asked and info.get("wordings", []) == list(request.wordings)
+    return same and revision == generator.revision
 
 
 def _generate(settings: BatchSettings, requests: Sequence[AdapterRequest]) -> list[LoraAdapter | LoragError]:
     """Adapters of a few descriptions, or why there is none, on whatever worker; its process keeps the generator for the next."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownTaskWarning)  # `info["gate"]` says it
-        adapters = open_generator(settings.generator).generate_each(
-            [request.description for request in requests],
-            seed=settings.seed,
-            strength=settings.strength,
-            rank=settings.rank,
-            on_unknown=settings.on_unknown,
-        )
-        return list(adapters)
+        generator = open_generator(settings.generator)
+        adapters: list[LoraAdapter | LoragError] = []
+        for wordings, group in itertools.groupby(requests, lambda request: request.wordings):
+            adapters += generator.generate_each(
+                [request.description for request in group],
+                seed=settings.seed,
+                strength=settings.strength,
+                rank=settings.rank,
+                on_unknown=settings.on_unknown,
+                wordings=wordings,
+            )
+        return adapters
