@@ -144,10 +144,32 @@ def test_no_step_sees_an_expert_and_its_group_at_once(world, monkeypatch):
         assert not set(rows) & set(world.validation)
 
 
-def test_experts_without_others_are_refused(world):
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 2]])
+def test_each_group_in_turn_is_predicted_from_all_others(groups):
+    """The closed form is a regression solved without the group, whose gradient reaches the features."""
+    kernel, features, values = _kernel(), torch.randn(6, 12, requires_grad=True), torch.randn(6, 3)
+    together = torch.tensor(groups)[:, None] == torch.tensor(groups)[None]
+    differences = kernel.residuals(features, values, together)
+    for row in range(6):
+        others = ~together[row]
+        predicted = kernel.weights(features[row][None], features[others]) @ values[others]
+        assert torch.allclose(values[row] - predicted[0], differences[row], atol=1e-4)
+    differences.square().mean().backward()
+    assert features.grad.abs().min() > 0
+
+
+def test_leaving_out_each_in_turn_learns_the_kernel_too(world):
+    """Held-out combinations are predicted as well as where a quarter is taken out."""
+    method, right = _fit(world, asked=0.0, batch=24), _data(HELD_OUT).codes
+    guessed = torch.stack([_made(method, _condition(world, cell)) for cell in HELD_OUT])
+    assert (guessed - right).square().mean() < 0.35 * (right - world.codes.mean(0)).square().mean()
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.25])
+def test_experts_without_others_are_refused(world, asked):
     """If all are of one group, there is nobody to learn from."""
     with pytest.raises(GeneratorError, match="no others"):
-        _fit(dataclasses.replace(world, groups=[0] * len(TRAINING)), steps=1)
+        _fit(dataclasses.replace(world, groups=[0] * len(TRAINING)), steps=1, asked=asked)
 
 
 def test_of_a_large_bank_some_experts_take_part(world):
@@ -157,7 +179,7 @@ def test_of_a_large_bank_some_experts_take_part(world):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"groups": 5}, {"groups": 0}, {"asked": 0.0}, {"asked": 1.0}, {"experts": 1}, {"layers": 10**9}, {"batch": 1}]
+    "settings", [{"groups": 5}, {"groups": 0}, {"asked": -0.1}, {"asked": 1.0}, {"experts": 1}, {"layers": 10**9}, {"batch": 1}]
 )
 def test_settings_that_cannot_be_used(world, settings):
     """Named before time is spent."""

@@ -373,6 +373,19 @@ def test_parts_of_a_step_hold_what_the_step_holds_with_less_padding(mixed, monke
         assert torch.allclose(one, other, atol=1e-3 * other.abs().max().clamp_min(1).item())
 
 
+def test_a_bound_on_the_tokens_of_a_part_changes_no_loss(mixed):
+    """A part has one task at least; losses are those of one batch, whatever the parts."""
+    runner, tasks = mixed
+    whole = runner.objective.losses(runner.model, runner.objective.sample(tasks, 4, "0"))
+    for most, count in ((1, 6), (10**6, 1)):
+        parts = runner.objective.sample_parts(tasks, 4, "0", most)
+        assert len(parts) == count
+        losses = {
+            n: loss for numbers, batch in parts for n, loss in zip(numbers, runner.objective.losses(runner.model, batch), strict=True)
+        }
+        assert torch.allclose(torch.stack([losses[n] for n in range(6)]), whole, atol=1e-4)
+
+
 def _modules(runner):
     return [(module.name, module) for module in runner.layout.modules]
 

@@ -47,9 +47,11 @@ class HouseSettings(ReaderSettings):
         decoder_blocks: Residual blocks of the shared network.
         experts: Most experts that a kernel's head keeps: it has a code's length of numbers for each.
         kernel_steps: Steps of learning a kernel between descriptions: the network starts from a regression over the experts.
+        kernel_batch: Most experts in one of these steps.
+        kernel_asked: Share of these that are predicted from the others; 0 predicts each from all others.
         steps: Steps of reconstruction, from which it starts where no kernel is learned: if `kernel_steps` is 0, codes come from
             a shared decoder, or experts are too few. Without any expert it starts from no change.
-        learning_rate: Peak rate of reconstruction.
+        learning_rate: Peak rate of the kernel's steps and of reconstruction.
         batch: Descriptions in a step of reconstruction.
         functional: Steps through the frozen base model.
         ensemble: Readers beside the one that took those steps, which learn from it.
@@ -68,6 +70,8 @@ class HouseSettings(ReaderSettings):
     decoder_blocks: int = 1
     experts: int = 1024
     kernel_steps: int = 800
+    kernel_batch: int = 512
+    kernel_asked: float = 0.25
     steps: int = 300
     learning_rate: float = 1e-3
     batch: int = 64
@@ -200,6 +204,8 @@ class House(NetworkMethod):
             features=s.hidden,
             groups=self._groups,
             experts=s.experts,
+            batch=s.kernel_batch,
+            asked=s.kernel_asked,
             steps=s.kernel_steps,
             learning_rate=s.learning_rate,
         )

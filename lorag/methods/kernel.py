@@ -43,7 +43,8 @@ class KernelSettings(ReaderSettings):
         groups: Into which they fall; a divisor of their number.
         experts: Most experts that count at use; of a larger bank so many are drawn.
         batch: Most experts in a step of training.
-        asked: Share of these that are taken out and predicted.
+        asked: Share of these that are taken out and predicted from the others; 0 takes out each in turn, with all of its group, in closed
+            form, so that every description that is read is also predicted.
         steps: Of training.
         learning_rate: Peak rate.
     """
@@ -65,9 +66,9 @@ class KernelSettings(ReaderSettings):
         """
         if self.groups < 1 or self.features < 1 or self.features % self.groups:
             raise ConfigError("groups must divide features", got=f"{self.features} features in {self.groups} groups")
-        if not 0 < self.asked < 1 or self.experts < 2 or self.batch < 2:
+        if not 0 <= self.asked < 1 or self.experts < 2 or self.batch < 2:
             got = f"{self.asked}, {self.experts} and {self.batch}"
-            raise ConfigError("asked must be a share, experts and batch at least 2", got=got)
+            raise ConfigError("asked must be a share below 1, experts and batch at least 2", got=got)
         return ExpertKernel(self.reader(embedding, 0, width=self.width, features=self.features), embedding, self.groups)
 
 
@@ -113,8 +114,21 @@ class ExpertRegression:
         training, held = torch.tensor(data.training_experts), data.validation_experts
         counting = sorted(training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist())
 
+        def each_in_turn(drawn: list[int]) -> Batch:
+            together = data.masked(drawn)[:, drawn].to(device)
+            if together.all():
+                raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+            texts = draw(data, drawn, loop)
+
+            def losses(share: slice) -> Tensor:
+                return kernel.residuals(kernel(*collate(texts, device)), values[drawn], together)[share].square().mean()
+
+            return Batch(len(drawn), losses)
+
         def loss(_: nn.Module, step: int) -> Batch:
             drawn = training[torch.randperm(len(training), generator=loop.rng)[: settings.batch]].tolist()
+            if not settings.asked:
+                return each_in_turn(drawn)
             asked = drawn[: max(1, round(len(drawn) * settings.asked))]
             others = _others(data, drawn, asked)
             if not others:  # few large families: of one alone the others may be left

@@ -71,6 +71,22 @@ class ExpertKernel(nn.Module):
         factor = torch.linalg.cholesky(self.system(experts))
         return torch.cholesky_solve(self.similarity(experts, features).double(), factor).T.float()
 
+    def residuals(self, experts: Tensor, values: Tensor, together: Tensor) -> Tensor:
+        """By how much values (n, p) of experts (n, f) differ from what is predicted without them (n, p), in closed form.
+
+        With A the inverse of the system and y the values, experts E differ by A[E, E]⁻¹ (A y)[E].
+
+        Args:
+            experts: Features of the experts.
+            values: Their values.
+            together: Which experts (n, n) are left out with each: equal within a group, itself among them.
+        """
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.system(experts)))
+        solved = inverse @ values.double()
+        if bool((together.sum(1) == 1).all()):
+            return (solved / inverse.diagonal()[:, None]).float()
+        return torch.linalg.solve(inverse * together, solved).float()  # one block for each group
+
 
 class KernelHead(nn.Module):
     """From features to codes by similarity to experts: a solved regression whose parts go on learning.

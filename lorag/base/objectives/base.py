@@ -87,8 +87,15 @@ class Objective(abc.ABC):
         What is drawn for a task depends on the seed and the task alone, not on the tasks beside it.
         """
 
-    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], Any]]:
-        """What `sample` draws, in parts that are best run one after the other: the tasks of each, and its batch."""
+    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str, most: int | None = None) -> list[tuple[list[int], Any]]:
+        """What `sample` draws, in parts that are best run one after the other: the tasks of each, and its batch.
+
+        Args:
+            tasks: The tasks.
+            count: Examples of each.
+            seed: Of what is drawn.
+            most: About how many tokens a part may have, if the objective can tell; None sets no bound.
+        """
         return [(list(range(len(tasks))), self.sample(tasks, count, seed))]
 
     @abc.abstractmethod

@@ -60,10 +60,10 @@ class CausalLM(LanguageModel):
             return super().sample(tasks, count, seed)
         return pack([fitting(group, self.pack) for group in self._drawn(tasks, count, seed)], self.tokenizer.pad_token_id)
 
-    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], Any]]:
-        """What `sample` draws, in parts of tasks of about one length, so that few tokens are padding."""
+    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str, most: int | None = None) -> list[tuple[list[int], Any]]:
+        """What `sample` draws, in parts of tasks of about one length, so that few tokens are padding; packed, of a few rows each."""
         if not self.pack:
-            return [*super().sample_parts(tasks, count, seed)]
+            return [*super().sample_parts(tasks, count, seed, most)]
         groups = [fitting(group, self.pack) for group in self._drawn(tasks, count, seed)]
         order = sorted(range(len(tasks)), key=lambda number: sum(self._size(row) for row in groups[number]))
         parts = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]

@@ -136,14 +136,15 @@ class LanguageModel(Objective):
         """Draws `count` training examples per task."""
         return self._collate([row for group in self._drawn(tasks, count, seed) for row in group], len(tasks))
 
-    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str) -> list[tuple[list[int], TokenRows]]:
+    def sample_parts(self, tasks: Sequence[Task], count: int, seed: str, most: int | None = None) -> list[tuple[list[int], TokenRows]]:
         """What `sample` draws, in parts of tasks of about one length, so that few tokens are padding."""
         drawn = self._drawn(tasks, count, seed)
         lengths = [max(self._size(row) for row in group) for group in drawn]
         parts: list[list[int]] = []
         for task in sorted(range(len(tasks)), key=lambda number: lengths[number]):
             longest = lengths[parts[-1][-1]] if parts else 0
-            if not parts or lengths[task] > _LONGER * longest and len(parts[-1]) * count * longest >= self.tokens_of_a_part:
+            full = bool(parts) and most is not None and (len(parts[-1]) + 1) * count * lengths[task] > most
+            if not parts or full or lengths[task] > _LONGER * longest and len(parts[-1]) * count * longest >= self.tokens_of_a_part:
                 parts.append([task])
             else:
                 parts[-1].append(task)
