@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorag import generate_lora
+from lorag.adapters.purpose import find_purpose
 from lorag.cli import main as cli
 from lorag.errors import DescriptionError
 from lorag.generator.generate import read_requests, write_adapters
@@ -80,6 +81,14 @@ def test_a_file_s_wordings_are_checked(tmp_path, wordings):
     (tmp_path / "many.jsonl").write_text(json.dumps({"description": TEXT, "wordings": wordings}))
     with pytest.raises(DescriptionError, match="line 1"):
         read_requests(tmp_path / "many.jsonl")
+
+
+def test_a_bank_takes_them_as_descriptions(tmp_path):
+    """An adapter that was generated from several wordings brings all of them."""
+    folder = generate_lora(TEXT, wordings=OTHERS).save_pretrained(tmp_path / "adapter")
+    info = json.loads((folder / "lorag.json").read_text())
+    assert find_purpose(folder, info).descriptions == (TEXT, *OTHERS)
+    assert find_purpose(folder, info | {"wordings": "not a list"}).descriptions == (TEXT,)
 
 
 def _values(adapter):

@@ -121,11 +121,13 @@ def find_purpose(folder: Path, info: Mapping[str, Any]) -> Purpose:
     stated = info.get("license") or _stated_licence(card)
     licence = str(stated)[:60] if stated else None
     lines = [line.strip() for line in _text(folder / SIDECAR, _MAX_SIDECAR).splitlines() if line.strip()]
-    description = info.get("description")
     listed = info.get("descriptions")
+    if info.get("description"):  # of a generated adapter, with the other wordings that it was made from
+        others = info.get("wordings")
+        listed = [info["description"], *(others if isinstance(others, list) else [])]
     for origin, texts in (
         (SIDECAR, lines),
-        ("lorag.json", [description] if description else list(listed) if isinstance(listed, list) else []),
+        ("lorag.json", list(listed) if isinstance(listed, list) else []),
         (CARD, [text for text in [card_text(card)] if text]),
     ):
         if texts:
