@@ -56,8 +56,7 @@ def measure(
 
 
 def _scores(runner: Runner, factors: Sequence[Factors], tasks: Sequence[Task], limit: int) -> dict[str, torch.Tensor]:
-    stacked = {path: (a.to(runner.model.dtype), b.to(runner.model.dtype)) for path, (a, b) in Factors.stack(factors, runner.device).items()}
-    scored = runner.scores(stacked, tasks, limit=limit)
+    scored = runner.scores(Factors.stack(factors, runner.device), tasks, limit=limit)
     keys = [key for key in ("exact_match", "balanced_accuracy") if all(key in one for one in scored)]
     return {key: torch.tensor([float(one[key]) for one in scored]) for key in keys}
 

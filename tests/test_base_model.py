@@ -8,7 +8,7 @@ from conftest import output_of
 from safetensors.torch import load_file, save_file
 
 from lorag.bank.bank import AdapterBank
-from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel
+from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel, warn_if_slow
 from lorag.base.layout import LoraLayout
 from lorag.base.precision import stored_types
 from lorag.base.runner import BankBase
@@ -144,4 +144,6 @@ def test_fast_is_bf16_where_the_cpu_has_instructions_for_it(stored, monkeypatch,
     assert base.load("cpu", "fast").dtype == dtype and base.load("cpu").dtype == torch.float32
     assert not recwarn.list
     assert base.load("cpu", "bfloat16").dtype == torch.bfloat16
+    assert not recwarn.list  # to hold weights in it costs nothing: a merge does
+    warn_if_slow(base.load("cpu", "bfloat16"))
     assert [warning for warning in recwarn if "no instructions for bfloat16" in str(warning.message)] or dtype == torch.bfloat16

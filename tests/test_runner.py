@@ -31,6 +31,13 @@ def test_open_loads_what_a_bank_states(world, tmp_path, tiny_models, tokenizer):
         Runner(runner.model, tiny_models["gpt2"].layout(), runner.objective)
 
 
+def test_open_warns_where_bf16_is_slow(tmp_path, tiny_models, tokenizer, monkeypatch):
+    """On a CPU without instructions for it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.warns(UserWarning, match="no instructions for bfloat16"):
+        Runner.open(save_base(tmp_path, tiny_models["llama"], tokenizer), "cpu", "bfloat16")
+
+
 def test_losses_are_each_adapter_s_own_and_differentiable(world):
     """Adapter i on task i: as alone; no gradient reaches another; None is the bare base, as adapters of zero are."""
     runner, tasks, adapters = world

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import device as Device
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["KINDS", "BaseModel", "computes_bf16", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code"]
+__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code", "warn_if_slow"]
 
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -33,7 +33,8 @@ _CLASSES = {
 }
 KINDS = tuple(_CLASSES)
 _SEEING = ("two_towers", "image_seq2seq")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # in which weights can be stored
+_LOADED = (*DTYPES, "fast")
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch names what a CPU has
 # PEFT's wrapper for a task type passes on arguments of its own, which models that see images, such as CLIP, do not take.
 TASK_TYPES: dict[str, str | None] = {
@@ -60,7 +61,7 @@ def device_of(name: str) -> Device:
     return chosen
 
 
-def computes_bf16(device: Device) -> bool:
+def _computes_bf16(device: Device) -> bool:
     """Whether a device has instructions for bf16; without them a CPU takes several times as long as for fp32."""
     import torch
 
@@ -69,6 +70,15 @@ def computes_bf16(device: Device) -> bool:
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name, False) for name in _BF16_INSTRUCTIONS)
     return True
+
+
+def warn_if_slow(model: PreTrainedModel) -> None:
+    """Warns of a model that is about to run in bf16 on a device without instructions for it; to hold weights in bf16 costs nothing."""
+    import torch
+
+    if model.dtype == torch.bfloat16 and not _computes_bf16(model.device):
+        where = model.device.type
+        warn_caller(f"this {where} has no instructions for bfloat16, which may be several times slower than float32", UserWarning)
 
 
 def kind_of(name: str, revision: str | None = None, task_type: str | None = None) -> str:
@@ -197,14 +207,12 @@ class BaseModel:
         import transformers
 
         where = device_of(device)
-        if dtype not in (*DTYPES, "fast"):
-            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join((*DTYPES, "fast")))
+        if dtype not in _LOADED:
+            raise ConfigError("dtype is unknown", got=repr(dtype), expected=" or ".join(_LOADED))
         if dtype == "fast":
-            dtype = "bfloat16" if computes_bf16(where) else "float32"
+            dtype = "bfloat16" if _computes_bf16(where) else "float32"
         elif dtype == "auto" and where.type == "cpu":
             dtype = "float32"
-        elif dtype == "bfloat16" and not computes_bf16(where):
-            warn_caller(f"this {where.type} has no instructions for bfloat16, which may be several times slower than float32", UserWarning)
         # torch's fused attention has a slow backward in half precision on a CPU: it took most of a training step.
         attention = "eager" if where.type == "cpu" and dtype != "float32" else None
         loader = getattr(transformers, _CLASSES[self.kind])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorag.base.base_model import BaseModel
+from lorag.base.base_model import BaseModel, warn_if_slow
 from lorag.base.layout import LoraLayout
 from lorag.base.names import packaged
 from lorag.base.objectives import Objective, make_objective
@@ -134,7 +134,9 @@ class Runner:
             ConfigError: If objective, device or dtype cannot be used.
         """
         objective = make_objective(base.objective, base.model.tokenizer(), base.settings)
-        return cls(base.model.load(device, dtype), base.layout, objective)
+        model = base.model.load(device, dtype)
+        warn_if_slow(model)
+        return cls(model, base.layout, objective)
 
     @property
     def model(self) -> Any:  # noqa: ANN401 - what a transformers model has beyond nn.Module is used too

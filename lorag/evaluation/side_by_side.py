@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorag.adapters.factors import Factors
+from lorag.base.base_model import warn_if_slow
 from lorag.base.objectives import make_objective, take
 from lorag.base.objectives.language_model import LanguageModel
 from lorag.base.runner import Runner
@@ -106,6 +107,7 @@ def open_for(
             remedy="Compare what it is for with lorag evaluate; if it does write texts, give --kind.",
         )
     tokenizer, model = base.tokenizer(), base.load(device, dtype)
+    warn_if_slow(model)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     fitted = adapter.fitted(model)

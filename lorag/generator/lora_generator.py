@@ -253,7 +253,8 @@ class LoraGenerator:
         evidence = gather(self, text, condition, seed=seed, reference=reference, needed=needed, condition_of=condition_of)
         evidence = replace(evidence, text=description, read=read, details=tuple(about), wordings=tuple(wordings))
         if wordings:
-            conditions = [self._condition(self.read(wording), examples, about) for wording in wordings]
+            conditions = [condition_of(self.embedder.embed([self.read(wording)])[0]) for wording in wordings]
+            conditions = [replace(one, task_vector=condition.task_vector) for one in conditions]  # of the same examples
             others = [self.method.generate(one, torch.Generator().manual_seed(seed)) for one in conditions]
             evidence = replace(evidence, code=torch.stack([evidence.code, *others]).mean(0))
         if not examples or not self.method.reads_pairs:

@@ -114,10 +114,13 @@ class ExpertRegression:
         training, held = torch.tensor(data.training_experts), data.validation_experts
         counting = sorted(training[torch.randperm(len(training), generator=loop.rng)[: settings.experts]].tolist())
 
+        def nobody_else() -> GeneratorError:
+            return GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+
         def each_in_turn(drawn: list[int]) -> Batch:
             together = data.masked(drawn)[:, drawn].to(device)
             if together.all():
-                raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+                raise nobody_else()
             texts = draw(data, drawn, loop)
 
             def losses(share: slice) -> Tensor:
@@ -135,7 +138,7 @@ class ExpertRegression:
                 asked = asked[:1]
                 others = _others(data, drawn, asked)
             if not others:
-                raise GeneratorError(f"{name}: an expert has no others to be predicted from", got=f"{len(training)} training experts")
+                raise nobody_else()
             texts = draw(data, [*others, *asked], loop)
 
             def losses(share: slice) -> Tensor:
