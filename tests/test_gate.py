@@ -39,10 +39,11 @@ from lorag.methods import method_type
 from lorag.tasks.unknown import read_unknown, unknown_tasks
 from lorag.text import vectors
 from lorag.text.conditioning import mixture_weights
+from lorag.training.additions import add_gate
 from lorag.training.calibrate import gap_closed_by
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.split import RunTasks, Split, SplitRule
-from lorag.training.train import TrainConfig, add_gate, fit_generator, train
+from lorag.training.train import TrainConfig, fit_generator, train
 
 EMBEDDER = WordEmbedder()
 FAR = ("drive my robot arm forward", "asdf qwer zxcv", "thank you so much", "fasse den wetterbericht zusammen")

@@ -135,13 +135,13 @@ def test_networks_are_pure():
 
 
 def test_the_readme_s_tree_is_the_tree():
-    """It names exactly the modules that there are, and only files that exist."""
+    """It names exactly the modules and folders that exist, and no file that does not."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = next(part for part in re.findall(r"^```\w*\n(.*?)^```", readme, re.S | re.M) if "\nlorag/\n" in part)
     above, inside = block.split("\nlorag/\n")
     named = [re.match(r"\s*([\w./-]+)\s{2,}\S", line).group(1) for line in inside.splitlines() if line.strip()]
     there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    there |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    there |= {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert sorted(named) == sorted(there)
     for line in above.splitlines():
         if line.strip():

@@ -14,8 +14,9 @@ from lorag.generator.generate import generate_lora
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.text import vectors
+from lorag.training.additions import add_pairs
 from lorag.training.split import RunTasks, SplitRule
-from lorag.training.train import add_pairs, fit_generator
+from lorag.training.train import fit_generator
 
 SMALL = {"kernel_steps": 0, "steps": 200, "width": 32, "queries": 4, "hidden": 32, "learning_rate": 3e-3}
 LENGTHS = {"functional": {"steps": 0}, "ensemble": {"count": 0}}

@@ -24,9 +24,10 @@ from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.tasks.suite import TaskSuite
 from lorag.text import vectors
 from lorag.training import calibrate_gate
+from lorag.training.additions import add_gate
 from lorag.training.preparation import SpaceChoice
 from lorag.training.split import RunTasks
-from lorag.training.train import TrainConfig, add_gate, fit_generator, train
+from lorag.training.train import TrainConfig, fit_generator, train
 
 SMALL = {"width": 16, "heads": 2, "queries": 2, "features": 24, "probes": 1, "directions": 8, "noise": 0.0, "dropout": 0.0}
 SMALL |= {"contrast": {"steps": 30}}

@@ -28,8 +28,8 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a gate for a trained generator on its held-out training tasks; nothing is trained again."""
+    from lorag.training.additions import add_gate
     from lorag.training.calibrate_gate import GateSettings
-    from lorag.training.train import add_gate
 
     settings = GateSettings(wordings=wordings, limit=limit)
     fitted = add_gate(generator, bank=bank, tasks=tasks, unknown=unknown, settings=settings, device=device, quiet=quiet)

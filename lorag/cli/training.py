@@ -54,7 +54,7 @@ def pairs(
     quiet: Quiet = False,
 ) -> None:
     """Teach a trained generator to read a few examples, instead of a description or beside one."""
-    from lorag.training.train import add_pairs
+    from lorag.training.additions import add_pairs
 
     add_pairs(generator, bank=bank, tasks=tasks, steps=steps, device=device, quiet=quiet)
     typer.echo(f"{generator}: reads examples now")

@@ -21,19 +21,18 @@ from lorag.errors import ConfigError
 from lorag.files.artifacts import read_json, write_json
 from lorag.files.metrics import Metrics
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import Method, TrainingSet, method_type
+from lorag.methods import Method, method_type
 from lorag.methods.training_loop import Shares, TrainingLoop, from_main
-from lorag.tasks.unknown import read_unknown
 from lorag.text.vectors import open_embedder, reads_vectors
 from lorag.training.calibrate import tune_strength
-from lorag.training.calibrate_gate import GateSettings, fit_gate
+from lorag.training.calibrate_gate import fit_gate
 from lorag.training.preparation import Prepared, SpaceChoice, prepare
 from lorag.training.split import RunTasks, SplitRule
 
 if TYPE_CHECKING:
     from lorag.spaces.weight_space import WeightSpace
 
-__all__ = ["TrainConfig", "add_gate", "add_pairs", "fit_generator", "train"]
+__all__ = ["TrainConfig", "fit_generator", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -310,89 +309,3 @@ def _loop(config: TrainConfig, stated: dict[str, Any], quiet: bool) -> TrainingL
         config.mixed_precision,
         Metrics(Path(config.out), config.trackers, stated, main=accelerator.is_main_process),
     )
-
-
-# --- a gate afterwards ------------------------------------------------------------------------------------------------
-
-
-def add_gate(
-    folder: str | Path,
-    *,
-    bank: str | None = None,
-    tasks: str | None = None,
-    unknown: str | Path | None = None,
-    settings: GateSettings | None = None,
-    device: str = "auto",
-    quiet: bool = True,
-) -> LoraGenerator:
-    """Fits a gate for a trained generator and writes it into its folder; nothing else of the generator changes.
-
-    Args:
-        folder: The generator's.
-        bank: The bank that it learned from; by default the one that its settings name. None is needed for a generator that learned
-            from the examples of its tasks alone.
-        tasks: The suite; by default the one that its settings name.
-        unknown: YAML of descriptions that the bank cannot serve; by default the shipped ones.
-        settings: How much is looked at.
-        device: Where embedder and base model run.
-        quiet: No progress bar.
-
-    Raises:
-        ConfigError: If the generator's settings name neither bank nor base, or bank, tasks and generator do not belong together.
-    """
-    generator = LoraGenerator.from_pretrained(folder, device=device)
-    config = generator.origin.get("config", {})
-    bank, name = bank or config.get("bank"), tasks or config.get("tasks")
-    if bank is None and (config.get("base") is None or name is None):
-        raise ConfigError("no bank to fit a gate on", remedy="Give --bank, the one that the generator learned from.")
-    experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
-    if bank is not None and (experts.base != generator.base or experts.names != generator.conditioner.names):
-        raise ConfigError("bank: the generator learned from another one", got=bank, remedy="Give --bank, the one that it learned from.")
-    run, rule = RunTasks.named(name, len(experts)), SplitRule.stated(config)
-    split = rule.split(experts.names, run)
-    if bank is None and [run.others[i].key for i in split.training] != list(generator.conditioner.names):
-        raise ConfigError("tasks: the generator learned from others", got=name, remedy="Give --tasks, the suite that it learned from.")
-    listed = None if unknown is None else read_unknown(unknown, "fit")
-    generator.gate = fit_gate(generator, experts, run, split, unknown=listed, settings=settings, quiet=quiet)
-    generator.save_pretrained(folder)
-    return generator
-
-
-def add_pairs(
-    folder: str | Path, *, bank: str | None = None, tasks: str | None = None, steps: int = 1200, device: str = "auto", quiet: bool = True
-) -> LoraGenerator:
-    """Teaches a trained generator of method `house` to read examples, and writes that into its folder; nothing else of it changes.
-
-    Args:
-        folder: The generator's.
-        bank: The bank that it learned from; by default the one that its settings name.
-        tasks: The suite with the examples; by default the one that its settings name.
-        steps: Of training.
-        device: Where embedder and base model run.
-        quiet: No progress bar.
-
-    Raises:
-        ConfigError: If there are no tasks to learn from, or the bank is another one.
-        GeneratorError: If the generator is of another method.
-    """
-    generator = LoraGenerator.from_pretrained(folder, device=device)
-    config = generator.origin.get("config", {})
-    bank, name, seed = bank or config.get("bank"), tasks or config.get("tasks"), int(config.get("seed", 0))
-    experts = AdapterBank(Path(folder), generator.base, ()) if bank is None else find_bank(bank)
-    if name is None:
-        raise ConfigError("no examples that the generator learned from", got=f"bank {bank}, no tasks", remedy="Give --bank and --tasks.")
-    if not experts.base.same(generator.base):
-        raise ConfigError("bank: it is of another base model", got=experts.base.model.name, expected=generator.base.model.name)
-    prepared = prepare(
-        experts,
-        generator.embedder,
-        RunTasks.named(name, len(experts)),
-        SplitRule.stated(config),
-        runner=Runner.open(generator.base, device),
-        space=generator.space,
-        wordings=TrainingSet.AVERAGED,
-        quiet=quiet,
-    )
-    generator.method.learn_pairs(prepared.data, TrainingLoop(None, torch.Generator().manual_seed(seed), quiet), prepared.runner, steps)
-    generator.save_pretrained(folder)
-    return generator
