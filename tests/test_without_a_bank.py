@@ -20,6 +20,7 @@ from lorag.errors import ConfigError, GeneratorError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.functional import FunctionalSettings, train_functionally
+from lorag.networks.smoothing import FeatureSmoothing
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.tasks.suite import TaskSuite
 from lorag.text import vectors
@@ -176,6 +177,33 @@ def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
     first, second = (one.generate("paint the red dog") for one in (generator, opened))
     for name in first.layout.names:
         assert torch.equal(first.factors[name][0], second.factors[name][0]) and torch.equal(first.factors[name][1], second.factors[name][1])
+
+
+def test_smoothing_is_kept_and_a_run_that_goes_on_begins_without_it(base, tmp_path):
+    """Its numbers come back to the bit; its counts are checked like all that is stored."""
+    _, generator = _fitted(base, tmp_path / "bank", 2)
+    plain, method = generator.generate("paint the red dog"), generator.method
+    rng = torch.Generator().manual_seed(0)
+    method.network.smoothing = FeatureSmoothing(24, (5, 3))
+    for buffer in method.network.smoothing.buffers():
+        buffer.copy_(torch.rand(buffer.shape, generator=rng))
+    method.shape["smoothed"] = [5, 3]
+    generator.save_pretrained(tmp_path / "g")
+    opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
+    first, second = (one.generate("paint the red dog") for one in (generator, opened))
+    assert all(torch.equal(first.factors[name][1], second.factors[name][1]) for name in first.layout.names)
+    assert not all(torch.equal(first.factors[name][1], plain.factors[name][1]) for name in first.layout.names)
+    after = method_type("aligned").with_settings(SMALL)
+    after.go_on_from(opened.method)
+    assert after.network.smoothing.counts == () and "smoothed" not in after.shape
+    for counts in ([5], [5, 2], [8, "x"], [-1], [2**40], 3):
+        with pytest.raises(GeneratorError):
+            method_type("aligned").with_settings(SMALL).restore(*_state(generator, smoothed=counts))
+
+
+def _state(generator, **shape):
+    state = generator.method.state()
+    return dict(state.tensors), {**state.shape, **shape}
 
 
 @pytest.mark.parametrize("balance, share", [(0.0, 2 / 14), (1.0, 1 / 2)])

@@ -13,7 +13,9 @@ from lorag.methods.contrast import ContrastSettings, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
+from lorag.methods.smoothing import SmoothingSettings, smooth_features
 from lorag.networks.factor_network import FactorNetwork
+from lorag.networks.smoothing import FeatureSmoothing
 from lorag.spaces.activation_bases import ActivationBases
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class AlignedSettings(ReaderSettings):
         probing: How the probes learn which texts a description is about; then they stay as they are.
         contrast: How the reader learns to tell tasks apart by their wordings; then it stays as it is.
         functional: Steps through the frozen base model.
+        smoothing: How features are drawn towards those of tasks with the same answers, after that.
     """
 
     width: int = 192
@@ -49,6 +52,7 @@ class AlignedSettings(ReaderSettings):
     functional: FunctionalSettings = field(
         default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=6, focus=0.0, validate_every=100)
     )
+    smoothing: SmoothingSettings = field(default_factory=SmoothingSettings)
 
 
 class Aligned(NetworkMethod):
@@ -69,11 +73,13 @@ class Aligned(NetworkMethod):
         """The untrained network.
 
         Args:
-            shape: Lengths of `embedding` and `code`; the number of each module's input basis, `entry`; `rank`, `inputs` and `outputs`.
+            shape: Lengths of `embedding` and `code`; the number of each module's input basis, `entry`; `rank`, `inputs` and `outputs`;
+                `smoothed`, the number of tasks in each set of answers among which features are smoothed, where they are.
         """
         s = self.settings
         embedding, code, rank, inputs, outputs = (whole(shape, name) for name in ("embedding", "code", "rank", "inputs", "outputs"))
         entry = tuple(whole({"entry": number}, "entry", len(shape["entry"])) for number in shape["entry"])
+        smoothed = [whole({"smoothed": number}, "smoothed") for number in shape.get("smoothed", ())]
         if not 0 < s.probes < rank:
             raise ConfigError("settings.probes cannot be used", got=s.probes, expected=f"1 to {rank - 1}, below the rank")
         if len(entry) * rank * (inputs + outputs) != code:
@@ -94,6 +100,7 @@ class Aligned(NetworkMethod):
             dropout=s.dropout,
             word_dropout=s.word_dropout,
             noise=s.noise,
+            smoothed=smoothed,
         )
 
     @property
@@ -119,15 +126,22 @@ class Aligned(NetworkMethod):
                 "settings describe a network of another size than that of start", remedy="Leave out all but settings.functional."
             )
         self.network, self.shape = other.network.float().requires_grad_(True), dict(other.shape)
+        self.network.smoothing = FeatureSmoothing(self.settings.features)  # it follows from the tasks of a run, once that has learned
+        self.shape.pop("smoothed", None)
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
-        """Begins from the alignment; trains probes, reader, then the rest through the base model, each stopped early on held-out tasks."""
-        require_runner(self.name, data, runner)
+        """Begins from the alignment; trains probes, reader, then the rest through the base model, each stopped early on held-out tasks.
+
+        Last, features are smoothed where that lowers the loss on held-out tasks.
+        """
+        runner = require_runner(self.name, data, runner)
         network = self._begun(data, loop) if self.network is None else self.network
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
         train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
         network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
+        if smoothed := smooth_features(network, data, runner, loop, self.settings.smoothing):
+            self.shape["smoothed"] = list(smoothed)
 
     def _begun(self, data: TrainingSet, loop: TrainingLoop) -> FactorNetwork:
         """A network along the alignment, whose probes and reader have learned from stored activations and from wordings."""

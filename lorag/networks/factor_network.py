@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorag.networks.readers import Augmentation, FeatureReader
+from lorag.networks.smoothing import FeatureSmoothing
 
 __all__ = ["FactorNetwork", "Probes"]
 
@@ -84,6 +85,7 @@ class FactorNetwork(nn.Module):
         dropout: In it.
         word_dropout: Share of a description's tokens masked in training.
         noise: Gaussian noise on its vectors in training, as a share of their own size.
+        smoothed: Number of tasks in each set of answers among which features are smoothed.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class FactorNetwork(nn.Module):
         dropout: float,
         word_dropout: float,
         noise: float,
+        smoothed: Sequence[int] = (),
     ) -> None:
         super().__init__()
         m, g, rows = len(entry), max(entry) + 1, rank - probes
@@ -115,6 +118,7 @@ class FactorNetwork(nn.Module):
         )
         self.register_buffer("middle", torch.zeros(features))
         self.register_buffer("spread", torch.eye(features))
+        self.smoothing = FeatureSmoothing(features, smoothed)
         d = used + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
         self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(d))  # of features of length 1
@@ -128,6 +132,10 @@ class FactorNetwork(nn.Module):
     def read(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Features (b, f), not whitened yet, of pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones."""
         return self.reading(*self._augmented(pooled, tokens, mask))
+
+    def features(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features (b, f), whitened, not smoothed, and without augmentation, of a description's vectors."""
+        return (self.reading(pooled, tokens, mask) - self.middle) @ self.spread
 
     def _augmented(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A description as it is read in training; where all of its tokens would be masked, none is."""
@@ -149,7 +157,7 @@ class FactorNetwork(nn.Module):
     def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
         pooled, tokens, seen = self._augmented(pooled, tokens, mask)
-        features = (self.reading(pooled, tokens, seen) - self.middle) @ self.spread
+        features = self.smoothing(self.features(pooled, tokens, seen))
         b = len(features)
         read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, *self.row_start.shape)
         read = torch.cat([read[..., :-1], read.new_zeros(*read.shape[:-1], self.unused), read[..., -1:]], -1)
