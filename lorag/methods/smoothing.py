@@ -115,7 +115,7 @@ def _fitted(network: FactorNetwork, data: TrainingSet, sets: Sequence[Sequence[i
 
         regression = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_ITERATIONS)
         regression.fit(torch.cat([*features.values()]).cpu().numpy(), labels, weights)
-        told = present if len(present) > 2 else present[1:]  # of two classes, one has the numbers of both
-        smoothing.weights[told] = _SHARPNESS * torch.from_numpy(regression.coef_).to(smoothing.weights)
-        smoothing.bias[told] = _SHARPNESS * torch.from_numpy(regression.intercept_).to(smoothing.bias)
+        rows = present if len(present) > 2 else present[1:]  # of two classes, one has the numbers of both
+        smoothing.weights[rows] = _SHARPNESS * torch.from_numpy(regression.coef_).to(smoothing.weights)
+        smoothing.bias[rows] = _SHARPNESS * torch.from_numpy(regression.intercept_).to(smoothing.bias)
     return smoothing
