@@ -46,7 +46,7 @@ class FeatureSmoothing(nn.Module):
         likely = (features @ self.weights.T + self.bias).softmax(-1)
         smooth = features
         for number, centres in enumerate(self.centres.split(self.counts)):
-            # Without a matrix product, whose rounding depends on what stands beside a description.
+            # Not by a matrix product, which rounds away the small distances that a narrow kernel compares.
             distances = torch.cdist(features, centres, compute_mode="donot_use_mm_for_euclid_dist")
             near = (-distances.square() / (2 * self.width.square())).softmax(-1) @ centres
             smooth = smooth + likely[:, number, None] * (near - features)
