@@ -56,7 +56,7 @@ def test_features_are_white_over_typical_descriptions(data, network):
     assert math.isnan(train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=0)))
     network.eval()
     with torch.no_grad():
-        features = (network.read(*collate([data.embeddings[i][0] for i in data.training])) - network.middle) @ network.spread
+        features = network.features(*collate([data.embeddings[i][0] for i in data.training]))
     values = torch.linalg.eigvalsh(torch.cov(features.T))
     assert features.mean(0).abs().max() < 1e-3 and 0.5 < values.max() * len(values) < 1.01
 
