@@ -31,7 +31,7 @@ from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.objectives import Objective, make_objective
 from lorag.base.runner import Runner
-from lorag.tasks.finding import find_split
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Example, Task
 from lorag.worlds.sandbox import world
 from lorag.worlds.sandbox.base_lm import TEMPLATE
@@ -100,7 +100,7 @@ def _encoder(counts: tuple[int, ...]) -> Setting:
 def _smollm2(counts: tuple[int, ...]) -> Setting:
     """SmolLM2 in bf16 on detectors of its own suite, whose texts are short beside the chat template's beginning."""
     base = BaseModel("smollm2-135m-instruct", "causal_lm")
-    training = find_split("smollm2", "train") or ()
+    training = find_tasks("smollm2", "train")
     found = [task for task in training if {one.output for one in task.split("train")} == {"yes", "no"}]
     objectives = [make_objective("causal_lm", base.tokenizer(), {"pack": pack}) for pack in (0, 2048)]
     name, targets = "SmolLM2-135M-Instruct, bf16", ["q_proj", "v_proj"]

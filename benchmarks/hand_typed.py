@@ -19,7 +19,7 @@ from lorag.base.runner import Runner
 from lorag.evaluation.statistics import bootstrap
 from lorag.generator.generate import open_generator
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.tasks.finding import find_split
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 
 __all__ = ["TYPED", "measure"]
@@ -64,8 +64,8 @@ _LIMIT = 16
 def measure(name: str = "smollm2") -> list[dict[str, str | float]]:
     """A row for wordings by hand and one for the suite's own, of tasks that the suite holds for training, and the difference."""
     generator = open_generator(name)
-    every = {task.name: task for task in find_split("smollm2", "train") or ()}
-    missing = sorted(set(TYPED) - set(every))
+    every = find_tasks("smollm2", "train")
+    missing = sorted(set(TYPED) - set(every.names))
     if missing:
         raise ValueError(f"not among the training tasks: {', '.join(missing)}")
     tasks = [every[task] for task in TYPED]

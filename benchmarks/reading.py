@@ -24,7 +24,7 @@ from lorag.methods.aligned import Aligned
 from lorag.methods.method import collate
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
-from lorag.tasks.finding import find_split
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 from lorag.text.embedding import TextEmbedder
 
@@ -42,14 +42,14 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     runner = Runner.open(generator.base, "cpu", "fast")
     rows: list[dict[str, str | float]] = []
     for split in ("validation", "unseen_label", "unseen_task"):
-        tasks = [task for task in find_split("smollm2", split) or () if {one.output for one in task.examples} == {"yes", "no"}]
+        tasks = [task for task in find_tasks("smollm2", split) if {one.output for one in task.examples} == {"yes", "no"}]
         tasks = tasks[:1] if quick else tasks
         area = _separation(tasks, method.network, space, runner, generator.embedder)
         rows.append({"what": "probes, AUROC", "on": split, "tasks": len(tasks), "trained": round(area, 3)})
     torch.manual_seed(0)
     untrained = method.build(method.shape)
     shares = [_formats(network.eval(), generator.embedder, 40 if quick else 1) for network in (method.network, untrained)]
-    tasks_of = len(list(find_split("smollm2", "unseen_format") or ()))
+    tasks_of = len(find_tasks("smollm2", "unseen_format"))
     rows.append({"what": "reader, formats", "on": "unseen_format", "tasks": tasks_of, "trained": shares[0], "untrained": shares[1]})
     return rows
 
@@ -73,7 +73,7 @@ def _separation(tasks: Sequence[Task], network: FactorNetwork, space: Activation
 
 @torch.inference_mode()
 def _formats(network: FactorNetwork, embedder: TextEmbedder, every: int) -> float:
-    training, held = (list(find_split("smollm2", split) or ()) for split in ("train", "unseen_format"))
+    training, held = (list(find_tasks("smollm2", split)) for split in ("train", "unseen_format"))
     training = training[::every]
     kinds = sorted({kind for task in training for kind in task.name.split("+")[1:]})
 

@@ -17,7 +17,7 @@ from lorag.adapters.factors import Factors
 from lorag.base.runner import Runner
 from lorag.evaluation.statistics import bootstrap
 from lorag.generator.generate import open_generator
-from lorag.tasks.finding import find_split
+from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 
 __all__ = ["measure"]
@@ -38,7 +38,7 @@ def measure(
     """
     generator = open_generator(name)
     runner = Runner.open(generator.base, dtype="fast")
-    tasks = list(find_split(name, split) or ())[:most]
+    tasks = list(find_tasks(name, split))[:most]
     rows: list[dict[str, str | float]] = []
     for count in counts:
         values = []

@@ -504,7 +504,7 @@ def test_tasks_without_experts_calibrate_too(bare, bank, prepared):
         bare, bank, RunTasks(make_suite(TRAINING), others), Split(groups, [], held), unknown=UNKNOWN, settings=FEW, measure=_measured
     )
     assert both.fitted["held_out_tasks"] == len(held) and both.gap_closed is not None
-    empty = AdapterBank(bank.folder, bank.base, ())
+    empty = AdapterBank.without_experts(bank.base)
     numbers = list(range(len(others)))
     alone = fit_gate(
         bare, empty, RunTasks(make_suite(HELD_OUT), others), Split(numbers, [], numbers), unknown=UNKNOWN, settings=FEW, measure=_measured

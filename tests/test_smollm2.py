@@ -7,7 +7,7 @@ from lorag.adapters.factors import Factors
 from lorag.base.names import packaged
 from lorag.base.runner import Runner
 from lorag.generator.generate import open_generator
-from lorag.tasks.finding import find_split
+from lorag.tasks.finding import find_tasks
 
 LABELS, LIMIT = 12, 8
 packed = packaged("smollm2-135m-instruct")
@@ -40,7 +40,7 @@ def test_descriptions_of_labels_that_it_never_saw_matter():
     """Detectors answer more texts rightly by their own description than by another label's."""
     generator = open_generator("smollm2")
     runner = Runner.open(generator.base, "cpu", "fast")
-    tasks = list(find_split("smollm2", "unseen_label"))[:LABELS]
+    tasks = list(find_tasks("smollm2", "unseen_label"))[:LABELS]
     made = [generator.generate(task.descriptions[0], on_unknown="ignore").factors for task in tasks]
 
     def score(factors):

@@ -142,8 +142,8 @@ def test_a_stored_space_that_does_not_fit_is_refused(space):
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
-def _fitted(base, tmp_path, steps):
-    empty = AdapterBank(tmp_path, base, ())
+def _fitted(base, steps):
+    empty = AdapterBank.without_experts(base)
     prepared = prepare_toy(
         empty,
         RunTasks(make_suite(TRAINING), without_expert=make_suite(TRAINING[:14]), held_out=make_suite(TRAINING[14:])),
@@ -154,9 +154,9 @@ def _fitted(base, tmp_path, steps):
     return prepared, fit_generator(prepared, method, quiet_loop(), rank=3, strength=1.0, origin={})
 
 
-def test_it_learns_from_examples_alone(base, tmp_path, runner):
+def test_it_learns_from_examples_alone(base, runner):
     """Without any expert, generated adapters lose less on held-out tasks than the bare base; another task's description loses more."""
-    prepared, generator = _fitted(base, tmp_path, 60)
+    prepared, generator = _fitted(base, 60)
     assert len(prepared.data.codes) == 0 and prepared.data.validation == list(range(14, len(TRAINING)))
     assert generator.conditioner.names == tuple(task.key for task in list(make_suite(TRAINING))[:14])
     tasks = [prepared.data.tasks[i] for i in range(14)]
@@ -171,7 +171,7 @@ def test_it_learns_from_examples_alone(base, tmp_path, runner):
 @pytest.mark.parametrize("steps", [2, 0])
 def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
     """Space, network and probes come back to the bit; also where no step went through the base model."""
-    _, generator = _fitted(base, tmp_path / "bank", steps)
+    _, generator = _fitted(base, steps)
     generator.save_pretrained(tmp_path / "g")
     opened = LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder())
     first, second = (one.generate("paint the red dog") for one in (generator, opened))
@@ -181,7 +181,7 @@ def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
 
 def test_smoothing_is_kept_and_a_run_that_goes_on_begins_without_it(base, tmp_path):
     """Its numbers come back to the bit; its counts are checked like all that is stored."""
-    _, generator = _fitted(base, tmp_path / "bank", 2)
+    _, generator = _fitted(base, 2)
     plain, method = generator.generate("paint the red dog"), generator.method
     rng = torch.Generator().manual_seed(0)
     method.network.smoothing = FeatureSmoothing(24, (5, 3))
@@ -207,9 +207,9 @@ def _state(generator, **shape):
 
 
 @pytest.mark.parametrize("balance, share", [(0.0, 2 / 14), (1.0, 1 / 2)])
-def test_balance_draws_small_sources_as_often_as_large_ones(base, tmp_path, balance, share):
+def test_balance_draws_small_sources_as_often_as_large_ones(base, balance, share):
     """Two of fourteen training tasks have a source of their own: drawn like all others, or as often as the twelve together."""
-    prepared, _ = _fitted(base, tmp_path, 0)
+    prepared, _ = _fitted(base, 0)
     tasks = [replace(task, source="small" if i < 2 else "large") for i, task in enumerate(prepared.data.tasks)]
     drawn: Counter[str] = Counter()
 

@@ -76,6 +76,11 @@ class AdapterBank:
     # --- open and create -----------------------------------------------------------------------------------------
 
     @classmethod
+    def without_experts(cls, base: BankBase) -> AdapterBank:
+        """A bank that holds nothing and is stored nowhere, for a generator that learns from the examples of tasks alone."""
+        return cls(Path(), base, ())
+
+    @classmethod
     def create(cls, folder: str | Path, base: BankBase) -> AdapterBank:
         """Starts an empty bank, or opens the one that is there if it has the same base.
 

@@ -20,7 +20,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.progress import progress_bar
-from lorag.tasks.finding import find_split, find_tasks
+from lorag.tasks.finding import find_tasks
 from lorag.training.preparation import prepare
 from lorag.training.split import RunTasks
 from lorag.training.train import fit_generator
@@ -122,7 +122,7 @@ def open_ladder(
     first = next(iter(opened.values()))[0]
     if bank is None and first.base.model.name == SANDBOX_LM:
         bank = _SANDBOX
-    experts = AdapterBank(Path(), first.base, ()) if bank is None else find_bank(bank)
+    experts = AdapterBank.without_experts(first.base) if bank is None else find_bank(bank)
     if first.base != experts.base:
         name = list(generators or [DEFAULT])[0]
         raise ArtifactError(f"{name} was not trained on a bank of this base", got=first.base.model.name, expected=experts.base.model.name)
@@ -131,10 +131,11 @@ def open_ladder(
         more, folder = _open_generators([MULTITASK], device, first)
         opened, places = opened | more, places | folder
     names = _SPLITS.get(tasks, ("test",)) if split is None else (split,) if isinstance(split, str) else tuple(split)
-    splits = {name: find_tasks(tasks, None if name == _ALL else name) for name in names}
+    suite = find_tasks(tasks)
+    splits = {name: suite if name == _ALL else suite.of_split(name) for name in names}
     seen = _TRAIN in names
     missing = [name for name in BASELINES if len(experts) and name not in opened and (methods is None or name in methods)]
-    training = find_split(tasks, _TRAIN) if missing and not seen else None
+    training = suite.select(suite.splits[_TRAIN]) if missing and not seen and _TRAIN in suite.splits else None
     everything = opened | _fit_baselines(missing, first, experts, training, device, dtype, quiet)
     order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}

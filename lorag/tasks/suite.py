@@ -17,7 +17,7 @@ from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 
-__all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs", "read_splits"]
+__all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
 
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 2_000_000_000  # of one decompressed examples file
@@ -74,10 +74,16 @@ class Task:
 
 
 class TaskSuite:
-    """An ordered collection of tasks with distinct names."""
+    """An ordered collection of tasks with distinct names.
 
-    def __init__(self, tasks: Iterable[Task]) -> None:
+    Args:
+        tasks: The tasks.
+        splits: Names of the tasks of each split.
+    """
+
+    def __init__(self, tasks: Iterable[Task], splits: Mapping[str, Sequence[str]] | None = None) -> None:
         self.tasks = tuple(tasks)
+        self.splits = dict(splits or {})
         self._by_name = {task.name: task for task in self.tasks}
         if len(self._by_name) != len(self.tasks):
             names = [task.name for task in self.tasks]
@@ -106,6 +112,16 @@ class TaskSuite:
         """The suite of these tasks, in this order."""
         return TaskSuite(self[name] for name in names)
 
+    def of_split(self, split: str) -> TaskSuite:
+        """The tasks of a split.
+
+        Raises:
+            TaskError: If there is none of this name.
+        """
+        if split not in self.splits:
+            raise TaskError(f"the suite has no split {split!r}", expected=" or ".join(self.splits) or "a splits.json beside tasks.jsonl")
+        return self.select(self.splits[split])
+
     def of_experts(self, names: Sequence[str]) -> list[Task]:
         """The tasks of experts, in their order; an expert's name is its task's key.
 
@@ -125,8 +141,9 @@ class TaskSuite:
         """Reads a suite, or a folder of suites.
 
         Args:
-            folder: Holds tasks.jsonl and, but for suites of descriptions, examples.jsonl.gz; or folders that do.
-            split: A key of the folder's splits.json, which maps split names to task names.
+            folder: Holds tasks.jsonl and, but for suites of descriptions, examples.jsonl.gz; or folders that do. Where it holds
+                splits.json, that maps names of splits to names of tasks.
+            split: Of which the tasks are wanted; by default all are.
 
         Raises:
             TaskError: Naming file, line and field, if one is missing or wrong, if a label is unknown, or if an input
@@ -134,16 +151,13 @@ class TaskSuite:
         """
         folder = Path(folder)
         if split is not None:
-            splits = read_splits(folder)
-            if split not in splits:
-                raise TaskError(f"{folder / 'splits.json'} has no split {split!r}", expected=" or ".join(splits) or "a splits.json")
-            return cls.from_folder(folder).select(splits[split])
+            return cls.from_folder(folder).of_split(split)
         if (folder / "tasks.jsonl").is_file():
-            return cls(_read_suite(folder))
+            return cls(_read_suite(folder), _read_splits(folder))
         suites = sorted(child for child in folder.iterdir() if (child / "tasks.jsonl").is_file()) if folder.is_dir() else []
         if not suites:
             raise TaskError(f"{folder} is not a task suite", got="no tasks.jsonl in it or below it")
-        return cls(task for child in suites for task in _read_suite(child))
+        return cls((task for child in suites for task in _read_suite(child)), _read_splits(folder))
 
     def save(self, folder: str | Path) -> Path:
         """Writes tasks.jsonl and examples.jsonl.gz, and copies images; the same suite gives the same bytes."""
@@ -215,13 +229,8 @@ def _field(row: Mapping[str, Any], key: str, where: str, kind: type) -> Any:  # 
     return row[key]
 
 
-def read_splits(folder: str | Path) -> dict[str, list[str]]:
-    """Names of the tasks of each split of a suite, from its splits.json; empty without one.
-
-    Raises:
-        TaskError: If a split is not a list of names.
-    """
-    path = Path(folder) / "splits.json"
+def _read_splits(folder: Path) -> dict[str, list[str]]:
+    path = folder / "splits.json"
     splits = read_json(path) if path.is_file() else {}
     for split, names in splits.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -43,7 +43,7 @@ class _FinishedRun:
 
     def bank(self) -> AdapterBank:
         """The bank; one without experts, on the generator's base model, where none is named."""
-        return AdapterBank(self.folder, self.generator.base, ()) if self.bank_name is None else find_bank(self.bank_name)
+        return AdapterBank.without_experts(self.generator.base) if self.bank_name is None else find_bank(self.bank_name)
 
     def saved(self) -> LoraGenerator:
         """The generator, written back into its folder."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorag.errors import ConfigError, TaskError
-from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_splits, find_tasks
+from lorag.tasks.finding import TRAIN, VALIDATION, WITHOUT_EXPERT, find_tasks
 from lorag.tasks.suite import connected
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class RunTasks:
         """
         if name is None:
             return cls()
-        suite, splits = find_tasks(name), find_splits(name)
-        if not experts and not splits:
-            return cls(suite, suite)
-        if not experts and not splits.get(TRAIN):
-            raise TaskError(f"tasks: {name} has no split {TRAIN!r} to learn from", expected="it in splits.json, or no splits.json")
+        suite = find_tasks(name)
         if experts:
-            return cls(suite, suite.select(splits.get(WITHOUT_EXPERT, ())))
-        return cls(suite, suite.select(splits.get(TRAIN, ())), suite.select(splits.get(VALIDATION, ())))
+            return cls(suite, suite.select(suite.splits.get(WITHOUT_EXPERT, ())))
+        if not suite.splits:
+            return cls(suite, suite)
+        if not suite.splits.get(TRAIN):
+            raise TaskError(f"tasks: {name} has no split {TRAIN!r} to learn from", expected="it in splits.json, or no splits.json")
+        return cls(suite, suite.of_split(TRAIN), suite.select(suite.splits.get(VALIDATION, ())))
 
     @property
     def others(self) -> list[Task]:

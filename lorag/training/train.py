@@ -231,15 +231,15 @@ class _Start:
         Raises:
             ConfigError: If they name both bank and base.
         """
-        config, out = self.config, Path(self.config.out)
+        config = self.config
         if self.first is not None:
-            return AdapterBank(out, self.first.base, ())
+            return AdapterBank.without_experts(self.first.base)
         if config.base is None:
             return find_bank(config.bank or "sandbox")
         if config.bank is not None:
             raise ConfigError("bank and base cannot both be given", got=f"{config.bank}, {config.base}", remedy="A bank states its base.")
         model = BaseModel(config.base, config.kind)
-        return AdapterBank(out, BankBase.of(model, config.objective, config.objective_settings, config.target_modules), ())
+        return AdapterBank.without_experts(BankBase.of(model, config.objective, config.objective_settings, config.target_modules))
 
 
 # --- from settings to values ------------------------------------------------------------------------------------------
