@@ -350,6 +350,6 @@ def test_a_folder_s_name_does_not_decide_what_is_evaluated(world, generators, tm
 
     monkeypatch.setattr(LoraGenerator, "from_pretrained", from_pretrained)
     monkeypatch.setattr(folders, "find_bank", lambda name: world[2])
-    monkeypatch.setattr(folders, "find_tasks", lambda name, split: world[1])
+    monkeypatch.setattr(folders, "find_tasks", lambda name: TaskSuite(world[1], {"test": world[1].names}))
     open_ladder([str(tmp_path / "no-multitask" / "g")], bank="sandbox", methods=["base"], oracles=str(world[2].folder), quiet=True)
     assert names == ["g", "multitask"]
