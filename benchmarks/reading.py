@@ -2,8 +2,9 @@
 
 "AUROC" is how well a probe separates the texts of two answers: the base model's averaged inputs along the probe's row, mean over
 yes/no tasks, their descriptions and the adapted layers. "Formats" is the share of descriptions of `unseen_format` from which ridge
-regression on the reader's features, fitted on training tasks' descriptions, tells exactly which answer formats they ask
-for; "untrained" is the same network before it learned.
+regression on the reader's features, fitted on training tasks' descriptions, tells exactly which answer formats they ask for; "task" the
+share from which it tells which known task is meant, whatever its format. "Untrained" is the same network before it learned. The
+embedder's row is of its mean vectors instead of features.
 
 Bounded by what the text embedder says of a description: a probe is linear in its vectors, and of two meanings that lie at one place there
 no probe makes two.
@@ -48,9 +49,13 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
         rows.append({"what": "probes, AUROC", "on": split, "tasks": len(tasks), "trained": round(area, 3)})
     torch.manual_seed(0)
     untrained = method.build(method.shape)
-    shares = [_formats(network.eval(), generator.embedder, 40 if quick else 1) for network in (method.network, untrained)]
-    tasks_of = len(find_tasks("smollm2", "unseen_format"))
-    rows.append({"what": "reader, formats", "on": "unseen_format", "tasks": tasks_of, "trained": shares[0], "untrained": shares[1]})
+    training, held = (find_tasks("smollm2", split).tasks for split in ("train", "unseen_format"))
+    training = training[:: 40 if quick else 1]
+    about: dict[str, str | float] = {"on": "unseen_format", "tasks": len(held)}
+    trained, plain = (_read(network.eval(), generator.embedder, training, held) for network in (method.network, untrained))
+    rows.append({"what": "reader, formats", **about, "trained": trained["formats"], "untrained": plain["formats"]})
+    rows.append({"what": "reader, task", **about, "trained": trained["task"], "untrained": plain["task"]})
+    rows.append({"what": "embedder, task", **about, "trained": trained["task from the embedder"]})
     return rows
 
 
@@ -72,23 +77,36 @@ def _separation(tasks: Sequence[Task], network: FactorNetwork, space: Activation
 
 
 @torch.inference_mode()
-def _formats(network: FactorNetwork, embedder: TextEmbedder, every: int) -> float:
-    training, held = (list(find_tasks("smollm2", split)) for split in ("train", "unseen_format"))
-    training = training[::every]
-    kinds = sorted({kind for task in training for kind in task.name.split("+")[1:]})
+def _read(network: FactorNetwork, embedder: TextEmbedder, training: Sequence[Task], held: Sequence[Task]) -> dict[str, float]:
+    """Shares of the held-out descriptions from which formats and task are told, by ridge regression."""
 
-    def table(tasks: Sequence[Task], wordings: int) -> tuple[Tensor, Tensor]:
+    def table(tasks: Sequence[Task], wordings: int) -> tuple[Tensor, Tensor, list[str]]:
         texts = [text for task in tasks for text in task.descriptions[:wordings]]
         embeddings = embedder.embed(texts)
         features = torch.cat([network.read(*collate(embeddings[start : start + 256])) for start in range(0, len(texts), 256)])
-        asked = [[float(kind in task.name.split("+")[1:]) for kind in kinds] for task in tasks for _ in task.descriptions[:wordings]]
-        return features, torch.tensor(asked)
+        names = [task.name for task in tasks for _ in task.descriptions[:wordings]]
+        return features, torch.stack([one.pooled for one in embeddings]), names
 
-    (x, y), (x_new, y_new) = table(training, 3), table(held, 4)
+    (features, pooled, names), (new, new_pooled, new_names) = table(training, 3), table(held, 4)
+    kinds = sorted({kind for name in names for kind in name.split("+")[1:]})
+    asked, wanted = (torch.tensor([[float(kind in name.split("+")[1:]) for kind in kinds] for name in some]) for some in (names, new_names))
+    known = sorted({name.split("+")[0] for name in names})
+    place = {name: number for number, name in enumerate(known)}
+    meant = torch.nn.functional.one_hot(torch.tensor([place[name.split("+")[0]] for name in names]), len(known)).float()
+    right = torch.tensor([place.get(name.split("+")[0], -1) for name in new_names])
+    shares = {
+        "formats": ((_told(features, asked, new) > 0.4) == (wanted > 0)).all(1),
+        "task": _told(features, meant, new).argmax(1) == right,
+        "task from the embedder": _told(pooled, meant, new_pooled).argmax(1) == right,
+    }
+    return {name: round(values.float().mean().item(), 3) for name, values in shares.items()}
+
+
+def _told(x: Tensor, y: Tensor, x_new: Tensor) -> Tensor:
+    """What ridge regression from x (n, f) to y (n, c) says of new ones (m, f)."""
     middle, size = x.mean(0), x.std(0).clamp_min(1e-6)
     x, x_new = (torch.cat([(one - middle) / size, torch.ones(len(one), 1)], 1) for one in (x, x_new))
-    weights = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]), x.T @ y)
-    return round(((x_new @ weights > 0.4) == (y_new > 0)).all(1).float().mean().item(), 3)
+    return x_new @ torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]), x.T @ y)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a bank keeps on another base model: `python -m benchmarks.transfer PART --work DIR`, on the sandbox.
 
-`relatives`: copies of 24 experts on bases that were trained on further, by the cosine of the weights. `other`: a base of another width,
-depth and seed is trained, and 24 experts come to it by the old experts' answers to the tasks' own inputs, by answers to one text file for
-all tasks, and from labels. Exact match on 16 test texts of each task; intervals by bootstrap over tasks.
+`relatives`: copies of 24 experts on bases that were trained on further, by the cosine of the weights; with `--bank DIR --suite smollm2`
+of a bank of SmolLM2, and beside them what its generator writes for labels that it never saw. `other`: a base of another width, depth and
+seed is trained, and 24 experts come to it by the old experts' answers to the tasks' own inputs, by answers to one text file for all tasks,
+and from labels. Exact match on 16 test texts of each task; intervals by bootstrap over tasks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lorag.bank.transferring import AnswerConfig, TransferConfig, task_inputs, t
 from lorag.base.base_model import BaseModel
 from lorag.base.runner import Runner
 from lorag.evaluation.statistics import bootstrap
+from lorag.generator.generate import open_generator
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.sandbox.base_lm import PretrainConfig, pretrain
@@ -43,20 +45,23 @@ EXPERTS = ExpertConfig(
     precision="float16",
     test_limit=0,
 )
-_MOVES = ((3e-4, 10), (5e-4, 10), (1e-3, 10), (1e-3, 40))  # rate and steps of training on
+_MOVES = ("3e-4:10", "5e-4:10", "1e-3:10", "1e-3:40")  # rate and steps of training on
 
 
-def chosen(count: int, seed: int) -> TaskSuite:
-    """Training tasks of the sandbox, drawn among all."""
-    suite = find_tasks("sandbox", "train")
+def chosen(suite: TaskSuite, count: int, seed: int) -> TaskSuite:
+    """Some tasks of a suite, drawn among all."""
     return suite.select(sorted(random.Random(seed).sample(suite.names, count)))
 
 
-def scores(bank: AdapterBank, base: BaseModel, tasks: Sequence[Task], *, bare: bool = False) -> torch.Tensor:
+def scores(bank: AdapterBank, base: BaseModel, tasks: Sequence[Task], *, bare: bool = False, dtype: str = "auto") -> torch.Tensor:
     """Exact match (n,) of each task's expert on a base; of experts that the bank lacks, that of the bare base."""
-    runner = Runner.open(replace(bank.base, model=base), "cpu")
-    parts = [Factors.zeros(runner.layout) if bare or task.key not in bank else bank.adapter(task.key).factors for task in tasks]
-    found = runner.scores(Factors.stack(parts), tasks, limit=16)
+    zero = Factors.zeros(bank.base.layout)
+    parts = [zero if bare or task.key not in bank else bank.adapter(task.key).factors for task in tasks]
+    return _exact(bank, base, parts, tasks, dtype)
+
+
+def _exact(bank: AdapterBank, base: BaseModel, parts: Sequence[Factors], tasks: Sequence[Task], dtype: str) -> torch.Tensor:
+    found = Runner.open(replace(bank.base, model=base), "cpu", dtype).scores(Factors.stack(parts), tasks, limit=16)
     return torch.tensor([one["exact_match"] for one in found])
 
 
@@ -75,26 +80,24 @@ def line(name: str, values: torch.Tensor, floor: torch.Tensor, whole: torch.Tens
     print(f"{name:44} {values.mean():.3f} ({low:.3f} to {high:.3f})   kept {share(values, floor, whole)}", flush=True)
 
 
-def moved(folder: Path, rate: float, steps: int) -> BaseModel:
-    """The sandbox's base, trained on with all weights on the tasks' examples without instructions, as it was trained before."""
-    base = find_bank("sandbox").base
+def moved(folder: Path, bank: AdapterBank, suite: TaskSuite, rate: float, steps: int) -> BaseModel:
+    """A bank's base, trained on with all weights on a suite's examples without instructions."""
     if not (folder / "model.safetensors").exists():
-        runner, suite, rng = Runner.open(base, "cpu"), list(find_tasks("sandbox", "train")), random.Random(1)
+        runner, rng = Runner.open(bank.base, "cpu"), random.Random(1)
         model = runner.model.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
         for step in range(steps):
-            batch = runner.objective.sample(rng.sample(suite, 32), 2, f"move/{step}")
+            batch = runner.objective.sample(rng.sample(suite.tasks, 32), 2, f"move/{step}")
             optimizer.zero_grad()
             runner.objective.losses(model, batch).mean().backward()
             optimizer.step()
         model.to(torch.bfloat16).save_pretrained(folder)
-        base.model.tokenizer().save_pretrained(folder)
+        bank.base.model.tokenizer().save_pretrained(folder)
     return BaseModel(str(folder), "causal_lm")
 
 
-def merged(folder: Path, expert: str) -> BaseModel:
-    """The sandbox's base with one of its experts merged in."""
-    bank = find_bank("sandbox")
+def merged(folder: Path, bank: AdapterBank, expert: str) -> BaseModel:
+    """A bank's base with one of its experts merged in."""
     if not (folder / "model.safetensors").exists():
         model = bank.base.model.load("cpu")
         with torch.no_grad():
@@ -106,19 +109,44 @@ def merged(folder: Path, expert: str) -> BaseModel:
     return BaseModel(str(folder), "causal_lm")
 
 
-def relatives(work: Path, tasks: TaskSuite) -> None:
-    """Copies on bases that moved, with what a transfer says of them."""
-    bank, names = find_bank("sandbox"), [task.key for task in tasks]
-    whole = scores(bank, bank.base.model, list(tasks))
-    line("the old base itself", whole, scores(bank, bank.base.model, list(tasks), bare=True), whole)
-    bases = {f"trained on, rate {rate:g}, {steps} steps": moved(work / f"moved-{rate:g}-{steps}", rate, steps) for rate, steps in _MOVES}
-    bases["another expert merged in"] = merged(work / "merged", next(name for name in bank.names if name not in names))
+def relatives(work: Path, bank: AdapterBank, suite: TaskSuite, tasks: TaskSuite, moves: Sequence[str], generator: str | None) -> None:
+    """Copies on bases that moved, with what a transfer says of them.
+
+    Args:
+        work: Gets bases and banks.
+        bank: The old bank.
+        suite: What bases are trained on with.
+        tasks: Of experts of the bank.
+        moves: RATE:STEPS of each.
+        generator: Whose adapters for unseen labels are copied too.
+    """
+    names, dtype, old = [task.key for task in tasks], "auto" if generator is None else "fast", bank.base.model
+    whole = scores(bank, old, tasks.tasks, dtype=dtype)
+    line("the old base itself", whole, scores(bank, old, tasks.tasks, bare=True, dtype=dtype), whole)
+    labels: Sequence[Task] = ()
+    written: Sequence[Factors] = ()
+    before = torch.zeros(0)
+    if generator is not None:
+        opened, labels = open_generator(generator), find_tasks(generator, "unseen_label").tasks[: len(tasks)]
+        written = [opened.generate(task.descriptions[0], on_unknown="ignore").factors for task in labels]
+        before = _exact(bank, old, written, labels, dtype)
+        line("the old base itself, generated", before, torch.zeros(len(labels)), before)
+    pairs = [(float(rate), int(steps)) for rate, _, steps in (move.partition(":") for move in moves)]
+    bases = {
+        f"trained on, rate {rate:g}, {steps} steps": moved(work / f"moved-{rate:g}-{steps}", bank, suite, rate, steps)
+        for rate, steps in pairs
+    }
+    bases["another expert merged in"] = merged(work / "merged", bank, next(name for name in bank.names if name not in names))
     for number, (name, base) in enumerate(bases.items()):
         out = work / f"copied-{number}"
         config = TransferConfig(AnswerConfig(inputs=16))
-        done = transfer_bank(bank, out, base, by="copy", inputs=task_inputs(tasks, names), names=names, config=config, device="cpu")
+        done = transfer_bank(
+            bank, out, base, by="copy", inputs=task_inputs(tasks, names), names=names, config=config, device="cpu", dtype=dtype
+        )
         print(f"{name}: cosine {done.likeness.similarity:.4f}, moved {done.moved:.2f}, agreement {done.agreement:.3f}")
-        line("  copied", scores(done.bank, base, list(tasks)), scores(bank, base, list(tasks), bare=True), whole)
+        line("  copied", scores(done.bank, base, tasks.tasks, dtype=dtype), scores(bank, base, tasks.tasks, bare=True, dtype=dtype), whole)
+        if generator is not None:
+            line("  generated for the old base", _exact(bank, base, written, labels, dtype), torch.zeros(len(labels)), before)
 
 
 def other(work: Path, tasks: TaskSuite, seed: int, keeps: Sequence[float], kinds: Sequence[str], lines: int) -> None:
@@ -152,10 +180,10 @@ def other(work: Path, tasks: TaskSuite, seed: int, keeps: Sequence[float], kinds
                 quiet=False,
             )
             right = [_precision(folder, task) for task in tasks] if source == "own" else []
-            more = f", answers right {sum(right) / len(right):.3f}" if right else ""
+            precise = f", answers right {sum(right) / len(right):.3f}" if right else ""
             values = scores(done.bank, base, list(tasks))
             kept, asked = (sum(counts) / len(tasks) for counts in zip(*done.kept.values(), strict=True))
-            print(f"{asked:.0f} inputs, {kept:.0f} answers kept, agreement with old answers {done.agreement:.3f}{more}")
+            print(f"{asked:.0f} inputs, {kept:.0f} answers kept, agreement with old answers {done.agreement:.3f}{precise}")
             line(f"answers to {source} inputs, keep {keep:g}", values, floor, whole)
 
 
@@ -176,12 +204,17 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", choices=["own", "more", "file"], default=["own", "file"])
     parser.add_argument("--lines", type=int, default=1, help="texts of the file from each task, and 128 times as many inputs at most")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--bank", default="sandbox", help="of relatives")
+    parser.add_argument("--suite", default="sandbox", choices=["sandbox", "smollm2"], help="of relatives: the tasks of its experts")
+    parser.add_argument("--moves", nargs="+", default=_MOVES, help="of relatives: RATE:STEPS by which all weights are trained on")
     given = parser.parse_args()
-    tasks = chosen(given.tasks, given.seed)
+    suite = find_tasks(given.suite, "train")
     if given.part == "relatives":
-        relatives(given.work, tasks)
+        bank = find_bank(given.bank)
+        held = chosen(suite.select([task.name for task in suite if task.key in bank]), given.tasks, given.seed)
+        relatives(given.work, bank, suite, held, given.moves, None if given.suite == "sandbox" else given.suite)
     else:
-        other(given.work, tasks, given.seed, given.keep, given.inputs, given.lines)
+        other(given.work, chosen(suite, given.tasks, given.seed), given.seed, given.keep, given.inputs, given.lines)
 
 
 if __name__ == "__main__":
