@@ -20,6 +20,7 @@ from toy_world import (
     true_adapter,
 )
 
+from lorag import progress
 from lorag.adapters.adapter import WEIGHTS
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import make_objective
@@ -327,8 +328,8 @@ def test_strength_is_found_on_held_out_experts(prepared):
 
 
 @pytest.mark.parametrize("held, draws", [(1, 64), (5, 12), (40, 1), (100, 1)])
-def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
-    """A strength chosen on few tasks is chosen on other examples of them each time."""
+def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws, capsys, monkeypatch):
+    """A strength chosen on few tasks is chosen on other examples of them each time, and it says how far it is."""
 
     class Counting:
         device, seeds = "cpu", set()
@@ -344,6 +345,10 @@ def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws):
     method.fit(prepared.data, quiet_loop())
     assert tune_strength(method, data, runner, torch.Generator()) == 0.5
     assert len({seed for _, seed in runner.seeds}) == draws
+    capsys.readouterr()
+    monkeypatch.setattr(progress, "_FIRST", 0.0)
+    tune_strength(method, data, runner, torch.Generator(), quiet=False)
+    assert f"strength of top_k: 1 of {8 * draws}" in capsys.readouterr().err
 
 
 # --- splits and conditions --------------------------------------------------------------------------------------------

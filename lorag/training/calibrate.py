@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorag.adapters.factors import Factors
 from lorag.methods.functional import evenly, mean_loss, task_vectors
+from lorag.progress import progress_bar
 
 if TYPE_CHECKING:
     from lorag.bank.bank import AdapterBank
@@ -28,7 +29,9 @@ _LEAST_GAP = 0.05  # between base and expert; below it a share of the gap is noi
 _GAINS = (-1.0, 1.0)  # an expert that learned little is easily beaten by several times its gap
 
 
-def tune_strength(method: Method, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48) -> float:
+def tune_strength(
+    method: Method, data: TrainingSet, runner: Runner | None, rng: torch.Generator, most: int = 48, *, quiet: bool = True
+) -> float:
     """The factor on ΔW with the lowest loss on held-out training tasks, each conditioned as if it were unseen.
 
     The same rule for every method, so that none gains from its scale alone. The fewer tasks are held out, the more often each is
@@ -44,10 +47,14 @@ def tune_strength(method: Method, data: TrainingSet, runner: Runner | None, rng:
     ]
     codes = torch.cat([method.generate(condition, rng).cpu() for condition in conditions])
     losses: dict[float, float] = {}
-    for strength in _STRENGTHS:
-        scaled = data.space.scaled(codes, strength).to(runner.device)
-        asked = [mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}") for draw in range(max(1, _ASKED // len(chosen)))]
-        losses[strength] = sum(asked) / len(asked)
+    draws = max(1, _ASKED // len(chosen))
+    with progress_bar(total=len(_STRENGTHS) * draws, desc=f"strength of {method.name}", disable=quiet, leave=False) as bar:
+        for strength in _STRENGTHS:
+            scaled, asked = data.space.scaled(codes, strength).to(runner.device), 0.0
+            for draw in range(draws):
+                asked += mean_loss(runner, data, scaled, chosen, 4, f"strength/{draw}")
+                bar.update()
+            losses[strength] = asked / draws
     return min(losses, key=lambda strength: losses[strength])
 
 

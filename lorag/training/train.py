@@ -162,7 +162,7 @@ def fit_generator(
     """Fits a method on a prepared bank and chooses its strength."""
     method.fit(prepared.data, loop, prepared.runner)
     if strength is None:
-        strength = from_main(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng))
+        strength = from_main(loop.accelerator, lambda: tune_strength(method, prepared.data, prepared.runner, loop.rng, quiet=loop.quiet))
     return LoraGenerator(
         base=prepared.bank.base,
         space=prepared.space,
