@@ -96,20 +96,28 @@ def moved(folder: Path, bank: AdapterBank, suite: TaskSuite, rate: float, steps:
     return BaseModel(str(folder), "causal_lm")
 
 
-def merged(folder: Path, bank: AdapterBank, expert: str) -> BaseModel:
-    """A bank's base with one of its experts merged in."""
+def merged(folder: Path, bank: AdapterBank, expert: str, strength: float) -> BaseModel:
+    """A bank's base with one of its experts merged in, at some strength."""
     if not (folder / "model.safetensors").exists():
         model = bank.base.model.load("cpu")
         with torch.no_grad():
             for name in bank.base.layout.names:
                 weight: torch.Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-                weight += bank.adapter(expert).delta(name)
+                weight += strength * bank.adapter(expert).delta(name)
         model.save_pretrained(folder)
         bank.base.model.tokenizer().save_pretrained(folder)
     return BaseModel(str(folder), "causal_lm")
 
 
-def relatives(work: Path, bank: AdapterBank, suite: TaskSuite, tasks: TaskSuite, moves: Sequence[str], generator: str | None) -> None:
+def relatives(
+    work: Path,
+    bank: AdapterBank,
+    suite: TaskSuite,
+    tasks: TaskSuite,
+    moves: Sequence[str],
+    merges: Sequence[float],
+    generator: str | None,
+) -> None:
     """Copies on bases that moved, with what a transfer says of them.
 
     Args:
@@ -117,7 +125,8 @@ def relatives(work: Path, bank: AdapterBank, suite: TaskSuite, tasks: TaskSuite,
         bank: The old bank.
         suite: What bases are trained on with.
         tasks: Of experts of the bank.
-        moves: RATE:STEPS of each.
+        moves: RATE:STEPS of each base that is trained on.
+        merges: Strength of each base that has another expert merged in.
         generator: Whose adapters for unseen labels are copied too.
     """
     names, dtype, old = [task.key for task in tasks], "auto" if generator is None else "fast", bank.base.model
@@ -136,7 +145,9 @@ def relatives(work: Path, bank: AdapterBank, suite: TaskSuite, tasks: TaskSuite,
         f"trained on, rate {rate:g}, {steps} steps": moved(work / f"moved-{rate:g}-{steps}", bank, suite, rate, steps)
         for rate, steps in pairs
     }
-    bases["another expert merged in"] = merged(work / "merged", bank, next(name for name in bank.names if name not in names))
+    stranger = next(name for name in bank.names if name not in names)
+    for strength in merges:
+        bases[f"another expert merged in, {strength:g} of it"] = merged(work / f"merged-{strength:g}", bank, stranger, strength)
     for number, (name, base) in enumerate(bases.items()):
         out = work / f"copied-{number}"
         config = TransferConfig(AnswerConfig(inputs=16))
@@ -206,13 +217,14 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
     parser.add_argument("--bank", default="sandbox", help="of relatives")
     parser.add_argument("--suite", default="sandbox", choices=["sandbox", "smollm2"], help="of relatives: the tasks of its experts")
-    parser.add_argument("--moves", nargs="+", default=_MOVES, help="of relatives: RATE:STEPS by which all weights are trained on")
+    parser.add_argument("--moves", nargs="*", default=_MOVES, help="of relatives: RATE:STEPS by which all weights are trained on")
+    parser.add_argument("--merges", nargs="*", type=float, default=[1.0], help="of relatives: strength of another expert that is merged in")
     given = parser.parse_args()
     suite = find_tasks(given.suite, "train")
     if given.part == "relatives":
         bank = find_bank(given.bank)
         held = chosen(suite.select([task.name for task in suite if task.key in bank]), given.tasks, given.seed)
-        relatives(given.work, bank, suite, held, given.moves, None if given.suite == "sandbox" else given.suite)
+        relatives(given.work, bank, suite, held, given.moves, given.merges, None if given.suite == "sandbox" else given.suite)
     else:
         other(given.work, chosen(suite, given.tasks, given.seed), given.seed, given.keep, given.inputs, given.lines)
 
