@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorag.errors import DescriptionError, LoragError, TaskError
+from lorag.files.artifacts import write_json
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 from lorag.tasks.suite import Example, Task, TaskSuite
 
@@ -94,6 +95,18 @@ def test_lookup_split_and_selection(folder):
         suite["moody"]
     with pytest.raises(TaskError, match="twice; got mood"):
         TaskSuite([MOOD, ECHO, MOOD])
+
+
+def test_a_suite_knows_its_splits(folder):
+    """They are read with it; a split that it lacks is named beside those that it has."""
+    assert TaskSuite.from_folder(folder).splits == {}
+    with pytest.raises(TaskError, match="no split 'test'; expected a splits.json"):
+        TaskSuite.from_folder(folder, "test")
+    write_json(folder / "splits.json", {"train": ["mood"], "test": ["Say it again!"]})
+    suite = TaskSuite.from_folder(folder)
+    assert suite.of_split("train").names == ("mood",) and TaskSuite.from_folder(folder, "test").names == ("Say it again!",)
+    with pytest.raises(TaskError, match="no split 'hard'; expected test or train"):
+        suite.of_split("hard")
 
 
 def test_folder_of_suites_and_suites_of_descriptions(folder, tmp_path):
