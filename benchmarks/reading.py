@@ -13,6 +13,7 @@ no probe makes two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -27,7 +28,7 @@ from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
-from lorag.text.embedding import TextEmbedder
+from lorag.text.embedding import Embedding, TextEmbedder
 
 __all__ = ["TITLE", "measure"]
 
@@ -50,12 +51,14 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     torch.manual_seed(0)
     untrained = method.build(method.shape)
     training, held = (find_tasks("smollm2", split).tasks for split in ("train", "unseen_format"))
-    training = training[:: 40 if quick else 1]
+    known, new = _described(training[:: 40 if quick else 1], 3, generator.embedder), _described(held, 4, generator.embedder)
     about: dict[str, str | float] = {"on": "unseen_format", "tasks": len(held)}
-    trained, plain = (_read(network.eval(), generator.embedder, training, held) for network in (method.network, untrained))
-    rows.append({"what": "reader, formats", **about, "trained": trained["formats"], "untrained": plain["formats"]})
-    rows.append({"what": "reader, task", **about, "trained": trained["task"], "untrained": plain["task"]})
-    rows.append({"what": "embedder, task", **about, "trained": trained["task from the embedder"]})
+    features = [[_features(network.eval(), some.embeddings) for some in (known, new)] for network in (method.network, untrained)]
+    for what, right in (("formats", _formats_told), ("task", _task_told)):
+        trained, plain = (right(known, new, *both) for both in features)
+        rows.append({"what": f"reader, {what}", **about, "trained": trained, "untrained": plain})
+    pooled = [torch.stack([one.pooled for one in some.embeddings]) for some in (known, new)]
+    rows.append({"what": "embedder, task", **about, "trained": _task_told(known, new, *pooled)})
     return rows
 
 
@@ -76,30 +79,47 @@ def _separation(tasks: Sequence[Task], network: FactorNetwork, space: Activation
     return sum(areas) / len(areas)
 
 
+@dataclass(frozen=True)
+class _Described:
+    """Descriptions (n) of tasks: the names of what they describe, and their embeddings."""
+
+    names: list[str]
+    embeddings: list[Embedding]
+
+    @property
+    def formats(self) -> list[set[str]]:
+        """The answer formats that each asks for."""
+        return [set(name.split("+")[1:]) for name in self.names]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task that each is of, whatever its format."""
+        return [name.split("+")[0] for name in self.names]
+
+
+def _described(tasks: Sequence[Task], wordings: int, embedder: TextEmbedder) -> _Described:
+    pairs = [(task.name, text) for task in tasks for text in task.descriptions[:wordings]]
+    return _Described([name for name, _ in pairs], embedder.embed([text for _, text in pairs]))
+
+
 @torch.inference_mode()
-def _read(network: FactorNetwork, embedder: TextEmbedder, training: Sequence[Task], held: Sequence[Task]) -> dict[str, float]:
-    """Shares of the held-out descriptions from which formats and task are told, by ridge regression."""
+def _features(network: FactorNetwork, embeddings: Sequence[Embedding]) -> Tensor:
+    return torch.cat([network.read(*collate(embeddings[start : start + 256])) for start in range(0, len(embeddings), 256)])
 
-    def table(tasks: Sequence[Task], wordings: int) -> tuple[Tensor, Tensor, list[str]]:
-        texts = [text for task in tasks for text in task.descriptions[:wordings]]
-        embeddings = embedder.embed(texts)
-        features = torch.cat([network.read(*collate(embeddings[start : start + 256])) for start in range(0, len(texts), 256)])
-        names = [task.name for task in tasks for _ in task.descriptions[:wordings]]
-        return features, torch.stack([one.pooled for one in embeddings]), names
 
-    (features, pooled, names), (new, new_pooled, new_names) = table(training, 3), table(held, 4)
-    kinds = sorted({kind for name in names for kind in name.split("+")[1:]})
-    asked, wanted = (torch.tensor([[float(kind in name.split("+")[1:]) for kind in kinds] for name in some]) for some in (names, new_names))
-    known = sorted({name.split("+")[0] for name in names})
-    place = {name: number for number, name in enumerate(known)}
-    meant = torch.nn.functional.one_hot(torch.tensor([place[name.split("+")[0]] for name in names]), len(known)).float()
-    right = torch.tensor([place.get(name.split("+")[0], -1) for name in new_names])
-    shares = {
-        "formats": ((_told(features, asked, new) > 0.4) == (wanted > 0)).all(1),
-        "task": _told(features, meant, new).argmax(1) == right,
-        "task from the embedder": _told(pooled, meant, new_pooled).argmax(1) == right,
-    }
-    return {name: round(values.float().mean().item(), 3) for name, values in shares.items()}
+def _formats_told(known: _Described, new: _Described, x: Tensor, x_new: Tensor) -> float:
+    """Share of new descriptions whose formats are told exactly, by what (n, f) and (m, f) say of known and new ones."""
+    kinds = sorted(set().union(*known.formats))
+    asked, wanted = (torch.tensor([[float(kind in formats) for kind in kinds] for formats in some.formats]) for some in (known, new))
+    return round(((_told(x, asked, x_new) > 0.4) == (wanted > 0)).all(1).float().mean().item(), 3)
+
+
+def _task_told(known: _Described, new: _Described, x: Tensor, x_new: Tensor) -> float:
+    """Share of new descriptions whose task is told, by what (n, f) and (m, f) say of known and new ones."""
+    place = {name: number for number, name in enumerate(sorted(set(known.tasks)))}
+    meant = torch.nn.functional.one_hot(torch.tensor([place[name] for name in known.tasks])).float()
+    right = torch.tensor([place.get(name, -1) for name in new.tasks])
+    return round((_told(x, meant, x_new).argmax(1) == right).float().mean().item(), 3)
 
 
 def _told(x: Tensor, y: Tensor, x_new: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ EXPERTS = ExpertConfig(
     precision="float16",
     test_limit=0,
 )
-_MOVES = ("3e-4:10", "5e-4:10", "1e-3:10", "1e-3:40")  # rate and steps of training on
+_MOVES = ((3e-4, 10), (5e-4, 10), (1e-3, 10), (1e-3, 40))  # rate and steps of training on
 
 
 def chosen(suite: TaskSuite, count: int, seed: int) -> TaskSuite:
@@ -53,16 +53,15 @@ def chosen(suite: TaskSuite, count: int, seed: int) -> TaskSuite:
     return suite.select(sorted(random.Random(seed).sample(suite.names, count)))
 
 
-def scores(bank: AdapterBank, base: BaseModel, tasks: Sequence[Task], *, bare: bool = False, dtype: str = "auto") -> torch.Tensor:
+def scores(bank: AdapterBank, base: BaseModel, tasks: Sequence[Task], *, bare: bool = False) -> torch.Tensor:
     """Exact match (n,) of each task's expert on a base; of experts that the bank lacks, that of the bare base."""
     zero = Factors.zeros(bank.base.layout)
     parts = [zero if bare or task.key not in bank else bank.adapter(task.key).factors for task in tasks]
-    return _exact(bank, base, parts, tasks, dtype)
+    return _exact(Runner.open(replace(bank.base, model=base), "cpu"), parts, tasks)
 
 
-def _exact(bank: AdapterBank, base: BaseModel, parts: Sequence[Factors], tasks: Sequence[Task], dtype: str) -> torch.Tensor:
-    found = Runner.open(replace(bank.base, model=base), "cpu", dtype).scores(Factors.stack(parts), tasks, limit=16)
-    return torch.tensor([one["exact_match"] for one in found])
+def _exact(runner: Runner, parts: Sequence[Factors], tasks: Sequence[Task]) -> torch.Tensor:
+    return torch.tensor([one["exact_match"] for one in runner.scores(Factors.stack(parts), tasks, limit=16)])
 
 
 def share(values: torch.Tensor, floor: torch.Tensor, whole: torch.Tensor) -> str:
@@ -114,7 +113,7 @@ def relatives(
     bank: AdapterBank,
     suite: TaskSuite,
     tasks: TaskSuite,
-    moves: Sequence[str],
+    moves: Sequence[tuple[float, int]],
     merges: Sequence[float],
     generator: str | None,
 ) -> None:
@@ -125,39 +124,40 @@ def relatives(
         bank: The old bank.
         suite: What bases are trained on with.
         tasks: Of experts of the bank.
-        moves: RATE:STEPS of each base that is trained on.
+        moves: Rate and steps of each base that is trained on.
         merges: Strength of each base that has another expert merged in.
         generator: Whose adapters for unseen labels are copied too.
     """
-    names, dtype, old = [task.key for task in tasks], "auto" if generator is None else "fast", bank.base.model
-    whole = scores(bank, old, tasks.tasks, dtype=dtype)
-    line("the old base itself", whole, scores(bank, old, tasks.tasks, bare=True, dtype=dtype), whole)
-    labels: Sequence[Task] = ()
-    written: Sequence[Factors] = ()
-    before = torch.zeros(0)
+    names, dtype = [task.key for task in tasks], "auto" if generator is None else "fast"
+    generated: list[tuple[str, Sequence[Task], Sequence[Factors]]] = []
     if generator is not None:
         opened, labels = open_generator(generator), find_tasks(generator, "unseen_label").tasks[: len(tasks)]
-        written = [opened.generate(task.descriptions[0], on_unknown="ignore").factors for task in labels]
-        before = _exact(bank, old, written, labels, dtype)
-        line("the old base itself, generated", before, torch.zeros(len(labels)), before)
-    pairs = [(float(rate), int(steps)) for rate, _, steps in (move.partition(":") for move in moves)]
+        generated = [("generated", labels, [opened.generate(task.descriptions[0], on_unknown="ignore").factors for task in labels])]
+    zero, whole = Factors.zeros(bank.base.layout), dict[str, torch.Tensor]()
+
+    def show(base: BaseModel, source: AdapterBank) -> None:
+        """What adapters reach on a base, beside the bare one; what they reach on the base that comes first is the whole."""
+        runner = Runner.open(replace(bank.base, model=base), "cpu", dtype)
+        for name, some, parts in [("experts", tasks.tasks, [source.adapter(name).factors for name in names]), *generated]:
+            values = _exact(runner, parts, some)
+            line(f"  {name}", values, _exact(runner, [zero] * len(some), some), whole.setdefault(name, values))
+
+    print("the old base itself")
+    show(bank.base.model, bank)
     bases = {
         f"trained on, rate {rate:g}, {steps} steps": moved(work / f"moved-{rate:g}-{steps}", bank, suite, rate, steps)
-        for rate, steps in pairs
+        for rate, steps in moves
     }
     stranger = next(name for name in bank.names if name not in names)
     for strength in merges:
         bases[f"another expert merged in, {strength:g} of it"] = merged(work / f"merged-{strength:g}", bank, stranger, strength)
+    config = TransferConfig(AnswerConfig(inputs=16))
+    inputs = task_inputs(tasks, names)
     for number, (name, base) in enumerate(bases.items()):
         out = work / f"copied-{number}"
-        config = TransferConfig(AnswerConfig(inputs=16))
-        done = transfer_bank(
-            bank, out, base, by="copy", inputs=task_inputs(tasks, names), names=names, config=config, device="cpu", dtype=dtype
-        )
+        done = transfer_bank(bank, out, base, by="copy", inputs=inputs, names=names, config=config, device="cpu", dtype=dtype)
         print(f"{name}: cosine {done.likeness.similarity:.4f}, moved {done.moved:.2f}, agreement {done.agreement:.3f}")
-        line("  copied", scores(done.bank, base, tasks.tasks, dtype=dtype), scores(bank, base, tasks.tasks, bare=True, dtype=dtype), whole)
-        if generator is not None:
-            line("  generated for the old base", _exact(bank, base, written, labels, dtype), torch.zeros(len(labels)), before)
+        show(base, done.bank)
 
 
 def other(work: Path, tasks: TaskSuite, seed: int, keeps: Sequence[float], kinds: Sequence[str], lines: int) -> None:
@@ -205,6 +205,11 @@ def _precision(folder: Path, task: Task) -> float:
     return sum(truth[one["input"]] == one["output"] for one in answers) / len(answers)
 
 
+def _move(text: str) -> tuple[float, int]:
+    rate, _, steps = text.partition(":")
+    return float(rate), int(steps)
+
+
 def main() -> None:
     """Runs one part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
@@ -217,7 +222,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
     parser.add_argument("--bank", default="sandbox", help="of relatives")
     parser.add_argument("--suite", default="sandbox", choices=["sandbox", "smollm2"], help="of relatives: the tasks of its experts")
-    parser.add_argument("--moves", nargs="*", default=_MOVES, help="of relatives: RATE:STEPS by which all weights are trained on")
+    parser.add_argument(
+        "--moves", nargs="*", type=_move, default=_MOVES, help="of relatives: RATE:STEPS by which all weights are trained on"
+    )
     parser.add_argument("--merges", nargs="*", type=float, default=[1.0], help="of relatives: strength of another expert that is merged in")
     given = parser.parse_args()
     suite = find_tasks(given.suite, "train")

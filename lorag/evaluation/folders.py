@@ -20,7 +20,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import TrainingLoop
 from lorag.progress import progress_bar
-from lorag.tasks.finding import find_tasks
+from lorag.tasks.finding import TRAIN, find_tasks
 from lorag.training.preparation import prepare
 from lorag.training.split import RunTasks
 from lorag.training.train import fit_generator
@@ -32,7 +32,7 @@ __all__ = ["Ladder", "embedded_suite", "find_oracles", "open_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
 MULTITASK = "multitask"
-_SANDBOX, _TRAIN, _ALL = "sandbox", "train", "all"
+_SANDBOX, _ALL = "sandbox", "all"
 _SUITES = {SANDBOX_LM: _SANDBOX, SMOLLM2: "smollm2"}  # base model -> embedded suite
 _SPLITS = {"smollm2": ("unseen_format", "unseen_label", "unseen_task")}
 
@@ -133,9 +133,9 @@ def open_ladder(
     names = _SPLITS.get(tasks, ("test",)) if split is None else (split,) if isinstance(split, str) else tuple(split)
     suite = find_tasks(tasks)
     splits = {name: suite if name == _ALL else suite.of_split(name) for name in names}
-    seen = _TRAIN in names
+    seen = TRAIN in names
     missing = [name for name in BASELINES if len(experts) and name not in opened and (methods is None or name in methods)]
-    training = suite.select(suite.splits[_TRAIN]) if missing and not seen and _TRAIN in suite.splits else None
+    training = suite.of_split(TRAIN) if missing and not seen and TRAIN in suite.splits else None
     everything = opened | _fit_baselines(missing, first, experts, training, device, dtype, quiet)
     order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
     ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
