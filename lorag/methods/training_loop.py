@@ -344,18 +344,13 @@ class Shares:
             for part, row_losses in rows:
                 all_losses[part] = row_losses
         if self.accelerator.num_processes > 1:
-            total, all_losses = self._add_up(total, all_losses, [p.grad for p in parameters if p.grad is not None])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            total, all_losses, *summed = self.accelerator.reduce([total.float(), all_losses.float(), *gradients], "sum")
+            for gradient, value in zip(gradients, summed, strict=True):
+                gradient.copy_(value)
         if batch.learned is not None:
             batch.learned(all_losses)
         return total
-
-    def _add_up(self, total: Tensor, all_losses: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sums over the processes, in one exchange, for which everything is laid end to end; gradients are changed in place."""
-        parts = [total.float()[None], all_losses.float(), *(gradient.flatten() for gradient in gradients)]
-        summed = self.accelerator.reduce(torch.cat(parts), "sum").split([part.numel() for part in parts])
-        for gradient, part in zip(gradients, summed[2:], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return summed[0][0], summed[1]
 
     def agree(self, module: nn.Module, step: int) -> None:
         """Gives every process the main one's parameters and buffers, and checks that all go on at one step.

@@ -9,21 +9,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lorag.errors import ArtifactError, ConfigError, DescriptionError, TaskError
-from lorag.files.artifacts import parse_json, read_json, require_plain, safe_name
+from lorag.files.artifacts import read_json, safe_name
 from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
+from lorag.files.json_lines import read_json_lines
 from lorag.tasks.descriptions import MAX_DESCRIPTION, check_description
 
 __all__ = ["MAX_DESCRIPTION", "Example", "Task", "TaskSuite", "check_description", "connected", "read_pairs"]
 
-_MAX_LINE = 1_000_000
-_MAX_BYTES = 2_000_000_000  # of one decompressed examples file
-_MAX_BLANK = 100_000
-_MAX_TASKS_BYTES = 256 * 2**20
-_MAX_RATIO, _RATIO_FREE = 100, 10_000_000  # text shrinks to a fifth or a twentieth; gzip of nothing but blanks to a thousandth
+_MAX_TASKS, _MAX_EXAMPLES = 256 * 2**20, 2_000_000_000  # characters of tasks.jsonl, and of examples.jsonl.gz unpacked
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,11 @@ class Task:
     def key(self) -> str:
         """The name under which a bank keeps the task's expert: safe in files, whatever the task is called."""
         return safe_name(self.name)
+
+    @property
+    def variant_of(self) -> str:
+        """The name up to its first plus: tasks that have it in common ask the same in different answer formats."""
+        return self.name.split("+")[0]
 
     def split(self, name: str) -> tuple[Example, ...]:
         """Examples of "train" or "test"."""
@@ -201,24 +203,11 @@ class TaskSuite:
         return f"{crc:08x}"
 
 
-def _lines(file: TextIO, path: Path, most: int = _MAX_BYTES) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Objects of the lines of a file, by line number. Never more than one line's limit is held: files may be compressed."""
-    total = blank = 0
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
-        total += len(line)
-        if len(line) > _MAX_LINE:
-            raise TaskError(f"{path}, line {number} is too long", expected=f"at most {_MAX_LINE} characters")
-        blank += not line.strip()
-        if total > most or blank > _MAX_BLANK:
-            raise TaskError(f"{path} is too large for what it holds", expected=f"at most {most} characters, {_MAX_BLANK} empty lines")
-        if line.strip():
-            try:
-                value = parse_json(line, f"{path}, line {number}")
-            except ArtifactError as error:
-                raise TaskError(str(error)) from error
-            if not isinstance(value, dict):
-                raise TaskError(f"{path}, line {number} holds no JSON object")
-            yield number, value
+def _rows(path: Path, most: int, *, named: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        yield from read_json_lines(path, most, named=named)
+    except ArtifactError as error:
+        raise TaskError(str(error)) from error
 
 
 def _field(row: Mapping[str, Any], key: str, where: str, kind: type) -> Any:  # noqa: ANN401 - of the kind asked for
@@ -241,27 +230,13 @@ def _read_splits(folder: Path) -> dict[str, list[str]]:
 def _read_suite(folder: Path) -> list[Task]:
     tasks = _read_tasks(folder / "tasks.jsonl", folder.name)
     packed = folder / "examples.jsonl.gz"
-    rows: dict[str, list[Example]] = {name: [] for name in tasks}
-    if packed.is_file():
-        try:
-            most = min(_MAX_BYTES, _RATIO_FREE + _MAX_RATIO * require_plain(packed))
-            with gzip.open(packed, "rt", encoding="utf-8") as file:
-                _read_examples(file, packed, tasks, rows, most)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise TaskError(f"{packed} cannot be read", got=str(error)[:120]) from error
-    return [replace(task, examples=tuple(rows[name])) for name, task in tasks.items()]
+    examples = _read_examples(packed, tasks) if packed.is_file() else {}
+    return [replace(task, examples=tuple(examples.get(name, ()))) for name, task in tasks.items()]
 
 
 def _read_tasks(path: Path, suite: str) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
-    try:
-        require_plain(path)
-        with path.open(encoding="utf-8") as file:
-            rows = list(_lines(file, path, _MAX_TASKS_BYTES))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read", got=str(error)[:120]) from error
-    for number, row in rows:
-        where = f"{path}, line {number}"
+    for where, row in _rows(path, _MAX_TASKS):
         name = _field(row, "name", where, str)
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise TaskError(f"{where}: field 'name' cannot be used", got=repr(name)[:80], expected="1 to 200 printable characters")
@@ -300,10 +275,11 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
         raise TaskError(f"{where}: {error}") from error
 
 
-def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: dict[str, list[Example]], most: int) -> None:
+def _read_examples(path: Path, tasks: Mapping[str, Task]) -> dict[str, list[Example]]:
+    """The examples of each task that has any."""
+    examples: dict[str, list[Example]] = {}
     seen: dict[tuple[str, str], str] = {}
-    for number, row in _lines(file, path, most):
-        where = f"{path}, line {number}"
+    for where, row in _rows(path, _MAX_EXAMPLES):
         name, split, text, output = (_field(row, key, where, str) for key in ("task", "split", "input", "output"))
         if name not in tasks:
             raise TaskError(f"{where}: field 'task' names no task of tasks.jsonl", got=repr(name)[:80])
@@ -314,7 +290,9 @@ def _read_examples(file: TextIO, path: Path, tasks: Mapping[str, Task], rows: di
             raise TaskError(f"{where}: unknown label", got=repr(output)[:60], expected=f"one of the {len(labels)} labels of {name}")
         if seen.setdefault((name, text), split) != split:
             raise TaskError(f"{where}: the same input is in train and test of {name}", got=repr(text[:60]), remedy="Remove one.")
-        rows[name].append(Example(_image(text, path.parent, where) if tasks[name].inputs == "image" else text, output, split))
+        example = Example(_image(text, path.parent, where) if tasks[name].inputs == "image" else text, output, split)
+        examples.setdefault(name, []).append(example)
+    return examples
 
 
 def _image(relative: str, folder: Path, where: str) -> ImageFile:
@@ -333,13 +311,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     Raises:
         TaskError: Naming the line, if one is not `{"input": ..., "output": ...}`.
     """
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            rows = [(row, f"{path}, line {number}") for number, row in _lines(file, path, _MAX_TASKS_BYTES)]
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read", got=error.strerror or error) from error
-    return [(_field(row, "input", where, str), _field(row, "output", where, str)) for row, where in rows]
+    rows = _rows(Path(path), _MAX_TASKS, named=True)
+    return [(_field(row, "input", where, str), _field(row, "output", where, str)) for where, row in rows]
 
 
 def connected(marks: Sequence[Set[str]]) -> list[list[int]]:
