@@ -7,7 +7,7 @@ import torch
 from toy_world import WordEmbedder, quiet_loop
 
 from lorag.methods.method import collate
-from lorag.methods.smoothing import SmoothingSettings, smooth_features
+from lorag.methods.smoothing import SmoothingSettings, go_on_smoothing, smooth_features
 from lorag.networks.factor_network import FactorNetwork
 from lorag.networks.smoothing import FeatureSmoothing
 
@@ -130,3 +130,25 @@ def test_a_suite_of_detectors_alone_needs_no_classifier(network, data):
     alone = SimpleNamespace(**{**vars(data), "training": list(range(30)), "validation": list(range(30, 40))})
     assert smooth_features(network, alone, _runner([shared] * 60, data), quiet_loop(), SETTINGS) == (30,)
     assert torch.equal(network.smoothing.weights, torch.zeros(2, 32)) and network.smoothing.bias[0] == 0
+
+
+def test_a_task_that_learns_is_smoothed_by_the_others(smoothing):
+    """Without its own centre: as if there were no such task; −1 leaves all centres."""
+    features = torch.tensor([[1.0, 0, 0.9], [1, 0, 0.9], [-1, 0, 5]])
+    without = smoothing(features, torch.tensor([1, -1, 4]))
+    weights = torch.exp(-torch.tensor([0.9, 1.9]).square() / 2)
+    assert torch.allclose(without[0], torch.tensor([1.0, 0, -weights[1] / weights.sum()]), atol=1e-5)
+    assert torch.equal(without[1], smoothing(features)[1])
+    assert torch.allclose(without[2], torch.tensor([-1.0, 0, 5]), atol=1e-4)
+
+
+def test_a_run_that_goes_on_smooths_among_its_own_tasks(network, data):
+    """As wide as before; each detector's centre has its number, other tasks and held-out ones have none; too few leave it out."""
+    network.smoothing = FeatureSmoothing(32, (2,))
+    network.smoothing.width.fill_(0.25)
+    numbers = go_on_smoothing(network, data, SETTINGS)
+    assert network.smoothing.counts == (30,) and network.smoothing.width == 0.25
+    assert numbers.tolist() == [*range(30), *[-1] * 30]
+    centre = network.features(*collate(data.embeddings[7])).mean(0)
+    assert torch.allclose(network.smoothing.centres[7], centre, atol=1e-6)
+    assert not (go_on_smoothing(network, data, SmoothingSettings(least=31)) >= 0).any() and network.smoothing.counts == ()

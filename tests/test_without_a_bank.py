@@ -179,7 +179,7 @@ def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
         assert torch.equal(first.factors[name][0], second.factors[name][0]) and torch.equal(first.factors[name][1], second.factors[name][1])
 
 
-def test_smoothing_is_kept_and_a_run_that_goes_on_begins_without_it(base, tmp_path):
+def test_smoothing_is_kept_and_a_run_that_goes_on_begins_with_it(base, tmp_path):
     """Its numbers come back to the bit; its counts are checked like all that is stored."""
     _, generator = _fitted(base, 2)
     plain, method = generator.generate("paint the red dog"), generator.method
@@ -195,10 +195,13 @@ def test_smoothing_is_kept_and_a_run_that_goes_on_begins_without_it(base, tmp_pa
     assert not all(torch.equal(first.factors[name][1], plain.factors[name][1]) for name in first.layout.names)
     after = method_type("aligned").with_settings(SMALL)
     after.go_on_from(opened.method)
-    assert after.network.smoothing.counts == () and "smoothed" not in after.shape
+    assert after.network.smoothing.counts == (5, 3)
     for counts in ([5], [5, 2], [8, "x"], [-1], [2**40], 3):
         with pytest.raises(GeneratorError):
             method_type("aligned").with_settings(SMALL).restore(*_state(generator, smoothed=counts))
+    for names in (3, ["red-dog"], [f"task{number}" for number in range(10**6)]):
+        with pytest.raises(GeneratorError):
+            method_type("aligned").with_settings(SMALL).restore(*_state(generator, remembered=names))
 
 
 def _state(generator, **shape):
@@ -284,8 +287,11 @@ def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
     then = TrainConfig(start=config.out, tasks=str(folder), out=str(tmp_path / "then"), device="cpu", settings={"functional": {"steps": 3}})
     made = train(then, quiet=True)
     old, new = first.method.network.state_dict(), made.method.network.state_dict()
-    moved = {name.split(".")[0] for name in old if not torch.allclose(old[name], new[name], atol=1e-6)}
+    remembered = [name for name in old if name.startswith("memory.")]
+    moved = {name.split(".")[0] for name in old.keys() - remembered if not torch.allclose(old[name], new[name], atol=1e-6)}
     assert moved == {"row_start", "row_weights", "column_start", "column_weights"}
+    assert made.method.shape["remembered"] == [task.name for task in make_suite(TRAINING[:14])] + [task.name for task in more[10:-2]]
+    assert torch.equal(new["memory.keys"][:14], old["memory.keys"]) and torch.equal(new["memory.projection"], old["memory.projection"])
     assert made.base == first.base and made.strength == first.strength and made.method.settings.functional.tasks == 4
     assert set(made.conditioner.names) == set(keys[:-2]) and set(made.licenses) == set(first.licenses) | set(keys[:-2])
     assert made.licenses[keys[0]] == "MIT" and made.origin["config"]["start"] == "g" and made.gate is not None

@@ -72,7 +72,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
     """
     space, space_values = generator.space.tensors()
     tensors = {f"space.{name}": value for name, value in space.items()}
-    tensors["conditioner.centroids"] = generator.conditioner.centroids
+    tensors["conditioner.centroids"] = generator.conditioner.centroids.half()  # of unit length: cosines to three decimals
     state = generator.method.state()
     for name, value in state.tensors.items():
         # Matrices in half precision: the experts that they imitate are no more precise.
@@ -101,6 +101,7 @@ def write_generator(generator: LoraGenerator, folder: Path) -> str:
     write_manifest(folder, MANIFEST, fields | {"words": " ".join(generator.spelling.words)}, [_WEIGHTS])
     stored = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
     generator.method.restore(stored, state.shape)
+    generator.conditioner = Conditioner(generator.conditioner.names, tensors["conditioner.centroids"].float())
     return "sha256:" + sha256(folder / _WEIGHTS)[:16]
 
 

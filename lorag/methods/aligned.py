@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.contrast import ContrastSettings, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
+from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
-from lorag.methods.smoothing import SmoothingSettings, smooth_features
+from lorag.methods.smoothing import SmoothingSettings, go_on_smoothing, smooth_features
 from lorag.networks.factor_network import FactorNetwork
-from lorag.networks.smoothing import FeatureSmoothing
 from lorag.spaces.activation_bases import ActivationBases
 
 if TYPE_CHECKING:
     from lorag.base.runner import Runner
     from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
+    from lorag.text.embedding import Embedding
 
 __all__ = ["Aligned"]
 
@@ -37,6 +39,7 @@ class AlignedSettings(ReaderSettings):
         features: Between reading and factors.
         probes: Rows of each module that are linear in the description's vector and begin along the texts that mean the same.
         directions: Leading input directions that the other rows use.
+        memory: Directions of a description's vector by which known tasks are recalled; 0 leaves the memory out.
         probing: How the probes learn which texts a description is about; then they stay as they are.
         contrast: How the reader learns to tell tasks apart by their wordings; then it stays as it is.
         functional: Steps through the frozen base model.
@@ -47,6 +50,7 @@ class AlignedSettings(ReaderSettings):
     features: int = 256
     probes: int = 1
     directions: int = 64
+    memory: int = 96
     probing: ProbeSettings = field(default_factory=ProbeSettings)
     contrast: ContrastSettings = field(default_factory=ContrastSettings)
     functional: FunctionalSettings = field(
@@ -74,7 +78,8 @@ class Aligned(NetworkMethod):
 
         Args:
             shape: Lengths of `embedding` and `code`; the number of each module's input basis, `entry`; `rank`, `inputs` and `outputs`;
-                `smoothed`, the number of tasks in each set of answers among which features are smoothed, where they are.
+                `smoothed`, the number of tasks in each set of answers among which features are smoothed, and `remembered`, the names
+                of known tasks, where there are any.
         """
         s = self.settings
         embedding, code, rank, inputs, outputs = (whole(shape, name) for name in ("embedding", "code", "rank", "inputs", "outputs"))
@@ -101,6 +106,8 @@ class Aligned(NetworkMethod):
             word_dropout=s.word_dropout,
             noise=s.noise,
             smoothed=smoothed,
+            remembered=len(shape.get("remembered", ())),
+            memory=s.memory,
         )
 
     @property
@@ -126,8 +133,6 @@ class Aligned(NetworkMethod):
                 "settings describe a network of another size than that of start", remedy="Leave out all but settings.functional."
             )
         self.network, self.shape = other.network.float().requires_grad_(True), dict(other.shape)
-        self.network.smoothing = FeatureSmoothing(self.settings.features)  # it follows from the tasks of a run, once that has learned
-        self.shape.pop("smoothed", None)
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Begins from the alignment; trains probes, reader, then the rest through the base model, each stopped early on held-out tasks.
@@ -138,10 +143,27 @@ class Aligned(NetworkMethod):
         network = self._begun(data, loop) if self.network is None else self.network
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
-        train_functionally(self.name, network, lambda _, embeddings: self.predict(embeddings), data, loop, self.settings.functional, runner)
+        predict = self._as_if_unseen(network, data, loop)
+        train_functionally(self.name, network, predict, data, loop, self.settings.functional, runner)
         network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
-        if smoothed := smooth_features(network, data, runner, loop, self.settings.smoothing):
-            self.shape["smoothed"] = list(smoothed)
+        self.shape["smoothed"] = list(smooth_features(network, data, runner, loop, self.settings.smoothing))
+
+    def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> Callable[..., Tensor]:
+        """What predicts codes of tasks: each from the others alone, where the network smooths or remembers."""
+        more: list[Tensor | None] = []
+        if network.smoothing.counts:
+            more.append(go_on_smoothing(network, data, self.settings.smoothing))
+        if self.settings.memory:
+            before = (self.shape.get("remembered", ()), network.memory)
+            network.memory, known = Remembered.begin(data, self.settings.features, self.settings.memory, before)
+            self.shape["remembered"] = known.names
+            more = [*(more or [None]), known.places, known.keys]
+        network.to(loop.accelerator.device)
+
+        def predict(tasks: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
+            return self.predict(embeddings, *(None if one is None else one[list(tasks)] for one in more))
+
+        return predict
 
     def _begun(self, data: TrainingSet, loop: TrainingLoop) -> FactorNetwork:
         """A network along the alignment, whose probes and reader have learned from stored activations and from wordings."""

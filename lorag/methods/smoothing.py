@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorag.methods.training_set import TrainingSet
     from lorag.networks.factor_network import FactorNetwork
 
-__all__ = ["SmoothingSettings", "smooth_features"]
+__all__ = ["SmoothingSettings", "go_on_smoothing", "smooth_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def smooth_features(
     """Gives a trained network the smoothing under which held-out tasks have the lowest loss; none if none lowers it.
 
     Args:
-        network: The network, on the loop's device; it smooths nothing yet.
+        network: The network, on the loop's device.
         data: Its tasks.
         runner: The base model.
         loop: Whose main process chooses.
@@ -62,8 +62,9 @@ def smooth_features(
     """
     sets = _answer_sets(data, settings.least)
     if not (sets and settings.widths and data.validation):
-        return ()
+        return network.smoothing.counts
     network.eval()
+    network.smoothing = FeatureSmoothing(len(network.middle))
     smoothing = _fitted(network, data, sets)
 
     def predict(held: Sequence[int]) -> Tensor:
@@ -84,6 +85,17 @@ def smooth_features(
     smoothing.width.fill_(width)
     network.smoothing = smoothing if width else FeatureSmoothing(smoothing.centres.shape[1])
     return network.smoothing.counts
+
+
+def go_on_smoothing(network: FactorNetwork, data: TrainingSet, settings: SmoothingSettings) -> Tensor:
+    """Smooths features among the tasks of another run, as much as before; returns the number of each task's own centre (t,), or −1."""
+    sets, centre_of = _answer_sets(data, settings.least), torch.full((len(data.tasks),), -1)
+    smoothing = _fitted(network, data, sets) if sets else FeatureSmoothing(len(network.middle))
+    if sets:
+        smoothing.width.copy_(network.smoothing.width)
+        centre_of[[i for some in sets for i in some]] = torch.arange(len(smoothing.centres))
+    network.smoothing = smoothing
+    return centre_of
 
 
 def _answer_sets(data: TrainingSet, least: int) -> list[list[int]]:

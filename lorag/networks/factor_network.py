@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lorag.networks.memory import TaskMemory
 from lorag.networks.readers import Augmentation, FeatureReader
 from lorag.networks.smoothing import FeatureSmoothing
 
@@ -86,6 +87,8 @@ class FactorNetwork(nn.Module):
         word_dropout: Share of a description's tokens masked in training.
         noise: Gaussian noise on its vectors in training, as a share of their own size.
         smoothed: Number of tasks in each set of answers among which features are smoothed.
+        remembered: Number n of known tasks of which more is remembered than can be read.
+        memory: Directions d by which those are told apart.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class FactorNetwork(nn.Module):
         word_dropout: float,
         noise: float,
         smoothed: Sequence[int] = (),
+        remembered: int = 0,
+        memory: int = 0,
     ) -> None:
         super().__init__()
         m, g, rows = len(entry), max(entry) + 1, rank - probes
@@ -119,6 +124,7 @@ class FactorNetwork(nn.Module):
         self.register_buffer("middle", torch.zeros(features))
         self.register_buffer("spread", torch.eye(features))
         self.smoothing = FeatureSmoothing(features, smoothed)
+        self.memory = TaskMemory(embedding, features, remembered, memory)
         d = used + 1
         self.row_start = nn.Parameter(torch.randn(m, rows, d) / math.sqrt(d))
         self.row_weights = nn.Parameter(torch.randn(m, features, rows * d) * 0.3 / math.sqrt(d))  # of features of length 1
@@ -154,10 +160,22 @@ class FactorNetwork(nn.Module):
         values = values.clamp_min(0) + _FLOOR * values.clamp_min(0).mean() + 1e-12
         self.spread.copy_(vectors / (values * len(values)).sqrt() @ vectors.T)
 
-    def forward(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c)."""
+    def forward(
+        self,
+        pooled: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        centres: Tensor | None = None,
+        places: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """Maps pooled (b, e) and tokens (b, t, e), with a mask (b, t) that is true at real ones, to codes (b, c).
+
+        While it learns, `centres` (b,) says which are the descriptions' own in smoothing, `places` (b,) and `keys` (b, d) in memory.
+        """
+        recalled = self.memory(pooled, places, keys)
         pooled, tokens, seen = self._augmented(pooled, tokens, mask)
-        features = self.smoothing(self.features(pooled, tokens, seen))
+        features = self.smoothing(self.features(pooled, tokens, seen), centres) + recalled
         b = len(features)
         read = self.row_start + torch.einsum("bf,mfx->bmx", features, self.row_weights).view(b, *self.row_start.shape)
         read = torch.cat([read[..., :-1], read.new_zeros(*read.shape[:-1], self.unused), read[..., -1:]], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,15 +40,25 @@ class FeatureSmoothing(nn.Module):
             self.register_buffer("centres", torch.zeros(sum(self.counts), features))
             self.register_buffer("width", torch.ones(()))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Smooths features (b, f)."""
+    def forward(self, features: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Smooths features (b, f).
+
+        Args:
+            features: The features.
+            masked: While a network learns, the number of the centre of each one's own task (b,), which then does not count, or −1.
+        """
         if not self.counts:
             return features
         likely = (features @ self.weights.T + self.bias).softmax(-1)
-        smooth = features
+        smooth, first = features, 0
         for number, centres in enumerate(self.centres.split(self.counts)):
             # Not by a matrix product, which rounds away the small distances that a narrow kernel compares.
             distances = torch.cdist(features, centres, compute_mode="donot_use_mm_for_euclid_dist")
+            if masked is not None:
+                distances = distances.masked_fill(
+                    torch.arange(first, first + len(centres), device=masked.device) == masked[:, None], math.inf
+                )
+            first += len(centres)
             near = (-distances.square() / (2 * self.width.square())).softmax(-1) @ centres
             smooth = smooth + likely[:, number, None] * (near - features)
         return smooth

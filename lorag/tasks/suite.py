@@ -67,7 +67,7 @@ class Task:
 
     @property
     def variant_of(self) -> str:
-        """The name up to its first plus: tasks that have it in common ask the same in different answer formats."""
+        """The name up to its first plus. If a task has that name, this one asks the same in another answer format."""
         return self.name.split("+")[0]
 
     def split(self, name: str) -> tuple[Example, ...]:
