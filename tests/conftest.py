@@ -4,10 +4,6 @@ import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch is imported, and for the processes that tests start: two threads beside another busy worker are slower than one.
-os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
-    max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +19,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.base.layout import LoraLayout
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()
 
 # A busy machine is no failure, and a run repeats: the same examples each time, and no folder of past ones.
