@@ -81,25 +81,25 @@ def _separation(tasks: Sequence[Task], network: FactorNetwork, space: Activation
 
 @dataclass(frozen=True)
 class _Described:
-    """Descriptions (n) of tasks: the names of what they describe, and their embeddings."""
+    """Descriptions (n) of tasks: what they describe, and their embeddings."""
 
-    names: list[str]
+    about: list[Task]
     embeddings: list[Embedding]
 
     @property
     def formats(self) -> list[set[str]]:
         """The answer formats that each asks for."""
-        return [set(name.split("+")[1:]) for name in self.names]
+        return [set(task.name.split("+")[1:]) for task in self.about]
 
     @property
     def tasks(self) -> list[str]:
         """The task that each is of, whatever its format."""
-        return [name.split("+")[0] for name in self.names]
+        return [task.variant_of for task in self.about]
 
 
 def _described(tasks: Sequence[Task], wordings: int, embedder: TextEmbedder) -> _Described:
-    pairs = [(task.name, text) for task in tasks for text in task.descriptions[:wordings]]
-    return _Described([name for name, _ in pairs], embedder.embed([text for _, text in pairs]))
+    pairs = [(task, text) for task in tasks for text in task.descriptions[:wordings]]
+    return _Described([task for task, _ in pairs], embedder.embed([text for _, text in pairs]))
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ def test_while_it_learns_a_task_is_known_by_its_other_descriptions_alone():
     assert memory(vectors[:1], torch.tensor([0]), torch.zeros(1, 4)).abs().max() < 1e-5
 
 
-def _data(tasks, training, seed=0):
+def _data(tasks, training):
     embedder = WordEmbedder()
     embeddings = [list(embedder.embed(list(task.descriptions))) for task in tasks]
     return TrainingSet(None, torch.zeros(0, 1), torch.zeros(0, 1), embeddings, range(len(tasks)), training, [], None, tasks)

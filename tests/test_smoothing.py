@@ -151,4 +151,6 @@ def test_a_run_that_goes_on_smooths_among_its_own_tasks(network, data):
     assert numbers.tolist() == [*range(30), *[-1] * 30]
     centre = network.features(*collate(data.embeddings[7])).mean(0)
     assert torch.allclose(network.smoothing.centres[7], centre, atol=1e-6)
+    single = go_on_smoothing(network, data, SmoothingSettings(least=1))
+    assert len(network.smoothing.counts) == 17 and (single >= 0).sum() == 30, "sets of one task keep their centre"
     assert not (go_on_smoothing(network, data, SmoothingSettings(least=31)) >= 0).any() and network.smoothing.counts == ()

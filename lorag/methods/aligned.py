@@ -150,18 +150,17 @@ class Aligned(NetworkMethod):
 
     def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> Callable[..., Tensor]:
         """What predicts codes of tasks: each from the others alone, where the network smooths or remembers."""
-        more: list[Tensor | None] = []
-        if network.smoothing.counts:
-            more.append(go_on_smoothing(network, data, self.settings.smoothing))
+        centres = go_on_smoothing(network, data, self.settings.smoothing) if network.smoothing.counts else None
+        places = keys = None
         if self.settings.memory:
             before = (self.shape.get("remembered", ()), network.memory)
             network.memory, known = Remembered.begin(data, self.settings.features, self.settings.memory, before)
             self.shape["remembered"] = known.names
-            more = [*(more or [None]), known.places, known.keys]
+            places, keys = known.places, known.keys
         network.to(loop.accelerator.device)
 
         def predict(tasks: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
-            return self.predict(embeddings, *(None if one is None else one[list(tasks)] for one in more))
+            return self.predict(embeddings, *(None if one is None else one[list(tasks)] for one in (centres, places, keys)))
 
         return predict
 

@@ -51,7 +51,7 @@ def smooth_features(
     """Gives a trained network the smoothing under which held-out tasks have the lowest loss; none if none lowers it.
 
     Args:
-        network: The network, on the loop's device.
+        network: The network, on the loop's device. What it smooths by already is of the same tasks (`go_on_smoothing`).
         data: Its tasks.
         runner: The base model.
         loop: Whose main process chooses.
@@ -64,8 +64,8 @@ def smooth_features(
     if not (sets and settings.widths and data.validation):
         return network.smoothing.counts
     network.eval()
+    smoothing = network.smoothing if network.smoothing.counts else _fitted(network, data, sets)
     network.smoothing = FeatureSmoothing(len(network.middle))
-    smoothing = _fitted(network, data, sets)
 
     def predict(held: Sequence[int]) -> Tensor:
         return network(*collate([data.embeddings[i][0] for i in held], smoothing.width.device))
@@ -94,6 +94,7 @@ def go_on_smoothing(network: FactorNetwork, data: TrainingSet, settings: Smoothi
     if sets:
         smoothing.width.copy_(network.smoothing.width)
         centre_of[[i for some in sets for i in some]] = torch.arange(len(smoothing.centres))
+        centre_of[[some[0] for some in sets if len(some) == 1]] = -1  # alone in its set, it has no others to be smoothed among
     network.smoothing = smoothing
     return centre_of
 
