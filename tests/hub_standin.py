@@ -31,7 +31,7 @@ class StandIn(ThreadingHTTPServer):
         self.private = {}
         self.tags = {}  # name -> tags, such as base_model:adapter:user/name
         self.broken_commits = False
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # seconds between looks at whether it is to stop
 
     @property
     def address(self):

@@ -34,11 +34,13 @@ def _check_against_stock_peft(tiny, adapter, folder, dtype):
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.slow
 def test_saved_adapter_in_stock_peft_equals_apply_to(tiny, random_adapter, tmp_path):
     """PEFT alone, given the folder, computes what apply_to computes; in six architectures."""
     _check_against_stock_peft(tiny, dataclasses.replace(random_adapter(tiny.layout()), task_type=tiny.task_type), tmp_path, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("base", DTYPES, ids=str)
 def test_every_precision_loads_in_stock_peft(tiny_models, random_adapter, tmp_path, weights, base):
@@ -56,6 +58,7 @@ def test_all_linear_and_expression_layouts_load_in_stock_peft(tiny_models, rando
         _check_against_stock_peft(tiny, random_adapter(layout), tmp_path / str(number), torch.float32)
 
 
+@pytest.mark.slow
 def test_delta_is_what_peft_adds(tiny, random_adapter):
     """delta(module) is PEFT's own delta weight, which GPT-2 stores transposed."""
     adapter = random_adapter(tiny.layout(), rank=3, alpha=5.0)
@@ -116,6 +119,7 @@ def test_round_trip(tiny, random_adapter, tmp_path):
 # --- from PEFT --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -205,6 +209,7 @@ def test_spoiled_tensors_are_refused(saved, llama_layout, spoil, named):
     _refused(saved, llama_layout, named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -365,6 +370,7 @@ def test_wrapped_model_takes_a_second_adapter_or_a_replacement(tiny_models, rand
     assert not any(parameter.requires_grad for parameter in only.parameters())
 
 
+@pytest.mark.slow
 def test_applying_is_silent(tiny, random_adapter):
     """PEFT has nothing to warn of in what apply_to asks of it."""
     with warnings.catch_warnings():

@@ -70,6 +70,7 @@ def _renamed(folder, rename):
     save_file({rename(key): value for key, value in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rename",
     [
@@ -120,6 +121,7 @@ def test_modules_that_transformers_renamed_are_found():
     assert renamed_modules(model, [old, "nothing.there"]) == {old: "model.language_model.layers.0.self_attn.q_proj"}
 
 
+@pytest.mark.slow
 def test_an_adapter_under_old_names_fits_and_keeps_its_products():
     model = _meta(LlavaForConditionalGeneration, LlavaConfig())
     layout = LoraLayout.from_model(model, r".*language_model.*layers\.[01]\..*\.q_proj")

@@ -35,6 +35,7 @@ def test_ranks_are_one_and_delta_w_the_same(bank, tmp_path):
             torch.testing.assert_close(written.delta(module), bank.adapter(name).delta(module), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_peft_routes_among_them(bank, tmp_path):
     """PEFT takes them all; with one expert per token, each row's change is one of the experts' own."""
     folders = [str(folder) for folder in export_arrow(bank, tmp_path / "out")]
@@ -63,6 +64,7 @@ def test_what_cannot_be_exported(bank, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_command(bank, tmp_path):
     """`lorag bank export BANK --arrow --out DIR`, for all or some experts."""
     done = CliRunner().invoke(app, ["bank", "export", str(bank.folder), "--arrow", "--out", str(tmp_path / "out")])

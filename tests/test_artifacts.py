@@ -38,6 +38,7 @@ def test_unsafe_names_are_refused(name):
         artifacts.require_name(name, "an expert's name")
 
 
+@pytest.mark.slow
 @given(st.text(), st.text())
 def test_slugs_are_safe_and_distinct(one, other):
     """Any text gets a safe name, and different texts get different ones."""
@@ -109,6 +110,7 @@ def test_failure_to_flush_or_rename_keeps_the_old_file(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.slow
 def test_real_size_limit_keeps_the_old_file(tmp_path):
     """A process that may write no more than 4 kB: StorageError, and the old tensors are still there."""
     path = tmp_path / "a.safetensors"
@@ -154,6 +156,7 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
+@pytest.mark.slow
 def test_equal_tensors_give_equal_bytes(tmp_path):
     """Neither the order of tensors nor of metadata, nor the process's hash seed, changes the file."""
     tensors, metadata = {"b": torch.ones(2, 3).T, "a": torch.arange(3)}, {"z": "1", "y": "2", "x": "3", "w": "4"}
@@ -175,6 +178,7 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.text(max_size=9),

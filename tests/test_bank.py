@@ -144,6 +144,7 @@ def test_check_finds_poison_in_a_shard(bank):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -220,6 +221,7 @@ def _first(**changes):
     return lambda manifest: {**manifest, "experts": [{**manifest["experts"][0], **changes}, *manifest["experts"][1:]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -374,6 +376,7 @@ for number in range(5):
 """
 
 
+@pytest.mark.slow
 def test_processes_adding_at_once_lose_nothing(bank):
     """Two processes add five experts each; a third dies between shard and manifest, holding the lock. All others are there."""
     started = [

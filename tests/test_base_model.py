@@ -19,6 +19,7 @@ from lorag.files.artifacts import sha256
 KIND_OF = {"llama": "causal_lm", "qwen2": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "encoder", "clip": "two_towers"}
 
 
+@pytest.mark.slow
 def test_an_expert_of_every_kind_runs_through_peft(tiny, random_adapter, tmp_path):
     """From a bank into PEFT's wrapper: the wrapped model takes its usual arguments, and the adapter changes the outcome."""
     model = tiny.build()

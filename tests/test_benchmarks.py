@@ -22,6 +22,7 @@ def runnable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_smallest_form_gives_rows_of_one_table(name, runnable):
     """measure(quick=True) gives rows of the same columns but for gaps, and every time in them is positive."""

@@ -50,6 +50,7 @@ def test_a_bank_s_card(bank):
     assert "lorag bank check" in rows["look closer"]
 
 
+@pytest.mark.slow
 def test_of_a_large_bank_some_are_looked_at(bank, tmp_path):
     """Evenly spread, 48 at most, and the card says how many."""
     twins = [(f"{name}-{n}", ["the same again"], [bank.adapter(name)]) for n in range(2) for name in bank.names]

@@ -66,6 +66,7 @@ def test_experts_come_back_by_name(bank, small):
     assert small.energy > 0.998 and small.energies[small.worst] == min(small.energies.values())
 
 
+@pytest.mark.slow
 def test_every_reader_of_a_bank_reads_it(bank, small, tmp_path):
     """Stacks that training reads, weight spaces, checks, merges, exports for Arrow, precisions, and the command line."""
     opened = AdapterBank.from_pretrained(small.bank.folder)
@@ -101,6 +102,7 @@ def test_a_compressed_bank_takes_further_experts_and_lets_them_go(bank, tmp_path
     assert "bases" not in json.loads((left.folder / "bank.json").read_text())["experts"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
 def test_all_precisions_and_the_same_bytes(bank, tmp_path, precision):
     """Twice the same files; int8 keeps less."""
@@ -168,6 +170,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_tampered_bases_are_refused_on_opening(bank, tmp_path, kind):
     """With a named error, before a value is read."""

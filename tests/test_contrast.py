@@ -42,6 +42,7 @@ def _known_again(network, data):
     return ((first @ other.T).argmax(1) == torch.arange(len(first))).float().mean().item()
 
 
+@pytest.mark.slow
 def test_unseen_tasks_are_known_again(data, network):
     """Better than by an untrained reader, and in most cases."""
     train_reader("toy", network, data, quiet_loop(), ContrastSettings(steps=0))

@@ -99,6 +99,7 @@ def _old(generator, folder):
     write_manifest(folder, "generator.json", manifest, ["generator.safetensors"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_generator_makes_the_same_adapters(prepared, tmp_path, case):
     """Byte for byte, and its settings have today's names."""

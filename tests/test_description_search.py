@@ -27,6 +27,7 @@ def index(world):
     return found
 
 
+@pytest.mark.slow
 def test_the_index_finds_the_nearest_four(world, index):
     """recall@4 of at least .98 over 200 queries; and every cosine that it gives is that of the expert, best first."""
     vectors, queries = world
@@ -40,6 +41,7 @@ def test_the_index_finds_the_nearest_four(world, index):
     assert hits / (4 * len(queries)) >= 0.98
 
 
+@pytest.mark.slow
 def test_an_index_is_made_the_same_twice(world, index):
     """No draw but by a seed: the same neighbours from a second index of the same vectors."""
     again = NeighbourSearch(world[0], many=1000)
@@ -77,6 +79,7 @@ def _conditioners(world, monkeypatch):
     return many, embedding, right, outside
 
 
+@pytest.mark.slow
 def test_a_condition_among_many_experts_holds_the_nearest(world, monkeypatch):
     """Same neighbours and novelty, and the same mixture of the nearest; the others, and excluded ones, have -1."""
     many, embedding, (right, without), outside = _conditioners(world, monkeypatch)

@@ -235,6 +235,7 @@ def test_the_hooks_are_the_linters_of_ci():
     assert asked == lines
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     """No broken link, anchor or name in the API reference; no page loads anything from another host."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -13,8 +13,8 @@ from lorag.networks.readers import Augmentation
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
-SMALL = {"functional": {"steps": 0}, "kernel_steps": 0, "steps": 120, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
-TAUGHT = {"count": 2, "steps": 120, "learning_rate": 3e-3, "batch": 32}
+SMALL = {"functional": {"steps": 0}, "kernel_steps": 0, "steps": 60, "width": 32, "queries": 2, "hidden": 32, "learning_rate": 3e-3}
+TAUGHT = {"count": 2, "steps": 60, "learning_rate": 3e-3, "batch": 32}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,14 @@ def _inputs(prepared, rows):
     return collate([prepared.data.embeddings[i][0] for i in rows])
 
 
+@pytest.mark.slow
 def test_the_first_reader_and_the_head_stay_as_they_are(alone, three):
     """Teaching more readers changes no value that was learned before it."""
     before, after = alone.method.state().tensors, three.method.state().tensors
     assert len(after) > len(before) and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_students_read_as_their_teacher_does_on_tasks_that_no_one_learned_from(prepared, three):
     """On held-out tasks each student's codes lie nearer to the teacher's than the codes of other tasks do."""
     network = three.method.network.eval()
@@ -61,6 +63,7 @@ def test_students_read_as_their_teacher_does_on_tasks_that_no_one_learned_from(p
             assert (made - first).norm(dim=1).mean() < 0.6 * far
 
 
+@pytest.mark.slow
 def test_readers_start_apart_and_their_mean_makes_the_code(prepared, three):
     """No two readers are the same, and the code is the head's of the mean of what all read."""
     network = three.method.network
@@ -88,6 +91,7 @@ def test_what_is_compared_are_codes(head):
     assert torch.allclose(students.distance_of_codes(head)(one, other), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_ensemble_costs_nothing(prepared, monkeypatch):
     """With none asked for, no description is read for them."""
     monkeypatch.setattr(students, "mean_features", lambda *_: pytest.fail("read"))
@@ -108,6 +112,7 @@ def test_students_learn_from_no_held_out_task(prepared, monkeypatch):
     assert seen and not seen & set(prepared.data.validation)
 
 
+@pytest.mark.slow
 def test_all_readers_are_stored_and_what_is_stored_decides(prepared, three, alone, tmp_path):
     """Opened again the codes are the same, and a file with another number of readers than its settings say keeps its own."""
     three.save_pretrained(tmp_path)

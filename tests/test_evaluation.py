@@ -25,6 +25,8 @@ from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
 
+pytestmark = pytest.mark.slow
+
 CELLS = tuple(zip(COLOURS, ANIMALS, strict=True))  # five tasks that share no word and no answer
 EMBEDDER = WordEmbedder()
 

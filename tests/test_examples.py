@@ -16,6 +16,8 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.base.names import locate, packaged
 from lorag.tasks.finding import find_tasks
 
+pytestmark = pytest.mark.slow
+
 PACKED = packaged("smollm2-135m-instruct")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -43,6 +43,7 @@ def _logits(model, ids=((5, 6, 7, 8),)):
         return model(input_ids=torch.tensor(ids)).logits.float()
 
 
+@pytest.mark.slow
 def test_merging_equals_applying(tiny, random_adapter):
     """In six architectures, Conv1D among them, merged weights give what PEFT gives with the adapter."""
     adapter = random_adapter(tiny.layout())
@@ -160,6 +161,7 @@ def test_the_portable_form_means_the_same(tiny_models, tmp_path, settings):
     assert torch.allclose(_logits(PeftModel.from_pretrained(tiny.build(), tmp_path / "tame")), _logits(wrapped), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_hot_swap_by_name(base, folder):
     """A served model takes further adapters, replaces one by name, and gives each its own answers, as often as asked."""
     first = LoraAdapter.from_pretrained(folder)
@@ -191,6 +193,7 @@ def test_a_base_model_s_kind_is_found(base, tiny_models, tmp_path):
     assert adapter.task_type is None and _logits(adapter.apply_to()).shape[-1] == len(BaseModel(base.model.name, "causal_lm").tokenizer())
 
 
+@pytest.mark.slow
 def test_export_from_the_command_line(folder, tmp_path, capsys):
     """With and without --merge; options that need it say so."""
 

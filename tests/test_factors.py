@@ -34,6 +34,7 @@ def near(one, other, error=1e-6):
     return all((one[name] - other[name]).norm() <= error * other[name].norm().clamp_min(1e-12) for name in other)
 
 
+@pytest.mark.slow
 @given(seeds, seeds, ranks, ranks)
 def test_sizes_and_products_are_those_of_the_dense_matrices(factors, seed, another, rank, other_rank):
     """norms, norm, dot and cosine, for two adapters of any ranks and scalings."""
@@ -60,6 +61,7 @@ def test_thin_svd_is_one_of_the_product(factors, seed, rank):
         assert torch.allclose((left * values) @ right.T, delta, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(seeds, ranks, ranks)
 def test_truncation_is_the_best_of_its_rank_and_says_what_it_keeps(factors, seed, rank, wanted):
     """No rank-r matrix is nearer (Eckart and Young), the kept energy is the singular values', and all ranks pad to the asked one."""

@@ -106,6 +106,7 @@ def _same(one, other, atol=0.0):
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"])
 def test_a_gguf_file_holds_what_the_adapter_is(bases, random_adapter, tmp_path, name):
     """Out and in again: the same ΔW, description and licence, in every family."""
@@ -166,6 +167,7 @@ def _write_foreign(path, adapter, *, heads=None, architecture="llama", kind="ada
     writer.close()
 
 
+@pytest.mark.slow
 def test_a_foreign_llama_file_asks_for_its_base(bases, random_adapter, tmp_path, capsys):
     """Without heads and a base model it cannot be said which row is which; with it everything works, from the command line too."""
     folder, model = bases["Llama"]
@@ -218,6 +220,7 @@ def test_quantised_and_unscaled_files_are_read(bases, random_adapter, tmp_path):
         assert (again.delta(name) - adapter.delta(name)).norm() < 0.02 * adapter.delta(name).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.6, 0.95, 0.9999])
 def test_a_truncated_file_is_refused(bases, random_adapter, tmp_path, share):
     """Cut anywhere: one error that names the file, and nothing in the cache."""
@@ -232,6 +235,7 @@ def test_a_truncated_file_is_refused(bases, random_adapter, tmp_path, share):
     assert not (cache_folder() / "adapters").exists()
 
 
+@pytest.mark.slow
 def test_a_flipped_header_never_escapes(bases, random_adapter, tmp_path):
     """Each byte of the header changed: the adapter, or an error of lorag's."""
     folder, model = bases["Qwen2"]
@@ -249,6 +253,7 @@ def test_a_flipped_header_never_escapes(bases, random_adapter, tmp_path):
     assert refused > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
@@ -579,6 +584,7 @@ def world(tmp_path_factory, tiny_models, tokenizer):
     return save_base(tmp_path_factory.mktemp("base"), tiny_models["llama"], tokenizer)
 
 
+@pytest.mark.slow
 def test_one_bank_takes_all_formats(world, tmp_path, capsys):
     """PEFT, GGUF and MLX, a folder each or loose files, in one command; the bank holds the same ΔW of each."""
     root, expected = tmp_path / "in", {}
@@ -609,6 +615,7 @@ def test_one_bank_takes_all_formats(world, tmp_path, capsys):
         assert torch.allclose(fused.delta(module), mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bank_of_a_text_encoder_from_kohya_files(clip, random_adapter, tmp_path, capsys):
     """Files without a word on their base model start a bank, given the base, and train a generator of weights alone."""
     folder, model = clip
@@ -653,6 +660,7 @@ def test_what_is_no_adapter_is_said_to_be_none(tmp_path, bases, random_adapter):
     assert find_sources([str(tmp_path / "both" / "one.gguf")])[0].name == "one"
 
 
+@pytest.mark.slow
 def test_files_are_tried_and_fused_as_folders_are(world, tmp_path, capsys):
     """A GGUF of lorag's names its base model; one of llama.cpp's that does not is asked for it in one line, and works with it."""
     adapter = dataclasses.replace(
@@ -691,6 +699,7 @@ def test_files_are_tried_and_fused_as_folders_are(world, tmp_path, capsys):
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_smaller_rank_is_the_nearest_one(bases, random_adapter, tmp_path, capsys):
     """--rank: torch's own truncated SVD of ΔW, with the relative error said; --keep: the smallest rank that keeps the share."""
     folder, model = bases["Llama"]
@@ -760,6 +769,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_other_methods_become_lora_exactly_where_all_is_kept(bases, tmp_path, name):
     """DoRA with its magnitudes, LoHa, LoKr, OFT, MiSS and IA³: logits as PEFT's own; refused without being asked for."""
@@ -777,6 +787,7 @@ def test_other_methods_become_lora_exactly_where_all_is_kept(bases, tmp_path, na
     assert done.error < 1e-4
 
 
+@pytest.mark.slow
 def test_peft_s_own_conversion_agrees_but_for_dora(bases, tmp_path):
     """convert_to_lora and lorag give one ΔW for LoHa; of DoRA it leaves out what the magnitudes do, which lorag keeps."""
     folder, _ = bases["Llama"]
@@ -792,6 +803,7 @@ def test_peft_s_own_conversion_agrees_but_for_dora(bases, tmp_path):
     assert found["loha"] < 1e-4 and found["dora"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_bank_takes_them_on_request(bases, tmp_path, capsys):
     """`bank add --convert`: with the share that is kept and its error said; without it the name of what cannot be taken."""
     folder, _ = bases["Llama"]
@@ -815,6 +827,7 @@ def test_a_bank_takes_them_on_request(bases, tmp_path, capsys):
         assert 0.01 < lost <= 0.1**0.5 + 1e-4
 
 
+@pytest.mark.slow
 def test_a_dora_is_merged_exactly(bases, tmp_path):
     """`export --merge --convert`: the model computes what PEFT computes with the DoRA."""
     folder, _ = bases["Llama"]
@@ -827,6 +840,7 @@ def test_a_dora_is_merged_exactly(bases, tmp_path):
     assert torch.allclose(merged, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "base", "error", "message"),
     [
@@ -883,6 +897,7 @@ def hosted(standin, world, tmp_path):
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -900,6 +915,7 @@ def test_adapters_in_other_formats_come_from_the_hub(standin, hosted, place):
     assert len(sources) == 1 and sources[0].name.startswith("me-") and "." not in sources[0].name and ":" not in sources[0].name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -918,6 +934,7 @@ def test_what_is_no_adapter_on_the_hub_is_named(standin, hosted, place, message)
     assert all(size <= 2**16 for *_, size in standin.parts) and not standin.fetched("me/models")
 
 
+@pytest.mark.slow
 def test_commands_take_a_gguf_from_the_hub(standin, hosted, world, lorag, tmp_path, monkeypatch):
     """bank add, export, fuse, try and info, as they take a folder; what the repository's card says comes along, also offline later."""
     one, other = "me/one", "me/several/b.gguf"

@@ -118,6 +118,7 @@ def test_the_untrained_decoder_gives_the_mean_whatever_it_reads():
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bank_is_learned(fitted, prepared):
     """Training experts come back through their latents: a small part of their distance to the mean is lost."""
     data, method = prepared.data, fitted.method
@@ -128,6 +129,7 @@ def test_the_bank_is_learned(fitted, prepared):
     assert method.diagnostics.active > 5 and method.diagnostics.kl.sum() > 1 and method.diagnostics.diversity > 0.1
 
 
+@pytest.mark.slow
 def test_a_description_mixes_the_nearest_experts(fitted, prepared):
     """An expert's own description gives nearly its own adapter; sampling starts only with a temperature, and obeys its rng."""
     index = prepared.data.training[0]
@@ -142,6 +144,7 @@ def test_a_description_mixes_the_nearest_experts(fitted, prepared):
     assert not torch.equal(drawn[0][0], drawn[0][1]) and drawn[0].shape == (3, prepared.space.size)
 
 
+@pytest.mark.slow
 def test_the_inner_steps_descend(fitted, prepared):
     """K gradient steps lower each task's own loss on the examples that they saw; K = 0 changes nothing."""
     data, method = prepared.data, fitted.method
@@ -169,6 +172,7 @@ def test_meta_training_needs_tasks_and_a_plain_vae_does_not(prepared):
         _fit(prepared, condition="weather")
 
 
+@pytest.mark.slow
 def test_task_vectors_of_examples_are_conditions_too(prepared):
     """Fitted on them, a condition with a task vector is decoded beside it, and one without takes the neighbours' own."""
     generator = _fit(prepared, condition="examples", steps=60)
@@ -216,6 +220,7 @@ def test_sets_hold_tasks_that_are_told_apart(prepared, runtime):
         assert len({colours[row] for row in found}) == len(found) == min(size, len(set(colours)))
 
 
+@pytest.mark.slow
 def test_sets_teach_one_adapter_to_serve_all_tasks(fitted, taught, prepared, suite):
     """Fused by `uniform`, without any example, the tasks' losses are lower than before, of trained sets and of others."""
     for names in (SET[:2], SET):
@@ -223,6 +228,7 @@ def test_sets_teach_one_adapter_to_serve_all_tasks(fitted, taught, prepared, sui
         assert after < before - 0.1
 
 
+@pytest.mark.slow
 def test_a_generator_of_sets_is_stored_whole(taught, prepared, tmp_path):
     """Directions and all; the fused adapter is the same, and one expert alone is what it decodes to."""
     taught.save_pretrained(tmp_path)
@@ -232,6 +238,7 @@ def test_a_generator_of_sets_is_stored_whole(taught, prepared, tmp_path):
     assert _distance(fuse_experts(taught, prepared.bank, SET[:1]), _decoded(taught, SET[0])) < 1e-4
 
 
+@pytest.mark.slow
 def test_held_out_tasks_are_in_no_set(prepared, monkeypatch):
     """Neither their codes nor their examples reach a gradient."""
     held, seen = set(prepared.data.validation), []
@@ -286,6 +293,7 @@ def _decoded(generator, name):
     return LoraAdapter(generator.base.layout, factors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_fusing_one_task_gives_it_back(fitted, prepared, suite, rule):
     """Its decoded adapter, which is near the expert itself, by every rule (`learned` without steps)."""
@@ -294,6 +302,7 @@ def test_fusing_one_task_gives_it_back(fitted, prepared, suite, rule):
     assert _distance(alone, prepared.bank.adapter(SET[0])) < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_order_does_not_matter(fitted, prepared, suite, rule):
     """The same bytes, whatever order the names are given in; weights belong to names."""
@@ -311,6 +320,7 @@ def _loss(generator, adapter, suite, names, seed="fresh"):
         return generator.runner().losses(stack_adapters([adapter] * len(tasks)), tasks, 8, seed)
 
 
+@pytest.mark.slow
 def test_learned_weights_lower_the_support_loss(fitted, prepared, suite):
     """On the few examples and on others of the same tasks; lowering the worst leaves a better worst than it started with."""
     start = fuse_experts(fitted, prepared.bank, SET)
@@ -323,6 +333,7 @@ def test_learned_weights_lower_the_support_loss(fitted, prepared, suite):
     assert after < before - 0.02 and before > learned.info["settings"]["support_loss"][0]
 
 
+@pytest.mark.slow
 def test_refinement_goes_on_from_the_fused_adapter(fitted, prepared, suite):
     """K steps on the tasks' mixed examples lower their loss; without examples they are refused."""
     start = fuse_experts(fitted, prepared.bank, SET)
@@ -334,6 +345,7 @@ def test_refinement_goes_on_from_the_fused_adapter(fitted, prepared, suite):
         fuse_experts(fitted, prepared.bank, SET, rule="learned")
 
 
+@pytest.mark.slow
 def test_weights_that_make_no_mixture_are_refused(fitted, prepared):
     """Zero, and what is not a number."""
     for weight in (0.0, float("nan")):
@@ -341,6 +353,7 @@ def test_weights_that_make_no_mixture_are_refused(fitted, prepared):
             fuse_experts(fitted, prepared.bank, SET, weights={**dict.fromkeys(SET, 1.0), SET[0]: weight})
 
 
+@pytest.mark.slow
 def test_experts_that_the_generator_has_not_seen_are_encoded(fitted, prepared, base, tmp_path):
     """From their weights and descriptions: a known one under a new name gives nearly the same adapter, in any gauge."""
     cell = ("green", "horse")
@@ -351,6 +364,7 @@ def test_experts_that_the_generator_has_not_seen_are_encoded(fitted, prepared, b
     assert _distance(swapped, fuse_experts(fitted, prepared.bank, SET[:1])) > 0.1
 
 
+@pytest.mark.slow
 def test_a_fused_adapter_is_portable(fitted, prepared, tmp_path):
     """Saved, it knows its origin; its rank can be chosen; it is made of a saved generator as of the fitted one."""
     fitted.save_pretrained(tmp_path / "g")
@@ -361,6 +375,7 @@ def test_a_fused_adapter_is_portable(fitted, prepared, tmp_path):
     assert read.info["method"] == "icm_fusion" and read.info["experts"] == sorted(SET)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fused_is_refused(fitted, prepared, suite):
     """Another method's generator, an unknown rule, names that are missing, unknown, or given twice."""
     ridge = dataclasses.replace(fitted, method=method_type("ridge")())
@@ -410,6 +425,7 @@ def test_few_examples_are_few_and_of_the_training_split(suite):
     assert len(few_examples(task, 500, 0).examples) == len(task.split("train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_module", [True, False])
 def test_learned_sums_are_better_than_the_mean(runtime, prepared, suite, per_module):
     """CAT: learned weights lower the tasks' loss on examples that were not used, and are one per module only if asked for."""
@@ -456,6 +472,7 @@ def _run(capsys, *arguments):
     return (stopped.value.code or 0, *capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_adapter(capsys, folders, tmp_path, prepared, monkeypatch, caplog):
     """Closed-form rules, CAT with learned weights and a warning of shared inputs, and a generator's rule."""
     opened = LoraGenerator.from_pretrained
@@ -476,6 +493,7 @@ def test_the_command_writes_an_adapter(capsys, folders, tmp_path, prepared, monk
     assert code == 0 and "3 experts by icm_fusion" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -460,6 +460,7 @@ def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared):
     assert all(gated.judge(describe(*cell)[0]).expected_gap_closed > 0.35 for cell in HELD_OUT)
 
 
+@pytest.mark.slow
 def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared):
     """Fused experts that gained more than generated codes are served from some cosine on; those that gained less never do."""
     data = prepared.data
@@ -474,6 +475,7 @@ def test_fusion_is_served_only_where_it_held_its_own(bare, bank, prepared):
         assert (made.fuse_above is not None) == opens
 
 
+@pytest.mark.slow
 def test_fitting_looks_at_no_task_of_the_test_split(bare, bank, prepared):
     """With the held-out combinations in the suite or without: the same gate, and none of their names was asked for."""
     asked = []
@@ -496,6 +498,7 @@ def test_descriptions_that_the_bank_serves_are_no_unknown_ones(bare, bank, prepa
     assert made.fitted["unknown"] == 2
 
 
+@pytest.mark.slow
 def test_tasks_without_experts_calibrate_too(bare, bank, prepared):
     """Held-out tasks without an expert count as known ones; with no expert at all, the training tasks are what is compared with."""
     others, groups = make_suite(HELD_OUT).tasks, [*range(len(bank) + len(HELD_OUT))]
@@ -587,6 +590,7 @@ def test_wordings_of_experts_that_there_are_not_are_refused(gate):
             Gate.from_dict(stored, wordings, owners, modules=6, experts=len(TRAINING))
 
 
+@pytest.mark.slow
 def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path, monkeypatch):
     """`train` writes one; taken away and fitted again on the finished folder it is the same, and the weights stay as they were."""
     monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)

@@ -43,7 +43,7 @@ from lorag.training.train import fit_generator
 KERNEL = {"steps": 30, "width": 32, "queries": 4, "features": 24, "groups": 3, "learning_rate": 3e-3, "dropout": 0.0}
 QUICK = {
     "kernel": {**KERNEL, "steps": 60},
-    "mlp": {"steps": 300, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
+    "mlp": {"steps": 150, "width": 128, "learning_rate": 3e-3, "dropout": 0.0},
     "hypernet": {"steps": 20, "width": 32, "depth": 1, "module_width": 16, "batch": 16},
     "icm_fusion": {"steps": 60, "meta_steps": 2, "sets": {"steps": 0}, "tasks": 4, "examples": 1, "width": 32, "latent": 16},
     "icm_lora": {
@@ -73,10 +73,18 @@ QUICK = {
     "attention": {"functional": {"steps": 2, "tasks": 4, "examples": 1}},
     "multitask": {"steps": 10, "tasks": 8, "batch": 2},
 }
+SHORT = {  # steps enough to see what is the same and what is not
+    "mlp": {"steps": 10},
+    "kernel": {"steps": 10},
+    "house": {"kernel_steps": 10},
+    "icm_lora": {"steps": 10, "kernel": {**KERNEL, "steps": 6}},
+    "sg_lora": {"steps": 10},
+}
 LEARNED = ("ridge", "mlp", "kernel", "house")
 VAES = ("icm_lora", "sg_lora")
 GAUGE_FREE = ("mean", "nearest", "top_k", *LEARNED, *VAES)
 BANK_METHODS = sorted(set(METHODS) - {"aligned"})  # which has a file of its own, for it takes another weight space
+EACH_METHOD = [pytest.param(name, marks=() if name in ("nearest", "ridge", "sg_mixture") else pytest.mark.slow) for name in BANK_METHODS]
 EMBEDDER = WordEmbedder()
 
 
@@ -128,7 +136,7 @@ def _error(adapter, cell):
 # --- every method -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BANK_METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     """`count` codes of length c; methods that do not sample repeat one code, those that do obey their rng."""
     generator = fitted(name)
@@ -142,7 +150,7 @@ def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     assert generator.method.size() > 0
 
 
-@pytest.mark.parametrize("name", BANK_METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     """Every file of the adapter, made with the fitted generator, with the opened one, and with it saved once more."""
     generator = fitted(name)
@@ -157,7 +165,7 @@ def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     assert opened.origin == generator.origin and opened.revision == generator.revision != "unsaved"
 
 
-@pytest.mark.parametrize("name", BANK_METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, name):
     """generate_loras of three descriptions of different lengths equals each alone, byte for byte, in any order."""
     texts = ["red dog", "would you please paint the blue fish for me today", "pink cat please"]
@@ -168,10 +176,11 @@ def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, na
         assert alone == _bytes(together[number], tmp_path / f"together{number}") == _bytes(turned[number], tmp_path / f"turned{number}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LEARNED, *VAES, "multitask"])
 def test_fitting_twice_gives_the_same_tensors(prepared, fitted, name):
     """One seed, one result: dropout included; and another seed another one, where there is anything to draw."""
-    settings = {} if name in ("ridge", "multitask") else {"steps": 20} if name == "sg_lora" else {"steps": 20, "dropout": 0.2}
+    settings = SHORT.get(name, {}) | ({} if name in ("ridge", "multitask", "sg_lora") else {"dropout": 0.2})
     runs = []
     for _ in range(2):
         torch.rand(3)  # the global stream moves on between runs and must not matter
@@ -192,6 +201,7 @@ def test_unknown_methods_and_settings_are_named():
         method_type("mlp").with_settings({"steps": "many"})
 
 
+@pytest.mark.slow
 def test_stored_tensors_that_do_not_fit_are_refused(fitted):
     """GeneratorError on a missing tensor, for every method."""
     for name in BANK_METHODS:
@@ -210,6 +220,7 @@ def test_another_embedder_is_refused(fitted, tmp_path):
         LoraGenerator.from_pretrained(tmp_path, embedder=other)
 
 
+@pytest.mark.slow
 def test_generators_that_read_tokens_otherwise_are_refused(fitted, tmp_path):
     """Format 1 was fitted on the embedder's last layer alone: opened with today's vectors it would be worse, and silently so."""
     fitted("house").save_pretrained(tmp_path)
@@ -222,6 +233,7 @@ def test_generators_that_read_tokens_otherwise_are_refused(fitted, tmp_path):
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("mlp", {}), ("house", {"kernel_steps": 0})])
 def test_four_experts_are_learned_by_heart(tmp_path, base, name, settings):
     """Overfitting: relative error of the codes below 0.1, so nothing between description and code is in the way.
@@ -229,12 +241,13 @@ def test_four_experts_are_learned_by_heart(tmp_path, base, name, settings):
     A regression over experts shrinks toward their mean by its noise, so it is not what is asked here.
     """
     four = _prepare(make_bank(tmp_path / "bank", base, TRAINING[:4]), validation=0.0)
-    method = _fit(four, name, steps=200, **settings).method
+    method = _fit(four, name, steps=100, **settings).method
     for index in range(4):
         made = method.generate(four.data.conditioner(four.data.embeddings[index][0]), torch.Generator())
         assert (made[0] - four.data.codes[index]).norm() < 0.1 * four.data.codes[index].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_learned_generators_beat_the_mean_and_the_wrong_description(fitted, name):
     """On combinations that no expert has: nearer to the right ΔW than the bank's mean, any expert, or another description's."""
@@ -247,6 +260,7 @@ def test_learned_generators_beat_the_mean_and_the_wrong_description(fitted, name
         assert matched < 0.7 * _error(fitted(name).generate(wrong), cell)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GAUGE_FREE)
 def test_gauge_and_rank_of_the_experts_do_not_matter(base, prepared, fitted, tmp_path_factory, name):
     """The same experts in another gauge, rank 6 instead of 4 and another alpha: the same ΔW within 1e-3."""
@@ -254,12 +268,12 @@ def test_gauge_and_rank_of_the_experts_do_not_matter(base, prepared, fitted, tmp
     if not folder.exists():
         make_bank(folder, base, TRAINING, lambda adapter, number: other_form(adapter, 100 + number))
     turned = _prepare(AdapterBank.from_pretrained(folder), validation=0.1)
-    short = {"steps": 30} if name in ("mlp", "house", *VAES) else {}
-    plain, other = (_fit(one, name, **short).generate("paint the red dog") for one in (prepared, turned))
+    plain, other = (_fit(one, name, **SHORT.get(name, {})).generate("paint the red dog") for one in (prepared, turned))
     for module in base.layout.names:
         assert (plain.delta(module) - other.delta(module)).norm() < 1e-3 * plain.delta(module).norm()
 
 
+@pytest.mark.slow
 def test_functional_steps_lower_the_base_model_s_loss(prepared):
     """House with functional steps, and multitask, reach a lower loss on the experts' own tasks than they started with."""
     data, runner = prepared.data, prepared.runner
@@ -292,6 +306,7 @@ def test_a_loss_of_a_broadcast_shape_is_refused():
         _distance(torch.zeros(3, 5), torch.zeros(1, 5))
 
 
+@pytest.mark.slow
 def test_strength_is_found_on_held_out_experts(prepared):
     """A generator whose codes give a third of the right ΔW gets a factor above 1; without examples the factor is 1."""
     data = prepared.data
@@ -364,6 +379,7 @@ def test_validation_experts_are_not_learned_from(prepared):
     assert held.isdisjoint(data.conditioner.names) and held.isdisjoint(task.name for task in data.tasks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LEARNED, *VAES, "multitask"])
 def test_poisoned_validation_experts_change_no_gradient(prepared, name):
     """Codes of validation experts enter no step of training: with another choice made impossible, results agree."""
@@ -374,8 +390,7 @@ def test_poisoned_validation_experts_change_no_gradient(prepared, name):
     runs = []
     for values in (data.codes, codes):
         own = dataclasses.replace(data, codes=values, validation=())
-        short = {"steps": 10} if name in ("mlp", "house", *VAES) else {}
-        runs.append(_fit(dataclasses.replace(prepared, data=own), name, **short).method.state().tensors)
+        runs.append(_fit(dataclasses.replace(prepared, data=own), name, **SHORT.get(name, {})).method.state().tensors)
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
@@ -457,57 +472,70 @@ def test_novelty_is_zero_for_what_is_stored_and_grows_with_distance():
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-class _Stopped:
-    """Raises KeyboardInterrupt at the n-th loss of a stage of a generator's training."""
+def _interrupted(monkeypatch, stage=None, at=None):
+    """Validates and keeps the state of training every five steps; a stage may raise KeyboardInterrupt at its n-th loss."""
+    run = TrainingLoop.run
 
-    def __init__(self, monkeypatch, stage, at):
-        run = TrainingLoop.run
+    def changed(loop, name, module, loss, validate, settings):
+        def stopping(m, step):
+            if name == stage and step == at:
+                raise KeyboardInterrupt
+            return loss(m, step)
 
-        def changed(loop, name, module, loss, validate, settings):
-            def stopping(m, step):
-                if name == stage and step == at:
-                    raise KeyboardInterrupt
-                return loss(m, step)
+        return run(loop, name, module, stopping, validate, dataclasses.replace(settings, validate_every=5))
 
-            return run(loop, name, module, stopping, validate, settings)
-
-        monkeypatch.setattr(TrainingLoop, "run", changed)
+    monkeypatch.setattr(TrainingLoop, "run", changed)
 
 
-@pytest.mark.parametrize(
-    ("stage", "at"), [("house kernel", 60), ("house reconstruction", 150), ("house functional", 130), ("house member 2", 35)]
-)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, tmp_path, monkeypatch, stage, at):
-    """The same weights to the bit, dropout included, whichever of the stages was cut, and no state is left behind."""
+def _fit_house(prepared, folder, monkeypatch, stage, at=None):
+    """Tensors of a small house with all of its stages but one: the kernel takes the place of reconstruction."""
     settings = {
-        "kernel_steps": 80 if stage == "house kernel" else 0,
-        "steps": 220,
-        "functional": {"steps": 160, "tasks": 4, "examples": 1},
-        "ensemble": {"count": 2, "steps": 40},
+        "kernel_steps": 14 if stage == "house kernel" else 0,
+        "steps": 18,
+        "functional": {"steps": 14, "tasks": 4, "examples": 1},
+        "ensemble": {"count": 2, "steps": 12},
         "dropout": 0.1,
         "queries": 2,
         "width": 32,
         "hidden": 32,
     }
-    method = method_type("house").with_settings({**QUICK["house"], **settings})
-
-    def fit(folder):
-        fresh = method_type("house").with_settings(method.values())
-        loop = quiet_loop(folder)
-        fresh.fit(prepared.data, loop, prepared.runner)
-        loop.finish()
-        return fresh.state().tensors
-
-    whole = fit(tmp_path / "whole")
+    method, loop = method_type("house").with_settings({**QUICK["house"], **settings}), quiet_loop(folder)
     with monkeypatch.context() as patched:
-        _Stopped(patched, stage, at)
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "cut")
-    assert list((tmp_path / "cut").glob("*.state.safetensors"))
+        _interrupted(patched, stage, at)
+        method.fit(prepared.data, loop, prepared.runner)
+    loop.finish()
+    return method.state().tensors
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """A run without interruption, with a kernel or with reconstruction; each run once."""
+    runs = {}
+
+    def get(stage):
+        kind = stage if stage == "house kernel" else "house reconstruction"
+        if kind not in runs:
+            runs[kind] = _fit_house(prepared, tmp_path_factory.mktemp("whole"), pytest.MonkeyPatch(), kind)
+        return runs[kind]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "at"), [("house kernel", 12), ("house reconstruction", 13), ("house functional", 12), ("house member 2", 8)]
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, whole, tmp_path, monkeypatch, caplog, stage, at):
+    """The same weights to the bit, dropout included, whichever of the stages was cut, and no state is left behind."""
+    with pytest.raises(KeyboardInterrupt):
+        _fit_house(prepared, tmp_path, monkeypatch, stage, at)
+    assert list(tmp_path.glob("*.state.safetensors"))
     torch.rand(5)
-    resumed = fit(tmp_path / "cut")
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["metrics.jsonl"]
+    caplog.set_level("INFO", "lorag")
+    resumed, right = _fit_house(prepared, tmp_path, monkeypatch, stage), whole(stage)
+    assert f"{stage}: going on at step {at // 5 * 5}" in caplog.text
+    assert all(torch.equal(right[key], resumed[key]) for key in right)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_stage_that_stopped_early_is_not_trained_further(tmp_path):

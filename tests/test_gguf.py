@@ -39,6 +39,7 @@ def own_cache(tmp_path, monkeypatch):
     names._unpacked.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
 def test_a_converted_model_is_the_file_s(tmp_path, own_cache, kind):
     """Every weight is bit for bit what the file stands for, head order included; tokenizer and chat template come along."""
@@ -57,6 +58,7 @@ def test_a_converted_model_is_the_file_s(tmp_path, own_cache, kind):
     assert origin["file"] == "tiny.gguf" and origin["format"] == (kind if kind == "F32" else f"{kind}, dequantised")
 
 
+@pytest.mark.slow
 def test_text_is_split_as_the_vocabulary_was_learned(tmp_path, caplog):
     """smollm splits every digit off and keeps blanks before it together, as llama.cpp does; an unknown way is said to be one."""
     path = tmp_path / "tiny.gguf"
@@ -322,6 +324,7 @@ def test_a_cache_that_was_asked_for_is_used_or_refused(tmp_path, monkeypatch):
         cache_folder()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_full_disk_is_named_for_what_it_is(tmp_path, own_cache):
     """The system refuses to write more, in safetensors' own words: not the file's fault, one line, and nothing is left."""

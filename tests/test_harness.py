@@ -17,6 +17,8 @@ from lorag.evaluation.harness import lm_eval_command
 from lorag.generator.generate import open_generator
 from lorag.tasks.finding import find_tasks
 
+pytestmark = pytest.mark.slow
+
 BASE = {"base_model_name_or_path": "user/model", "task_type": "CAUSAL_LM"}
 
 

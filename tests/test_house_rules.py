@@ -71,6 +71,7 @@ IMPORTS = {name: _imports(path) for name, path in SOURCES.items()}
 ROOMS = {_room(name) for name in SOURCES} - {""}
 
 
+@pytest.mark.slow
 def test_every_import_points_down_or_stays_level():
     """Every module has a level, and imports none above it, not even for annotations; a package is one room."""
     levels = _levels()
@@ -212,6 +213,7 @@ def _setting_names(schema):
             yield from _setting_names(kind) if is_dataclass(kind) else ()
 
 
+@pytest.mark.slow
 def test_messages_name_settings_that_there_are():
     """Keys in errors are those of configs: `settings.KEY` of a method, `objective_settings.KEY` of an objective; not `method.KEY`."""
     known = {

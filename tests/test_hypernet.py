@@ -106,6 +106,7 @@ def test_descriptions_beside_it_do_not_change_a_code():
 # --- the generator ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["shared_subspace", "flat_factors"])
 def test_experts_are_learned_by_heart_in_both_weight_spaces(bank, space):
     """Equal parts in a shared subspace, unequal ones in flat factors: either way six experts are told apart and met."""
@@ -116,6 +117,7 @@ def test_experts_are_learned_by_heart_in_both_weight_spaces(bank, space):
     assert _distances(method, prepared.data).max() < 0.1
 
 
+@pytest.mark.slow
 def test_functional_steps_lower_the_loss_on_the_experts_tasks(bank):
     """With the same reconstruction, steps through the base model reach a lower loss; without examples they are refused."""
     prepared = prepare_toy(bank, RunTasks(make_suite(TRAINING[:6])), SplitRule(validation=0.0), k=12)
@@ -131,6 +133,7 @@ def test_functional_steps_lower_the_loss_on_the_experts_tasks(bank):
         _fit(bare, functional={"steps": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [None, 432, [144, 144], [0] * 6, [-1, 1], [72.0] * 6, [True] * 6, "words", [10**9] * 6], ids=str)
 def test_stored_lengths_that_do_not_fit_are_refused(bank, parts):
     """Missing, no list, another sum, empty or negative parts, no integers: GeneratorError, and never a strange network."""

@@ -136,6 +136,7 @@ def test_files_too_large_are_not_read(tmp_path):
         ImageFile("a.png", tmp_path).open()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["../a.png", "/etc/passwd", "none.png", "a\\b.png", "link.png", "", "folder"])
 def test_paths_stay_inside_the_suite(suite, tmp_path, path):
     """An example can name no file outside of the suite's folder, nor through a link: the suite is refused, naming the line."""
@@ -163,6 +164,7 @@ def test_images_need_the_extra_and_a_base_that_sees(suite, monkeypatch, tokenize
 # --- both objectives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_s_loss_does_not_depend_on_the_others(suite, seeing):
     """Tasks together, each with its own adapter, lose and score what they do alone."""
     objective, rows, adapters = seeing
@@ -180,6 +182,7 @@ def test_a_task_s_loss_does_not_depend_on_the_others(suite, seeing):
     assert not torch.allclose(together[0], together[1]) and objective.metric in scores[0]
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_adapters_and_training_lowers_the_loss(suite, seeing):
     """A dozen steps on one task's images: the loss falls, in every module there is a gradient."""
     objective, rows, adapters = seeing
@@ -267,6 +270,7 @@ def test_box_f1_by_hand():
     assert box_f1([[]], [[]]) == 1 and box_f1([[right]], [[]]) == 0
 
 
+@pytest.mark.slow
 def test_exact_match_is_that_of_written_answers(suite, tmp_path):
     """Florence-2's begin token is given, not guessed: teacher forcing and greedy decoding agree on every answer."""
     base = BaseModel(str(save_tiny("florence2", tmp_path)), "image_seq2seq")

@@ -110,6 +110,7 @@ def _padded(adapter, padding):
     return {}, adapter
 
 
+@pytest.mark.slow
 def test_ten_gauges_and_three_paddings_give_one_core(bank, tmp_path, random_adapter):
     """The core of an added adapter depends on its ΔW alone: within 1e-5 in ten gauges and three paddings, each seen as a duplicate."""
     space = SharedSubspace.fit(bank.adapters, LAYOUT, 8)
@@ -234,6 +235,7 @@ def _spoil(folder, adapter, change=None, config=None, info=None, description="a 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_each_kind_of_harm_has_its_own_error(bank, tmp_path, random_adapter, case):
     """The list of what PEFT lets pass: refused with the named error, which names file or place, and the bank is as it was."""
@@ -299,6 +301,7 @@ def _anonymous(process):
         return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_nothing_large_is_allocated_for_what_is_refused(tmp_path):
     """Adapters of hundreds of megabytes are refused by name, NaN and far norms among them, in less than 64 MiB more memory."""
@@ -362,6 +365,7 @@ def test_nothing_large_is_allocated_for_what_is_refused(tmp_path):
     assert list(found.values()) == [f"{kind}Error" for kind in expected]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from([*CONFIG, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "revision", "peft_version"]),
                        st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
@@ -619,6 +623,7 @@ def test_what_other_processes_added_or_removed_is_seen(bank, tmp_path, random_ad
     assert one.same_weights == () and "theirs" not in dict(one.by_weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b"junk"), lambda p: p.write_bytes(p.read_bytes()[:-8]), lambda p: p.unlink()])
 @pytest.mark.parametrize("file", ["index.safetensors", "descriptions.safetensors"])
 def test_a_damaged_index_is_made_anew(bank, tmp_path, random_adapter, caplog, damage, file):
@@ -800,6 +805,7 @@ def test_removed_experts_are_gone_and_no_other(bank, random_adapter):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bank_add_reports_each_and_fails_if_one_failed(bank, tmp_path, random_adapter, capsys):
     """Exit code 1 and one line each, with the error's name; 0 when all are in; --name is for one adapter."""
     from lorag.cli import main as cli
@@ -823,6 +829,7 @@ def test_bank_add_reports_each_and_fails_if_one_failed(bank, tmp_path, random_ad
     assert code == 0 and "6 experts are left" in out
 
 
+@pytest.mark.slow
 def test_a_refused_adapter_ends_the_command(bank, tmp_path, random_adapter):
     """What is still to be written when an error goes up is written before the interpreter ends: the command does not hang."""
     write(tmp_path / "bad", random_adapter(LAYOUT, 2, 4.0, seed=31), "two task", peft_type="IA3")

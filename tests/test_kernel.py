@@ -103,6 +103,7 @@ def test_with_all_experts_hidden_nothing_is_known():
     assert torch.equal(regression([one], torch.ones(3, dtype=torch.bool)), torch.zeros(1, 5))
 
 
+@pytest.mark.slow
 def test_unseen_combinations_are_predicted(world, learned):
     """Held-out combinations of known words: far nearer than the mean, and another task's description does not give them."""
     right = _data(HELD_OUT).codes
@@ -113,6 +114,7 @@ def test_unseen_combinations_are_predicted(world, learned):
     assert (shuffled - right).square().mean() > (guessed - right).square().mean() * 2
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_left_out_does_not_count(world, learned):
     """A condition that excludes a task's own expert gives the code of a regression without it."""
     text = EMBEDDER.embed([describe(*TRAINING[3])[0]])[0]
@@ -158,6 +160,7 @@ def test_each_group_in_turn_is_predicted_from_all_others(groups):
     assert features.grad.abs().min() > 0
 
 
+@pytest.mark.slow
 def test_leaving_out_each_in_turn_learns_the_kernel_too(world):
     """Held-out combinations are predicted as well as where a quarter is taken out."""
     method, right = _fit(world, asked=0.0, batch=24), _data(HELD_OUT).codes
@@ -187,6 +190,7 @@ def test_settings_that_cannot_be_used(world, settings):
         _fit(world, **settings)
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_its_tensors(world, learned):
     """Codes are the same but for fp16, and tensors that do not fit are refused."""
     tensors, shape = learned.state()
@@ -217,6 +221,7 @@ def both(world):
     return method
 
 
+@pytest.mark.slow
 def test_the_vae_adds_to_the_regression(world, both):
     """What is made is the regression's code plus what the VAE decodes at z = 0, and both are learned from training experts alone."""
     condition = _condition(world, HELD_OUT[0])
@@ -227,6 +232,7 @@ def test_the_vae_adds_to_the_regression(world, both):
     assert isinstance(both.coordinates, PrincipalCodes)
 
 
+@pytest.mark.slow
 def test_the_vae_on_a_regression_predicts_unseen_combinations(world, both):
     """Not worse than the VAE alone."""
     alone = method_type("icm_lora").with_settings({**ICM, "temperature": 0.0})
@@ -239,6 +245,7 @@ def test_the_vae_on_a_regression_predicts_unseen_combinations(world, both):
     assert error(both) < 1.1 * error(alone)
 
 
+@pytest.mark.slow
 def test_a_stored_vae_keeps_its_regression(world, both):
     """With or without it: what is stored decides, and a regression that does not fit is refused."""
     tensors, shape = both.state()
@@ -276,14 +283,15 @@ def _house(data, **settings):
 
 @pytest.fixture(scope="module")
 def house(world):
-    return _house(world, ensemble={"count": 1, "steps": 40})
+    return _house(world, kernel_steps=30, ensemble={"count": 1, "steps": 10})
 
 
+@pytest.mark.slow
 def test_house_starts_from_what_the_regression_predicts(world):
     """Without further steps its codes are those of the regression on the training experts, and no step of reconstruction is taken."""
-    alone = _house(world)
+    alone = _house(world, kernel_steps=30)
     settings = KernelSettings(
-        **{name: HOUSE[name] for name in ("width", "queries", "learning_rate", *CLEAR)}, features=96, groups=3, steps=150
+        **{name: HOUSE[name] for name in ("width", "queries", "learning_rate", *CLEAR)}, features=96, groups=3, steps=30
     )
     regression, mean = kernel_module.regress_codes("house", settings, world, quiet_loop(), held=False)
     assert regression.indices.tolist() == list(world.training)
@@ -292,6 +300,7 @@ def test_house_starts_from_what_the_regression_predicts(world):
         assert torch.allclose(_made(alone, condition), regression([condition.embedding])[0] + mean, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_house_with_a_kernel_is_stored_whole(world, house):
     """Readers, experts and shares come back; what is stored decides what is built."""
     back = method_type("house").with_settings(house.values())

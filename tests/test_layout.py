@@ -51,6 +51,7 @@ def test_conv1d_sizes_are_in_and_out(tiny_models):
     assert {(m.name.split(".")[-1], m.in_features, m.out_features) for m in layout.modules} == {("c_attn", 32, 96), ("c_fc", 32, 128)}
 
 
+@pytest.mark.slow
 def test_all_linear(tiny):
     """ "all-linear" takes every linear layer but the output head, and the names stored select the same again."""
     model = tiny.build()

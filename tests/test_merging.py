@@ -257,6 +257,7 @@ def loose(llama_layout, random_adapter, tmp_path):
     return {str(adapter.save_pretrained(tmp_path / name)): adapter for name, adapter in (("one", one), ("other", other))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MERGES)
 def test_loose_adapters_are_fused_by_every_rule(loose, llama_layout, method):
     """Any ranks, scalings and modules, from folders: as if all changed all modules, the missing ones by nothing."""

@@ -9,6 +9,8 @@ from lorag.bank.bank import AdapterBank
 from lorag.bank.model_tree import chosen, survey, survey_lines
 from lorag.errors import ArtifactError, BankError
 
+pytestmark = pytest.mark.slow
+
 BASE = "toys/base-lm"
 TAG = f"base_model:adapter:{BASE}"
 CELLS = (("red", "cat"), ("blue", "fish"), ("pink", "dog"))

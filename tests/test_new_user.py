@@ -10,6 +10,8 @@ from lorag.bank.bank import AdapterBank
 from lorag.cli import main as cli
 from lorag.files.artifacts import embedded
 
+pytestmark = pytest.mark.slow
+
 TASKS = {
     "upper": ("write it in capitals", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
     "count": ("count the words", {"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}),

@@ -55,6 +55,7 @@ def _losses(objective, rows, stacked, tasks, seed="0"):
 # --- all objectives ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_of_a_batch_are_those_of_each_task_alone(setting):
     """What is drawn for a task and what it loses depend on no task beside it: not by padding, order or number."""
     objective, rows, tasks, stacked = setting
@@ -88,6 +89,7 @@ def test_gradients_flow_to_each_task_own_adapter(setting):
     assert total[1] > 0 and total[0] == total[2] == 0
 
 
+@pytest.mark.slow
 def test_scores_of_a_batch_are_those_of_each_task_alone(setting, monkeypatch):
     """Scores are in range and depend on no task beside it, nor on how many rows run at once."""
     objective, rows, tasks, stacked = setting
@@ -146,6 +148,7 @@ def speaker(request, tiny_models, tokenizer):
     return tiny, model, make_objective(objective, tokenizer, {"rouge": True})
 
 
+@pytest.mark.slow
 def test_exact_match_is_that_of_greedy_generation(speaker, tokenizer, random_adapter):
     """Teacher forcing says "exact" just where generating says it: right answers, and near misses of one word."""
     tiny, model, objective = speaker
@@ -390,6 +393,7 @@ def _modules(runner):
     return [(module.name, module) for module in runner.layout.modules]
 
 
+@pytest.mark.slow
 def test_answers_are_written_only_where_they_are_not_the_reference(tiny_models, tokenizer, monkeypatch):
     """An exact match is what would be written; the scores are those of writing every answer."""
     tiny = tiny_models["llama"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = """
 import sys
@@ -37,7 +39,6 @@ def _run(*command, **more):
     return done.stdout
 
 
-@pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
     """Built from tracked files alone, installed elsewhere and used from another folder: code, grammars and artifacts are inside."""
     tree, site = tmp_path / "tree", tmp_path / "site"

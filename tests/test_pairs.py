@@ -18,9 +18,11 @@ from lorag.training.additions import add_pairs
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
 
-SMALL = {"kernel_steps": 0, "steps": 200, "width": 32, "queries": 4, "hidden": 32, "learning_rate": 3e-3}
+pytestmark = pytest.mark.slow
+
+SMALL = {"kernel_steps": 0, "steps": 120, "width": 32, "queries": 4, "hidden": 32, "learning_rate": 3e-3}
 LENGTHS = {"functional": {"steps": 0}, "ensemble": {"count": 0}}
-PAIRS = {"steps": 600, "learning_rate": 3e-3, "batch": 32, "examples": 12}
+PAIRS = {"steps": 300, "learning_rate": 3e-3, "batch": 32, "examples": 12}
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,7 @@ def _files(folder, *but):
 # --- the fan-out itself -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_item_has_one_outcome_though_a_worker_dies(ray, tmp_path):
     """12 items, ordered and as finished, one of which kills its worker: each is there once, a refusal with its words."""
     mark, right = tmp_path / "mark", list(Backend().run(square, 0, [(n, "") for n in range(12)], ordered=True))
@@ -110,6 +111,7 @@ def test_every_item_has_one_outcome_though_a_worker_dies(ray, tmp_path):
     assert mark.exists() and os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_a_task_that_no_worker_survives_is_given_up_by_name(ray):
     """After its retries; and Ray goes on serving."""
     with pytest.raises(FanOutError, match="gave a task up.*goes on from there"):
@@ -117,6 +119,7 @@ def test_a_task_that_no_worker_survives_is_given_up_by_name(ray):
     assert [one.result()["square"] for one in RAY.run(square, 0, [(2, "")], ordered=True)] == [4]
 
 
+@pytest.mark.slow
 def test_backends_that_cannot_be_used_are_refused(ray, monkeypatch):
     """Unknown names, an address for local work, more CPUs than the cluster has, no Ray at all."""
     for wrong, said in (({"name": "slurm"}, "slurm"), ({"address": "auto"}, "address"), ({"name": "ray", "cpus": 0}, "cpus")):
@@ -129,6 +132,7 @@ def test_backends_that_cannot_be_used_are_refused(ray, monkeypatch):
         list(RAY.run(square, 0, [(1, "")], ordered=True))
 
 
+@pytest.mark.slow
 def test_a_ray_of_our_own_listens_on_loopback_and_is_gone_afterwards(tmp_path):
     """Started where none was asked for: in a process of its own, because one process has one Ray."""
     pytest.importorskip("ray")
@@ -158,6 +162,7 @@ def _build(folder, base, suite, **more):
     return build_bank(folder, suite, base.model, "causal_lm", base.settings, EXPERTS, device="cpu", quiet=True, **more)
 
 
+@pytest.mark.slow
 def test_a_bank_built_on_ray_is_the_local_one(ray, base, tmp_path):
     """Three groups of two ranks, one of whose workers is killed: manifest and shards, byte for byte."""
     suite = make_suite(CELLS, train=4, test=2)
@@ -171,6 +176,7 @@ def test_a_bank_built_on_ray_is_the_local_one(ray, base, tmp_path):
     assert len(lines[0]) == len(lines[1]) > 0
 
 
+@pytest.mark.slow
 def test_what_was_built_here_is_finished_on_ray_in_its_order(ray, base, tmp_path):
     """A bank whose first group is missing gets it on Ray, in the place that a local run gives it."""
     suite = make_suite(CELLS, train=4, test=2)
@@ -188,6 +194,7 @@ def _import(bank, sources, **more):
     return list(import_adapters(bank.folder, sources, ImportOptions(), embedder=WordEmbedder(), **more))
 
 
+@pytest.mark.slow
 def test_a_bank_filled_on_ray_is_the_local_one(ray, base, tmp_path):
     """Ten adapters, of which one is broken, one undescribed, one far too large, one given twice, and one kills its worker: the
     same words on each, in their order, and the same files."""
@@ -217,6 +224,7 @@ def test_a_bank_filled_on_ray_is_the_local_one(ray, base, tmp_path):
 # --- generate --descriptions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_of_a_batch_are_those_made_alone(ray, generator, tmp_path):
     """Four descriptions, here, on Ray with a killed worker, and one by one: the same bytes. Made once, they are kept."""
     texts = ["paint the red dog", "blue fish please", "pink cat", "something else entirely"]
@@ -272,6 +280,7 @@ def test_descriptions_are_read_from_lines_and_json_lines(tmp_path):
             read_requests(file)
 
 
+@pytest.mark.slow
 def test_the_command_generates_a_folder_for_each_line(generator, tmp_path, capsys):
     """`lorag generate --descriptions FILE`, here: a line each, exit code 0; again: kept; and wrong usage exits with 2."""
     file = tmp_path / "descriptions.txt"

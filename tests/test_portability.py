@@ -63,6 +63,7 @@ def test_vllm_has_a_largest_rank(saved):
     assert not _by_target(read_facts(saved))["vLLM"].fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "misfits"),
     [
@@ -215,6 +216,7 @@ def test_info_says_where_an_adapter_fits(saved):
 # --- an adapter's own layout --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_own_layout_is_the_base_model_s(tiny, random_adapter, tmp_path):
     """Without a base model at hand the tensors tell the modules; applied, the adapter does the same in six architectures."""
     layout = tiny.layout()

@@ -58,6 +58,7 @@ def test_groups_are_what_an_unseen_task_would_not_have_beside_it(bank):
     assert [row.nonzero().flatten().tolist() for row in data.masked([0, 5])] == [[0, 1], [4, 5]]
 
 
+@pytest.mark.slow
 def test_groups_are_held_out_together_within_the_share(bank):
     """Validation never splits a source, and never exceeds its share."""
     for seed in range(5):
@@ -76,6 +77,7 @@ def test_groups_need_a_suite_and_a_known_rule(bank):
         _prepare(bank, suite=_suite(), groups="family")
 
 
+@pytest.mark.slow
 def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkeypatch):
     """Functional steps draw them, reconstruction does not; what is held out stays out of both."""
     cells = [*TRAINING[:8], *TRAINING[8:11]]
@@ -98,6 +100,7 @@ def test_tasks_without_an_expert_teach_through_the_base_model_alone(bank, monkey
         method_type(method).with_settings(settings).fit(data, quiet_loop())
 
 
+@pytest.mark.slow
 def test_a_task_without_an_expert_is_held_out_with_its_group(bank):
     """Its texts are those of a validation task: it validates too, and teaches nothing."""
     first = next(iter(_suite()))
@@ -183,6 +186,7 @@ def test_attention_is_stored_whole(bank, tmp_path):
         assert torch.equal(mine.delta(name), other.delta(name))
 
 
+@pytest.mark.slow
 def test_derived_suites_keep_together_what_shares_texts_or_a_source(tmp_path):
     """Subsets are on their task's side; by source, all of a source is."""
     labels = [f"label {i}" for i in range(7)]

@@ -1,6 +1,7 @@
 """Probes learn which half of a task's texts its description is about, and what they learned holds for words that no task had."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,7 @@ def _separation(probes, data, read, numbers):
     return torch.stack(shares).mean().item()
 
 
+@pytest.mark.slow
 def test_words_that_no_task_had_are_told_apart_better(world):
     """Trained on 60 tasks, probes separate the texts of ten others better than the alignment did alone."""
     data, read, start = world
@@ -84,31 +86,38 @@ def test_nothing_to_learn_from_leaves_them_as_they_are(world):
     assert all(torch.equal(value, untouched[name]) for name, value in probes.state_dict().items())
 
 
-def test_an_interrupted_stage_goes_on(world, tmp_path):
-    """Stopped after half of the steps' validations and begun again, it ends where it would have ended."""
-    data, read, start = world
-    settings = ProbeSettings(steps=120, learning_rate=5e-3, tasks=8)
-    whole = _aligned(data, start)
-    train_probes("toy", whole, data, read, quiet_loop(), settings)
-    halves = _aligned(data, start)
-    loop = quiet_loop(tmp_path)
+class _Stop(Exception):
+    """What interrupts a stage."""
 
-    class Stop(Exception):
-        pass
 
-    kept = loop.run
+def _loop(folder=None, stop=None):
+    """A loop that validates and keeps its state every five steps, and may be interrupted before a step."""
+    loop = quiet_loop(folder)
+    run = loop.run
 
-    def stopping(stage, module, loss, validate, steps):
+    def changed(stage, module, loss, validate, steps):
         def counted(network, step):
-            if step == 110:
-                raise Stop
+            if step == stop:
+                raise _Stop
             return loss(network, step)
 
-        return kept(stage, module, counted, validate, steps)
+        return run(stage, module, counted, validate, replace(steps, validate_every=5))
 
-    loop.run = stopping
-    with pytest.raises(Stop):
-        train_probes("toy", halves, data, read, loop, settings)
+    loop.run = changed
+    return loop
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_goes_on(world, tmp_path, caplog):
+    """Stopped after half of the steps' validations and begun again, it ends where it would have ended."""
+    data, read, start = world
+    settings = ProbeSettings(steps=16, learning_rate=5e-3, tasks=8)
+    whole = _aligned(data, start)
+    train_probes("toy", whole, data, read, _loop(), settings)
+    with pytest.raises(_Stop):
+        train_probes("toy", _aligned(data, start), data, read, _loop(tmp_path, 12), settings)
     again = _aligned(data, start)
-    train_probes("toy", again, data, read, quiet_loop(tmp_path), settings)
+    caplog.set_level("INFO", "lorag")
+    train_probes("toy", again, data, read, _loop(tmp_path), settings)
+    assert "going on at step 10" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))

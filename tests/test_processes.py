@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from conftest import _TINY, word_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_world import TRAINING, make_bank, make_suite, prepare_toy, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, save_base
 
 from lorag.bank.bank import AdapterBank
 from lorag.config import load_config
@@ -25,8 +25,11 @@ from lorag.errors import ConfigError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.methods.training_loop import Batch, LoopSettings, Shares, TrainingLoop
+from lorag.text.embedding import SentenceEmbedder
 from lorag.training.split import RunTasks
 from lorag.training.train import TrainConfig, train
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = {
@@ -83,8 +86,14 @@ def prepared_in(folder):
 
 
 RUNS = {"plain": {}, "noisy": {"settings": {}}, "four": {"settings": {}, "shares": 4}, "bf16": {"mixed_precision": "bf16"}}
-COMMAND = ["tasks=null", "validation=0.2", "k=6", "device=cpu", "settings.functional.steps=0", "settings.kernel_steps=6"]
+COMMAND = ["embedder=words", "tasks=null", "validation=0.2", "k=6", "device=cpu", "settings.functional.steps=0", "settings.kernel_steps=6"]
 COMMAND += ["settings.dropout=0", "settings.word_dropout=0", "settings.noise=0", "settings.width=16", "settings.hidden=16"]
+COMMAND += ["settings.ensemble={count: 1, steps: 6, batch: 9}"]
+
+
+def words(*_, **__):
+    """The toy world's embedder, in place of one that has to be loaded."""
+    return WordEmbedder()
 
 
 def work(folder):
@@ -97,6 +106,7 @@ def work(folder):
     for name, found in (resumed | {name: learn(prepared, folder / name, **run) for name, run in RUNS.items()}).items():
         if main:
             save_file(found, folder / f"{name}.safetensors")
+    SentenceEmbedder.from_pretrained = words
     sys.argv = ["train_generator.py", f"bank={folder / 'bank'}", f"out={folder / 'generator'}", *COMMAND]
     runpy.run_path(str(ROOT / "train_generator.py"), run_name="__main__")
 
@@ -128,47 +138,57 @@ def world(tmp_path_factory):
     return SimpleNamespace(folder=folder, prepared=prepared, out=done.stdout)
 
 
+@pytest.fixture(scope="module")
+def right(world):
+    """What one process learns without noise."""
+    return learn(world.prepared, None)
+
+
+@pytest.fixture(scope="module")
+def noisy(world):
+    """What one process learns with noise, each batch in one share."""
+    return learn(world.prepared, None, settings={})
+
+
 def _distance(found, right):
     """Of codes, relative to their norm. Not of parameters: attention's key bias changes nothing, and goes where rounding sends it."""
     return ((found["codes"] - right["codes"]).norm() / right["codes"].norm()).item()
 
 
-def test_two_processes_learn_what_one_does(world):
+def test_two_processes_learn_what_one_does(world, right):
     """Reconstruction and functional steps, batches of 9 and 7 rows, no noise: the same parameters as in one process, but for
     rounding; another batch gives others."""
-    right = learn(world.prepared, None)
-    found = load_file(world.folder / "plain.safetensors")
-    assert _distance(found, right) < 1e-4
+    assert _distance(load_file(world.folder / "plain.safetensors"), right) < 1e-4
     assert _distance(learn(world.prepared, None, settings={**QUIET, "batch": 8}), right) > 1e-2
 
 
 @pytest.mark.parametrize(("name", "shares"), [("noisy", 2), ("four", 4)])
-def test_with_noise_the_shares_count_and_not_the_processes(world, name, shares):
+def test_with_noise_the_shares_count_and_not_the_processes(world, noisy, name, shares):
     """Dropout and blurred descriptions: two processes with 1 and with 2 shares each learn what one process with as many learns."""
-    right = learn(world.prepared, None, settings={}, shares=shares)
-    assert _distance(load_file(world.folder / f"{name}.safetensors"), right) < 1e-4
-    assert _distance(learn(world.prepared, None, settings={}), right) > 1e-2
+    shared = learn(world.prepared, None, settings={}, shares=shares)
+    assert _distance(load_file(world.folder / f"{name}.safetensors"), shared) < 1e-4
+    assert _distance(noisy, shared) > 1e-2
 
 
-def test_bf16_in_two_processes(world):
+def test_bf16_in_two_processes(world, right):
     """Mixed precision changes what is learned by a little, in two processes as in one, and parameters stay in fp32."""
-    found, right = load_file(world.folder / "bf16.safetensors"), learn(world.prepared, None)
+    found = load_file(world.folder / "bf16.safetensors")
     assert 1e-4 < _distance(found, right) < 0.05
     assert {value.dtype for value in found.values()} == {torch.float32}
 
 
-def test_a_run_goes_on_in_another_number_of_processes(world):
+def test_a_run_goes_on_in_another_number_of_processes(world, right):
     """Interrupted in the functional stage in one process and resumed in two, and the other way round: as if never cut."""
-    right = learn(world.prepared, None)
     assert _distance(load_file(world.folder / "one-then-two.safetensors"), right) < 1e-3
     assert (world.folder / "two-then-one" / "house functional.state.safetensors").is_file()
     assert _distance(learn(world.prepared, world.folder / "two-then-one"), right) < 1e-3
 
 
-def test_train_generator_in_two_processes_writes_one_generator(world):
+def test_train_generator_in_two_processes_writes_one_generator(world, monkeypatch):
     """The file itself, launched: one line of report, one complete generator, no state left, and what one process makes."""
     assert world.out.count("next: lorag generate") == 1
-    made = LoraGenerator.from_pretrained(world.folder / "generator")
+    monkeypatch.setattr(SentenceEmbedder, "from_pretrained", words)
+    made = LoraGenerator.from_pretrained(world.folder / "generator", embedder=WordEmbedder())
     assert not list((world.folder / "generator").glob("*.state.safetensors"))
     rows = [json.loads(line) for line in (world.folder / "generator" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["stage"] == "house kernel"] == [6]

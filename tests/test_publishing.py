@@ -266,6 +266,7 @@ def test_the_card_that_peft_leaves_unfilled_is_replaced(tiny_models, tmp_path):
 # --- to the hub and back ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_and_back(standin, fitted):
     """push_to_hub, then from_pretrained("user/name"): same ΔW, provenance and card; a new repository is private."""
     adapter = fitted("nearest").generate("paint the red bird")
@@ -290,6 +291,7 @@ def test_a_folder_of_this_machine_is_not_published(standin, fitted, toy, tmp_pat
     assert not standin.log
 
 
+@pytest.mark.slow
 def test_a_bank_goes_to_the_hub_and_back(standin, hosted):
     """Manifest, shards and card, and nothing else that lies in the folder; every expert is the same."""
     (hosted.folder / "secrets.json").write_text("{}")
@@ -303,6 +305,7 @@ def test_a_bank_goes_to_the_hub_and_back(standin, hosted):
     assert _front(standin.files("me/bank")[CARD].decode())["license"] == UNKNOWN  # nobody stated one
 
 
+@pytest.mark.slow
 def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
     """It generates the same bytes; of a training folder only the generator is published."""
     with pytest.MonkeyPatch.context() as patch:
@@ -317,6 +320,7 @@ def test_a_generator_goes_to_the_hub_and_back(standin, hosted, tmp_path):
     assert _file_bytes(one) == _file_bytes(two)
 
 
+@pytest.mark.slow
 def test_nothing_but_named_files_is_fetched(standin, fitted, caplog):
     """Pickles, code and whole models that lie beside an adapter are not even asked for; weights of something else are named."""
     fitted("nearest").generate("red bird").push_to_hub("me/mixed", base_model="toys/base-lm")
@@ -328,6 +332,7 @@ def test_nothing_but_named_files_is_fetched(standin, fitted, caplog):
     assert "passed over model-00001-of-00099.safetensors beside" in said and "me/mixed" in said
 
 
+@pytest.mark.slow
 def test_a_bank_is_started_from_hub_ids(standin, hosted, toy, tmp_path, capsys):
     """`lorag bank add user/name` fetches adapters with their description.txt, and of the base model the config alone; ΔW is the same."""
     for number, name in enumerate(NAMES[:2]):
@@ -367,6 +372,7 @@ def test_tasks_without_an_expert_count_as_parents_where_they_were_learned_from(t
     assert "extra" not in {one["name"] for one in parents(NAMES, {**own, "extra": "AGPL-3.0"}, [1.0] * len(NAMES))}
 
 
+@pytest.mark.slow
 def test_a_pickle_under_the_right_name_is_refused(standin, fitted):
     """What is called safetensors on the hub is judged by its bytes."""
     fitted("nearest").generate("red bird").push_to_hub("me/pickle", base_model="toys/base-lm")
@@ -375,6 +381,7 @@ def test_a_pickle_under_the_right_name_is_refused(standin, fitted):
         LoraAdapter.from_pretrained("me/pickle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["../escape.safetensors", "/etc/passwd", "a/../../b.safetensors", "C:\\x", ".."])
 def test_a_manifest_cannot_reach_out_of_its_folder(standin, hosted, path):
     """A bank from the hub whose manifest lists a path outside is refused before anything listed is fetched."""
@@ -387,6 +394,7 @@ def test_a_manifest_cannot_reach_out_of_its_folder(standin, hosted, path):
     assert standin.fetched("me/hostile") <= {"bank.json"}
 
 
+@pytest.mark.slow
 def test_a_revision_is_one_commit(standin, hosted):
     """Manifest and shards come from the same commit; an older one can be asked for by name."""
     hosted.push_to_hub("me/grown")
@@ -400,6 +408,7 @@ def test_a_revision_is_one_commit(standin, hosted):
         AdapterBank.from_pretrained("me/grown", revision="nowhere")
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_there_offline(standin, hosted, monkeypatch):
     """The second time no network is needed."""
     hosted.push_to_hub("me/cached")
@@ -439,6 +448,7 @@ def test_a_path_is_never_looked_up_on_the_hub(standin, tmp_path):
     assert not standin.log
 
 
+@pytest.mark.slow
 def test_push_from_the_command_line(standin, fitted, hosted, tmp_path, capsys):
     """`lorag push FOLDER user/name` tells adapters, banks and generators apart, and refuses anything else."""
 
@@ -463,6 +473,7 @@ def test_push_from_the_command_line(standin, fitted, hosted, tmp_path, capsys):
     assert "parents" in cards.describe_path(folder) and "in vLLM" in cards.describe_path(folder)
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_what_was_published(standin, fitted, toy, tmp_path):
     """Elsewhere: another process, with the hub's address, transformers and PEFT alone, computes what lorag computes."""
     adapter = fitted("nearest").generate("paint the red bird")

@@ -69,6 +69,7 @@ def _skeleton(name):
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_layouts_of_real_base_models(name):
     """PEFT finds the published model's modules, all linear ones and those of attention, and no weight is allocated."""
@@ -86,6 +87,7 @@ def test_layouts_of_real_base_models(name):
     assert len(kinds) <= 28 < len(places)
 
 
+@pytest.mark.slow
 def test_counts_that_others_published():
     """Parameters that PEFT's users report: Llama-3.1-8B and Qwen2.5-7B at r = 16, Florence-2 at r = 8 as ICM-LoRA has it."""
     assert LoraLayout.from_model(_skeleton("llama-3.1-8b"), "all-linear").values(16) == 41_943_040
@@ -94,6 +96,7 @@ def test_counts_that_others_published():
     assert LoraLayout.from_model(_skeleton("florence-2-base"), targets).values(8) == 1_929_928
 
 
+@pytest.mark.slow
 def test_places_of_an_encoder_decoder():
     """Encoder and decoder keep kinds of their own, and the layer is the first number."""
     places = dict(zip((t5 := LoraLayout.from_model(_skeleton("flan-t5-large"), ["q"])).names, t5.places, strict=True))
@@ -149,6 +152,7 @@ def _adapters_equal(one, other):
     return all(torch.equal(a, b) for n in one.layout.names for a, b in zip(one.factors[n], other.factors[n], strict=True))
 
 
+@pytest.mark.slow
 def test_house_with_a_shared_decoder_learns_and_comes_back(prepared, tmp_path):
     """It comes nearer to its experts than the mean does, and opened again it writes the same bytes."""
     generator = _fit(prepared, decoder="shared", steps=150, learning_rate=3e-3)
@@ -218,6 +222,7 @@ def test_bases_in_bf16_are_mapped_and_decode_the_same_bytes_in_any_batch(prepare
     assert cores.bases_in[layout.names[0]].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, dtype", [(2**12, torch.float32), (2**17, torch.bfloat16)])
 def test_large_spaces_take_bf16_by_themselves(side, dtype):
     """Of more than eight million values, and not below: what ships stays as it is."""

@@ -19,6 +19,8 @@ from lorag.tasks.suite import Example, Task
 from lorag.training.split import SplitRule
 from lorag.training.train import fit_generator
 
+pytestmark = pytest.mark.slow
+
 CELLS = (("red", "cat"), ("blue", "fish"))
 
 

@@ -66,6 +66,7 @@ def test_only_what_the_loss_depends_on_counts(runner, tasks):
     assert torch.allclose(found[name], x.T @ x / len(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
 def test_the_regression_is_solved(runner, tasks, experts, weights):
     """Σ w (ΔW − ΔW_t) G_t + ρ ΔW = 0 at each module, also where moments are gathered one module at a time; the rank is the sum."""
@@ -95,6 +96,7 @@ def _apart(runner, adapter, experts, tasks):
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_one_adapter_does_what_each_expert_does_on_its_own_inputs(runner, tasks, experts):
     """Nearer to the experts than their sum or mean; moments that are gathered with the merged adapter at work help."""
     rounds = {n: _apart(runner, regmean(runner, experts, tasks, examples=24, rounds=n), experts, tasks) for n in (1, 3)}
@@ -108,6 +110,7 @@ def test_one_expert_alone_keeps_what_it_does(runner, tasks, experts):
     assert _apart(runner, alone, experts[:1], tasks[:1]) < 0.05 and alone.rank == experts[0].rank
 
 
+@pytest.mark.slow
 def test_by_name_it_needs_the_tasks(bank, tasks, tmp_path, monkeypatch):
     """`fuse` says how to give them; what it returns is saved and read like any adapter, and the same each time."""
     with pytest.raises(ConfigError, match="--tasks"):
@@ -135,6 +138,7 @@ def test_what_cannot_be_merged_so_is_refused(runner, tasks, experts):
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_that_does_better_is_told_of(bank, runner, tasks, monkeypatch, caplog):
     """Experts that were never trained for these answers are merged in vain: `cat` says so, with both losses on other examples."""
     monkeypatch.setattr(fusion, "find_tasks", lambda name: TaskSuite(tasks))

@@ -100,6 +100,7 @@ class _Reader(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(written):
     """Well-formed, no script, no address but its own anchors and pictures inside; a policy that forbids the rest."""
     page = _Reader(written[1])
@@ -115,6 +116,7 @@ def test_the_page_needs_nothing_else(written):
     assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
 
 
+@pytest.mark.slow
 def test_the_page_can_be_used_without_eyes_or_mouse(written):
     """Each picture has its own text; ids are unique and anchors lead to them; what scrolls can be reached and has a name."""
     page = _Reader(written[1])
@@ -128,6 +130,7 @@ def test_the_page_can_be_used_without_eyes_or_mouse(written):
     assert page.tags[0][1]["lang"]
 
 
+@pytest.mark.slow
 def test_light_and_dark_are_both_there(written):
     """Each figure has a picture for dark paper, another than for light; the colours of the page follow the system."""
     page = _Reader(written[1])
@@ -137,6 +140,7 @@ def test_light_and_dark_are_both_there(written):
     assert written[1].count("prefers-color-scheme: dark") == 8
 
 
+@pytest.mark.slow
 def test_each_figure_has_its_picture_and_its_numbers(written, findings):
     """A PNG a chapter beside the page, and a table as long as what is drawn."""
     folder, text = written
@@ -148,6 +152,7 @@ def test_each_figure_has_its_picture_and_its_numbers(written, findings):
     assert text.count("<tbody>") == len(chapters) and "legal-person" in text
 
 
+@pytest.mark.slow
 def test_a_figure_asks_its_question_and_names_its_axes(written, findings):
     """Its title is the chapter's question, each panel says what is on its axes, and the number of tasks or adapters is in it.
 
@@ -186,6 +191,7 @@ def test_nothing_is_told_by_colour_alone(theme):
     assert contrast(theme.ink, theme.paper) >= 7
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_text():
     """Markup, formulas, templates, control characters and great length in names of tasks, methods, stages and modules."""
     found = _findings(name=HOSTILE, task=HOSTILE)
@@ -199,6 +205,7 @@ def test_hostile_names_stay_text():
     assert not set("\x1b\u202e") & set(text)
 
 
+@pytest.mark.slow
 def test_the_same_findings_give_the_same_page(findings):
     """No date, no machine, no order of a dictionary's or a set's."""
     pictures = {one.name: (PICTURE, PICTURE) for one in write_chapters(findings)}
@@ -206,6 +213,7 @@ def test_the_same_findings_give_the_same_page(findings):
     assert len(pages) == 1
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path, findings):
     """A reason in place of each figure; the picture of an earlier report does not stay behind; other files do."""
     for name in ("training.png", "notes.txt"):
@@ -216,6 +224,7 @@ def test_what_is_missing_is_said(tmp_path, findings):
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "ladder.png", "notes.txt"}
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_report_that_was_there(tmp_path, findings, monkeypatch):
     """What is drawn is drawn before the page is touched."""
     (tmp_path / "report.html").write_text("old")
@@ -247,6 +256,7 @@ def test_names_are_shortened_in_the_middle():
     assert len(shorten("a" * 50 + "z")) <= 34 and shorten("a" * 50 + "z").endswith("z")
 
 
+@pytest.mark.slow
 def test_all_of_the_ladder_is_drawn():
     """Forty methods: each has its row, and no two labels overlap."""
     methods = tuple(MethodScore(f"method_{i}", "baseline", i / 40, i / 40, i / 40, None) for i in range(40))
@@ -259,6 +269,7 @@ def test_all_of_the_ladder_is_drawn():
     assert all(above[0] >= below[1] - 1 for below, above in itertools.pairwise(tops))
 
 
+@pytest.mark.slow
 def test_panels_do_not_write_over_each_other(findings):
     """Two generators side by side: labels and titles of one end before those of the other begin."""
     (pair,) = findings.pairs

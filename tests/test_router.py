@@ -35,6 +35,7 @@ def _inputs(tasks, split="test", count=1):
     return [example.input for task in tasks for example in task.split(split)[:count]]
 
 
+@pytest.mark.slow
 def test_a_request_is_known_by_its_text(router, tasks):
     """Texts of six domains that were not among the examples find the expert of their domain, and the route says why."""
     routes = router.route(_inputs(tasks, count=4))
@@ -43,6 +44,7 @@ def test_a_request_is_known_by_its_text(router, tasks):
     assert sum(right) >= 23 and all("like the examples of" in route.reason for route in routes)
 
 
+@pytest.mark.slow
 def test_a_text_between_tasks_gets_a_fusion(router, tasks):
     """Half of one domain's text and half of another's: two experts or more, whose weights add up to one."""
     first, second = _inputs(tasks[:2])
@@ -51,6 +53,7 @@ def test_a_text_between_tasks_gets_a_fusion(router, tasks):
     assert fused and all(abs(sum(w for _, w in route.experts) - 1) < 0.06 and len(route.experts) > 1 for route in fused)
 
 
+@pytest.mark.slow
 def test_a_description_goes_through_the_gate(router):
     """A known wording gets its expert, a new one an adapter of its own, an unknown task the base model, with the gate's reason."""
     known = router.bank.experts[0]
@@ -60,6 +63,7 @@ def test_a_description_goes_through_the_gate(router):
     assert routes[2].served == "base" and "nearest tasks" in routes[2].reason
 
 
+@pytest.mark.slow
 def test_it_can_be_told(router):
     """An expert, a fusion, a description, or none; wrong names are refused."""
     one, other = router.bank.names[:2]
@@ -73,6 +77,7 @@ def test_it_can_be_told(router):
         router.route(["x"], models=[])
 
 
+@pytest.mark.slow
 def test_without_texts_it_must_be_told(router):
     """A request alone says nothing then."""
     bare = LoraRouter(router.generator, router.bank, runner=router.runner)
@@ -82,6 +87,7 @@ def test_without_texts_it_must_be_told(router):
         bare.learn_texts({"nobody": ["x"]})
 
 
+@pytest.mark.slow
 def test_rows_answer_as_peft_does(router, tasks):
     """A batch of rows with an adapter each, in an order that mixes them: every answer is the one of that adapter alone in PEFT."""
     texts = _inputs(tasks, count=3)
@@ -104,6 +110,7 @@ def test_rows_answer_as_peft_does(router, tasks):
     assert sum(a == wanted[i] for a, i in zip(right, mixed, strict=True)) >= 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (1,), (5, 4, 1)])
 def test_runs_of_rows_get_their_own_adapter(router, tasks, sizes):
     """Whether runs are equal, filled up or copied: row i is where the batch says, with the adapter of its route."""
@@ -118,6 +125,7 @@ def test_runs_of_rows_get_their_own_adapter(router, tasks, sizes):
         torch.testing.assert_close(adapters[module][0][row // run][:rank], own.factors[module][0])
 
 
+@pytest.mark.slow
 def test_a_description_s_task(router, tasks):
     """Found by the adapter that the description asks for, in words that share little with the task's own; a text must fit, too."""
     few = LoraRouter(router.generator, known={task.key: router.known[task.key] for task in tasks})
@@ -134,6 +142,7 @@ def test_a_description_s_task(router, tasks):
         LoraRouter(router.generator).nearest_task("summarise legal text")
 
 
+@pytest.mark.slow
 def test_without_a_bank_known_tasks_are_served_by_generated_adapters(router, tasks):
     """Their names and their texts lead to the adapter of their first description; other names are refused."""
     bare = LoraRouter(router.generator, known={task.key: task.descriptions for task in tasks}, runner=router.runner)
@@ -216,6 +225,7 @@ def test_what_tells_tasks_apart_is_what_counts(telling):
     assert sum(a == b for a, b in enumerate(found)) >= 11
 
 
+@pytest.mark.slow
 def test_adapters_are_kept_in_bounds(router):
     """No more than the bound; the last ones used stay."""
     fresh = LoraRouter(router.generator, router.bank, kept=2)

@@ -33,6 +33,7 @@ def _close(a, b):
     return torch.allclose(a, b, atol=1e-5 * b.abs().max().item())
 
 
+@pytest.mark.slow
 def test_rows_equal_separate_peft_models(setting, tmp_path):
     """Six architectures, three adapters of ranks 2, 5 and 3 at once: each run of rows is what stock PEFT computes."""
     tiny, rows, adapters, inputs = setting

@@ -63,6 +63,7 @@ def test_scores_are_each_adapter_s_own(world):
     assert together != runner.scores(None, tasks, limit=6)
 
 
+@pytest.mark.slow
 def test_written_answers_are_those_of_peft(world):
     """Six texts, two for each of three adapters, at once: what stock PEFT writes with each adapter, one text at a time."""
     runner, _, adapters = world

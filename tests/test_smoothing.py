@@ -98,6 +98,7 @@ def _codes(network, data):
 SETTINGS = SmoothingSettings(least=16, widths=[0.1, 0.3])
 
 
+@pytest.mark.slow
 def test_detectors_that_need_one_code_are_smoothed_and_other_tasks_are_not(network, data):
     targets = _codes(network, data)
     shared = torch.stack(targets[:30]).mean(0)
@@ -111,6 +112,7 @@ def test_detectors_that_need_one_code_are_smoothed_and_other_tasks_are_not(netwo
     assert (after - before)[others].square().mean() < 0.3 * (after - before)[held].square().mean()
 
 
+@pytest.mark.slow
 def test_nothing_is_smoothed_where_held_out_tasks_lose_by_it(network, data):
     targets = _codes(network, data)
     before = torch.stack(targets)

@@ -60,6 +60,7 @@ def test_the_commoner_word_is_taken():
     assert Spelling.of(["cart", "care care"]).corrected("caru", Knowing()) == "care"
 
 
+@pytest.mark.slow
 def test_a_generator_reads_what_was_meant(tmp_path, tiny_models, tokenizer):
     """The same adapter as without the error, which says how it was read; the words come back from its folder, and old folders have none."""
     base = save_base(tmp_path / "base", tiny_models["llama"], tokenizer)

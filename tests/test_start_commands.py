@@ -48,6 +48,7 @@ def _changed(folder, tmp_path, config=None, prompt=None):
     return copy
 
 
+@pytest.mark.slow
 def test_the_command_for_transformers_answers_when_pasted(folder, adapter):
     """In a shell, with a space in the folder's name: as PEFT answers to the template that the adapter was trained with."""
     command = _starts(folder)["PEFT"].command
@@ -72,6 +73,7 @@ def test_info_shows_commands_in_lines_that_can_be_pasted(folder):
         assert lines[place + 1] == start.command and (not start.ask or lines[place + 2] == start.ask)
 
 
+@pytest.mark.slow
 def test_vllm_is_told_what_it_needs(folder, adapter, tmp_path):
     """The base model's folder, the adapter's name and folder as one word, the rank only where it is above 16; prompts in the template."""
     start = _starts(folder)["vLLM"]

@@ -127,6 +127,7 @@ def _with(**values):
     return lambda row: {**row, **values}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "line", "change", "named"),
     [
@@ -247,6 +248,7 @@ def test_descriptions_that_cannot_be_embedded_are_refused(text):
         check_description(text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real suites are not at {REAL}")
 def test_real_suites_hold_what_real_json_lists():
     """All 57 tasks of real.json are read, each with labels, train and test examples, and nothing refused."""

@@ -111,6 +111,7 @@ def test_a_missing_extra_is_named_before_work_begins(name, monkeypatch, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_both_configs_take_trackers():
     """As a list of names; none by default."""
     for schema in (TrainConfig, BankConfig):
@@ -130,6 +131,7 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path):
     assert "experts.ranks: '[2, 4]'" in settings and "steps: 3" in settings
 
 
+@pytest.mark.slow
 def test_trackio_gets_what_the_file_gets(tmp_path):
     """In its own database, without a server or a network; nothing is said on standard output, which is the command's."""
     code = (
@@ -174,6 +176,7 @@ def test_a_training_run_without_trackers_keeps_metrics(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_bank_s_build_keeps_metrics(tmp_path, tiny_models, tokenizer, capsys):
     """Losses along the groups' steps, and each group's score; a bank that goes on adds the groups that were left. Quiet is quiet."""
     base = save_base(tmp_path / "base", tiny_models["llama"], tokenizer)

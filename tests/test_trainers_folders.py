@@ -126,6 +126,7 @@ def plain(root):
 LAYOUTS = {one.__name__: one for one in (unsloth, axolotl, llamafactory, trl, mlx, plain)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", LAYOUTS)
 def test_a_trainer_s_folder_holds_one_adapter(trainer, tmp_path, caplog):
     """The one that was trained last, with PEFT's numbers; earlier states are passed over, and said."""
@@ -154,6 +155,7 @@ def test_named_checkpoints_are_taken(tmp_path):
     assert [source.place for source in find_sources([str(early)])] == [early]
 
 
+@pytest.mark.slow
 def test_from_five_trainers_to_what_people_run(tmp_path, monkeypatch, capsys):
     """One `bank add` of five trainers' folders, one adapter generated, one fused with weights, one exported to GGUF."""
     monkeypatch.chdir(tmp_path)

@@ -95,6 +95,7 @@ def test_many_held_out_tasks_are_looked_at_evenly():
     assert evenly([3, 5, 8], 64) == [3, 5, 8] and evenly(range(100), 4) == [0, 25, 50, 75] and evenly([], 4) == []
 
 
+@pytest.mark.slow
 def test_house_learns_without_any_expert(bare, tmp_path):
     """Functional training lowers the loss of held-out tasks; what is stored makes the same adapter."""
     data = bare.data
@@ -112,6 +113,7 @@ def test_house_learns_without_any_expert(bare, tmp_path):
     assert mine.info["neighbours"][0][0] in generator.conditioner.names  # training tasks, where there is no expert
 
 
+@pytest.mark.slow
 def test_multitask_and_hypernet_learn_without_any_expert(bare):
     """Whatever learns from examples."""
     _fit(bare, "multitask", steps=2, tasks=4, batch=1)

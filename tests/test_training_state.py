@@ -96,6 +96,7 @@ def _with(**more):
     return lambda tensors: {**tensors, **{key.replace("__", "."): value for key, value in more.items()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "counters", "named"),
     [

@@ -23,6 +23,8 @@ from lorag.base.runner import BankBase, Runner
 from lorag.errors import ArtifactError, BankError, BaseModelError, ConfigError
 from lorag.tasks.suite import TaskSuite
 
+pytestmark = pytest.mark.slow
+
 CELLS = (("red", "cat"), ("green", "dog"), ("blue", "bird"))
 EXPERTS = ExpertConfig(target_modules=None, ranks=[], group=3, steps=60, batch=8, learning_rate=2e-2, checkpoints=1, test_limit=8)
 CONFIG = TransferConfig(AnswerConfig(inputs=18, keep=1.0, max_new_tokens=6), EXPERTS)

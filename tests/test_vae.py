@@ -227,6 +227,7 @@ def test_experts_that_do_not_differ_have_no_directions():
             PrincipalCodes.fit(codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", ["module", "all late checkpoints", "task vectors"])
 def test_near_constant_tensors_give_no_nan(constant):
     """A module that all experts share, deviations of 0, and a task vector that is the same for all: all finite."""
@@ -249,6 +250,7 @@ def test_near_constant_tensors_give_no_nan(constant):
         assert _made(method, condition, 2).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_normaliser_of_the_published_form_is_the_training_experts_own():
     """Mean 0 and one deviation a module over training experts; a validation expert's code moves nothing."""
     data = _data(TRAINING, held=2)
@@ -266,20 +268,22 @@ def test_the_normaliser_of_the_published_form_is_the_training_experts_own():
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"condition": "examples"}, {"condition": "both"}])
 def test_four_experts_are_learned_by_heart(settings):
     """ICM-LoRA over codes, from descriptions, task vectors or both: relative error of z = 0 below 0.1."""
     data = _data(TRAINING[:4])
-    method = _fit("icm_lora", data, **settings, temperature=0.0)
+    method = _fit("icm_lora", data, **settings, temperature=0.0, steps=70)
     for index, cell in enumerate(TRAINING[:4]):
         made = _made(method, _condition(data, cell, _vector(data.codes)[index]))[0]
         assert (made - data.codes[index]).norm() < 0.1 * data.codes[index].norm()
 
 
+@pytest.mark.slow
 def test_sg_lora_reconstructs_four_experts():
     """From their own latents, though each condition lacks the expert itself: relative error below 0.1."""
     data = _data(TRAINING[:4])
-    method = _fit("sg_lora", data, beta=0.01)
+    method = _fit("sg_lora", data, beta=0.01, steps=120)
     known = ExpertMixture.of(data, range(4), method.coordinates, 4, 0.05)
     h = torch.stack([own[0] for own in known.leave_group_out(data, range(4))])
     with torch.no_grad():
@@ -287,14 +291,15 @@ def test_sg_lora_reconstructs_four_experts():
     assert ((made - data.codes).norm(dim=1) < 0.1 * data.codes.norm(dim=1)).all()
 
 
+@pytest.mark.slow
 def test_the_published_stack_learns():
-    """Eighty steps over four experts lower its loss in training to three quarters of the mean's squared error."""
+    """Fifty steps over four experts lower its loss in training to three quarters of the mean's squared error."""
     data = _data(TRAINING[:4])
     torch.manual_seed(0)
     network, x = ConvVae(LENGTH, 4, latent=8), StandardCodes.fit(data.codes, MODULES).to_coordinates(data.codes)
     h, optimizer = torch.eye(4), torch.optim.Adam(network.parameters(), 3e-3)
     empty = x.new_zeros(4, 0)
-    for _ in range(80):
+    for _ in range(50):
         loss = negative_elbo(network(x, torch.randn(4, 8), empty, empty, empty, h), x, 0.005, each=True)
         optimizer.zero_grad()
         loss.backward()
@@ -302,6 +307,7 @@ def test_the_published_stack_learns():
     assert loss.item() < 0.75 * x.square().mean().item()
 
 
+@pytest.mark.slow
 def test_the_right_description_beats_another(icm, world):
     """Samples on combinations that no expert has: nearer to the right code than the mean, and than another's samples."""
     mean = world.codes[world.training].mean(0)
@@ -385,6 +391,7 @@ def test_training_pairs_a_description_with_its_own_merge(world, monkeypatch):
     assert all(torch.allclose(merge, right[tuple(pooled.tolist())], atol=1e-5) for merge, pooled in pairs)
 
 
+@pytest.mark.slow
 def test_descriptions_decide_where_the_merge_does_not(world):
     """Two descriptions with one merge: condition=both gives two codes, and the published condition one."""
     first, second = (_condition(world, cell) for cell in HELD_OUT[:2])
@@ -394,6 +401,7 @@ def test_descriptions_decide_where_the_merge_does_not(world):
         assert ((_made(method, first) - _made(method, second)).norm().item() > 0.1) == differ
 
 
+@pytest.mark.slow
 def test_the_merge_is_part_of_the_condition_beside_the_description(world):
     """Two merges with one description give two codes with condition=both."""
     method = _fit("sg_lora", world, **BOTH, decode="prior_mean", steps=60)
@@ -402,11 +410,12 @@ def test_the_merge_is_part_of_the_condition_beside_the_description(world):
     assert (_made(method, condition) - _made(method, other)).norm() > 0.01
 
 
+@pytest.mark.slow
 def test_reading_the_description_beats_the_merge_alone(world):
     """On combinations that no expert has, mean over four: error of condition=both below 0.7 of the published condition's."""
     errors = []
     for settings in ({}, BOTH):
-        method = _fit("sg_lora", world, **settings, decode="prior_mean")
+        method = _fit("sg_lora", world, **settings, decode="prior_mean", steps=70)
         errors.append(sum((_made(method, _condition(world, cell))[0] - _code(cell)).norm() for cell in HELD_OUT))
     assert errors[1] < 0.7 * errors[0]
 
@@ -457,6 +466,7 @@ def test_task_vectors_decide_and_descriptions_do_not(world):
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_obey_their_rng_and_temperature(icm, world):
     """One seed, the same samples; another, others; temperature 0 gives one code, and half the noise about half the spread."""
     condition = _condition(world, HELD_OUT[0])
@@ -472,6 +482,7 @@ def test_samples_obey_their_rng_and_temperature(icm, world):
     assert spread[0.0] == 0.0 and 0.3 < spread[0.5] / spread[1.0] < 0.7
 
 
+@pytest.mark.slow
 def test_controls_of_sg_lora_do_not_sample(sg, world):
     """decode=prior_mean and decode=zero repeat one code whatever the seed; samples are spread around the prior's mean."""
     condition, made = _condition(world, HELD_OUT[0]), {}
@@ -492,12 +503,13 @@ def test_controls_of_sg_lora_do_not_sample(sg, world):
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["icm_lora", "sg_lora"])
 def test_a_collapsed_posterior_is_noticed(name, world):
     """With a huge beta no unit is active and the KL is about 0; with a small one units are active and samples differ."""
     # One description for all, so that only latents can tell the experts apart.
     data = dataclasses.replace(world, embeddings=[EMBEDDER.embed(["paint it"])] * len(TRAINING))
-    collapsed, alive = (_fit(name, data, beta=beta, steps=100).diagnostics for beta in (1e4, 1e-4))
+    collapsed, alive = (_fit(name, data, beta=beta, steps=60).diagnostics for beta in (1e4, 1e-4))
     assert collapsed.active == 0 and collapsed.kl.sum() < 0.05
     assert alive.active > 0 and alive.kl.sum() > 1
     assert alive.diversity > 5 * collapsed.diversity
@@ -527,6 +539,7 @@ def test_diagnostics_count_what_they_say():
     assert torch.allclose(found.variance, torch.tensor([0.0, 1.0, 0.0025]), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["icm_lora", "conv", "sg_lora", "sg_lora both"])
 def test_a_stored_vae_is_the_same_and_its_card_shows_its_health(name, world, tmp_path):
     """Restored: the same codes. `lorag info` prints active units, KL and diversity, and lists coordinates with the space."""
@@ -552,6 +565,7 @@ def test_a_stored_vae_is_the_same_and_its_card_shows_its_health(name, world, tmp
     assert f"{inside:,} in the weight space" in card
 
 
+@pytest.mark.slow
 def test_sg_lora_stored_before_it_could_read_still_opens(sg, world):
     """Files whose settings name no condition hold the published form: they give the codes that they gave."""
     values = {key: value for key, value in sg.values().items() if key != "condition"}
@@ -587,19 +601,20 @@ def test_settings_are_checked_before_training():
     assert method_type("icm_lora").with_settings({"stack": "conv", "latent": 5}).latent == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("icm_lora", {"dropout": 0.1, "noise": 0.1}),
-        ("icm_lora", {"kernel": {**KERNEL, "steps": 110}}),  # interrupted while the kernel is learned
-        ("icm_lora", {"kernel": {**KERNEL, "steps": 60}}),  # and after that
+        ("icm_lora", {"kernel": {**KERNEL, "steps": 16}}),  # interrupted while the kernel is learned
+        ("icm_lora", {"kernel": {**KERNEL, "steps": 8}}),  # and after that
         ("sg_lora", {}),
         ("sg_lora", BOTH),
     ],
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tmp_path, monkeypatch):
-    """The same tensors to the bit, diagnostics included."""
-    method = method_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings, "steps": 110})
+def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tmp_path, monkeypatch, caplog):
+    """The same tensors to the bit, diagnostics included; the state is kept every five steps, and the run is cut at the thirteenth."""
+    method = method_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings, "steps": 16})
     run = TrainingLoop.run
 
     def fit(folder, stop=None):
@@ -609,7 +624,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tm
                     raise KeyboardInterrupt
                 return loss(m, step)
 
-            return run(loop, stage, module, stopping, validate, steps)
+            return run(loop, stage, module, stopping, validate, dataclasses.replace(steps, validate_every=5))
 
         monkeypatch.setattr(TrainingLoop, "run", changed)
         fresh = method_type(name).with_settings(method.values())
@@ -618,8 +633,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tm
 
     whole = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut", 105)
+        fit(tmp_path / "cut", 12)
+    caplog.set_level("INFO", "lorag")
     resumed = fit(tmp_path / "cut")
+    assert "going on at step 10" in caplog.text
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 

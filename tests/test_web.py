@@ -125,6 +125,7 @@ def test_a_training_task_lies_on_the_map_next_to_itself(bench):
     assert preview.neighbours[0][0] == "red-cat" == preview.tasks.names[nearest]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_base_and_of_peft(bench, generators, tmp_path):
     """Column `base` is the bare base model's, the others what PEFT's loaded adapter writes; they are not all alike."""
     base = generators["ridge"].base
@@ -140,6 +141,7 @@ def test_answers_are_those_of_the_base_and_of_peft(bench, generators, tmp_path):
     assert found.columns[0][1] != found.columns[1][1]
 
 
+@pytest.mark.slow
 def test_two_users_at_once_do_not_meet(bench):
     """Generating and answering in threads gives each what it gets alone: no adapter leaks into another's run."""
     requests = [Request(f"paint the {colour} dog", ("ridge",), strength=3.0) for colour in ("red", "blue")]
@@ -185,6 +187,7 @@ def test_generators_of_different_bases_are_not_mixed(generators, tmp_path, tiny_
         Session({"ridge": generators["ridge"], "other": other})
 
 
+@pytest.mark.slow
 def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, tokenizer):
     """What is served says so, the Python names the bank, and a bank that the generators did not learn from is refused."""
     made = toy_generators(tmp_path, tiny_models["llama"], tokenizer)["ridge"]

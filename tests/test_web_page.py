@@ -19,8 +19,10 @@ from lorag.web.page import build_page
 from lorag.web.serving import serving
 from lorag.web.session import Session
 
-pytest.importorskip("gradio", reason='gradio is not installed: pip install "lorag[web]"')
-import httpx  # noqa: E402 - comes with gradio
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason='gradio is not installed: pip install "lorag[web]"'),
+]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LACKING = [name for name, there in (("playwright", importlib.util.find_spec("playwright")), ("chromium", CHROMIUM)) if not there]
@@ -127,6 +129,8 @@ def test_only_this_machine_is_served_and_only_what_the_page_needs(address):
     with socket.socket() as other, pytest.raises(OSError):
         other.settimeout(5)
         other.connect(("127.0.0.2", port))
+    import httpx  # comes with gradio
+
     with httpx.Client(base_url=address) as client:
         front = client.get("/")
         assert front.status_code == 200 and "frame-ancestors 'none'" in front.headers["content-security-policy"]

@@ -111,6 +111,7 @@ def test_bank_add_proposes_a_description_and_doubts_a_wrong_one(bank, folders, t
     assert "do not fit its description" in commands._line(wrong, "") and "do not fit" not in commands._line(right, "")
 
 
+@pytest.mark.slow
 def test_check_finds_swapped_descriptions(bank, tmp_path):
     """Two experts with each other's words are found, and no others; without an embedder nothing is said."""
     words = {name: bank[name].descriptions for name in bank.names}

@@ -154,6 +154,7 @@ def _fitted(base, steps):
     return prepared, fit_generator(prepared, method, quiet_loop(), rank=3, strength=1.0, origin={})
 
 
+@pytest.mark.slow
 def test_it_learns_from_examples_alone(base, runner):
     """Without any expert, generated adapters lose less on held-out tasks than the bare base; another task's description loses more."""
     prepared, generator = _fitted(base, 60)
@@ -168,6 +169,7 @@ def test_it_learns_from_examples_alone(base, runner):
     assert own < bare - 0.2 and own < other - 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 0])
 def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
     """Space, network and probes come back to the bit; also where no step went through the base model."""
@@ -179,6 +181,7 @@ def test_a_saved_generator_writes_the_same_adapter(base, tmp_path, steps):
         assert torch.equal(first.factors[name][0], second.factors[name][0]) and torch.equal(first.factors[name][1], second.factors[name][1])
 
 
+@pytest.mark.slow
 def test_smoothing_is_kept_and_a_run_that_goes_on_begins_with_it(base, tmp_path):
     """Its numbers come back to the bit; its counts are checked like all that is stored."""
     _, generator = _fitted(base, 2)
@@ -209,6 +212,7 @@ def _state(generator, **shape):
     return dict(state.tensors), {**state.shape, **shape}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance, share", [(0.0, 2 / 14), (1.0, 1 / 2)])
 def test_balance_draws_small_sources_as_often_as_large_ones(base, balance, share):
     """Two of fourteen training tasks have a source of their own: drawn like all others, or as often as the twelve together."""
@@ -262,6 +266,7 @@ def _config(base, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
     """`train` without a bank ends with a gate; fitted again on the finished folder, from the suite that it names, it is the same."""
     made = train(_config(base, tmp_path, monkeypatch), quiet=True)
@@ -275,6 +280,7 @@ def test_a_gate_from_the_suite_alone(base, tmp_path, monkeypatch):
     assert LoraGenerator.from_pretrained(tmp_path / "g", embedder=WordEmbedder()).gate is not None
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
     """Given where to start and tasks, all else is the first run's; what it fixed stays, the rest learns, licences add up."""
     config = _config(base, tmp_path, monkeypatch)

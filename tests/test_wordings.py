@@ -15,6 +15,7 @@ TEXT = "write the label of the legal text in upper case"
 OTHERS = ["answer with the contract's category, all in capitals", "which kind of legal text is it? use capital letters"]
 
 
+@pytest.mark.slow
 def test_the_code_is_the_mean_over_all_wordings():
     """The same wording twice changes nothing; others do; their order does not matter; the adapter says which they were."""
     plain = generate_lora(TEXT)

@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import fuzz
 from benchmarks.fuzz_targets import TARGETS, make_seeds
 
 from .conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_ten_thousand_cases_end_in_a_named_error():

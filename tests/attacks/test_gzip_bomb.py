@@ -25,6 +25,7 @@ def _bomb(path, chunk, count):
             file.write(chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "count"),
     [

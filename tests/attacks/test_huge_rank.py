@@ -7,6 +7,7 @@ from lorag.errors import AdapterError, ArtifactError, LoragError
 from lorag.files.tensors import load_tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [200_000, 2**31, 2**63, 10**30, -1, 0, 1.5, True, "8", None, [8]])
 def test_impossible_ranks_are_refused_from_the_config(folder, refused, rank):
     """r = 200,000 is an error of its own, before the weights are looked at."""
@@ -22,6 +23,7 @@ def test_impossible_ranks_of_single_modules_are_refused(folder, refused, pattern
     refused(folder.read, LoragError, "rank_pattern")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [[2**40, 2**40], [2**62, 4], [0, 2**62], [0, 2**40, 2**40], [1] * 100_000, [2**60] * 100_000, [-2, -8], [16.0], [True, 16], "ab", 16],

@@ -9,6 +9,7 @@ from lorag.errors import ArtifactError, LoragError
 from lorag.files.artifacts import read_json, write_json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -60,6 +61,7 @@ def test_a_config_of_megabytes_is_refused(folder, refused):
     refused(folder.read, ArtifactError, "too large")
 
 
+@pytest.mark.slow
 def test_a_manifest_of_other_things_is_refused(bank, refused):
     """Each part replaced by something else: the bank is refused, whichever it is."""
     sound = read_json(bank.folder / "bank.json")

@@ -24,6 +24,7 @@ def _moved(name, offsets):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "offsets",
     [

@@ -18,6 +18,7 @@ def _tiny(count):
     return json.dumps(entries, separators=(",", ":")).encode(), b"\0" * count
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tensors_are_refused(folder, refused):
     """By an adapter, which has two for each module, and by the reader of any file."""
     _write(folder.weights, *_tiny(100_000))
@@ -25,6 +26,7 @@ def test_a_hundred_thousand_tensors_are_refused(folder, refused):
     refused(lambda: read_header(folder.weights), ArtifactError, "values|tensors")
 
 
+@pytest.mark.slow
 def test_as_many_tensors_as_are_allowed_take_little(tmp_path, refused):
     """The limit itself keeps the promise: forty thousand tensors are read, and one byte too many refused, below 64 MiB."""
     header, data = _tiny(40_000)

@@ -80,6 +80,7 @@ def test_banks_suites_and_states_of_pickles_are_refused(bank, bomb, refused, tmp
     refused(lambda: load_training_state(tmp_path / "s", {"x": torch.zeros(1)}, [], torch.Generator()))
 
 
+@pytest.mark.slow
 def test_base_models_and_embedders_of_pickles_are_refused(bomb, refused, tmp_path, tiny_models):
     """Folders that have no other weights than pickles."""
     model = tiny_models["llama"].build()
@@ -117,6 +118,7 @@ def test_what_a_file_is_instead_is_said(folder, refused, start, named):
     assert named in refused(lambda: read_json(folder.config), ArtifactError)
 
 
+@pytest.mark.slow
 def test_an_embedder_cannot_name_code(tmp_path, refused):
     """modules.json holds import paths; only the library's own are followed."""
     (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "antigravity.Anything"}]))
