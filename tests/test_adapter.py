@@ -50,6 +50,7 @@ def test_every_precision_loads_in_stock_peft(tiny_models, random_adapter, tmp_pa
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {weights}
 
 
+@pytest.mark.slow
 def test_all_linear_and_expression_layouts_load_in_stock_peft(tiny_models, random_adapter, tmp_path):
     """Layouts that were asked for by "all-linear" or by an expression are saved with names that PEFT matches."""
     tiny = tiny_models["llama"]
@@ -105,6 +106,7 @@ def test_portable_profile(tiny_models, random_adapter, tmp_path):
         assert json.loads((folder / PROVENANCE).read_text())["kind"] == "adapter"
 
 
+@pytest.mark.slow
 def test_round_trip(tiny, random_adapter, tmp_path):
     """What was saved is read back exactly: factors, alpha, base model, task type and provenance."""
     layout = tiny.layout()
@@ -187,6 +189,7 @@ def _rename(tensors):
     return {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -343,6 +346,7 @@ def test_other_base_models_are_refused_and_stay_bare(tiny_models, random_adapter
         assert [name for name, _ in model.named_modules()] == before, type(model)
 
 
+@pytest.mark.slow
 def test_wrapped_model_takes_a_second_adapter_or_a_replacement(tiny_models, random_adapter):
     """Applied to a PeftModel, an adapter replaces the one of its name, or joins it under another name."""
     tiny = tiny_models["llama"]

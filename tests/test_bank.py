@@ -263,6 +263,7 @@ def test_manifests_that_contradict_their_shards_are_refused(bank, change):
         AdapterBank.from_pretrained(bank.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -403,6 +404,7 @@ def test_processes_adding_at_once_lose_nothing(bank):
             assert opened.adapter(f"{who}-{number}").delta("layers.0.q").unique().tolist() == [2.0 * (number + 1)]
 
 
+@pytest.mark.slow
 def test_creating_a_bank_beside_another_process_keeps_its_experts(tmp_path, random_adapter):
     """Of two processes that start one bank, the slower finds the bank made and filled while it waited for the lock."""
     quick, folder = AdapterBank.create(tmp_path / "quick", BASE), tmp_path / "bank"

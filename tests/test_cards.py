@@ -34,6 +34,7 @@ def _norms(bank):
     return [sum(n * n for n in bank.adapter(name).norms().values()) ** 0.5 for name in bank.names]
 
 
+@pytest.mark.slow
 def test_a_bank_s_card(bank):
     """Sizes, kinds of modules, norms, the energy that shared directions keep, and the two experts that are most alike."""
     rows = _rows(describe_path(bank.folder))

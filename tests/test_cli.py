@@ -161,6 +161,7 @@ def test_a_suite_with_a_missing_field(refused, tmp_path):
     assert "tasks.jsonl" in line and "line 2" in line and "descriptions" in line
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_folders(refused, tmp_path):
     """A manifest that is no JSON, of another kind, or that lists a file which is not there."""
     for name, text in (

@@ -51,6 +51,7 @@ def _error(one, other):
     return Factors.concatenated([one.factors, other.factors], [1.0, -1.0]).norm() / one.factors.norm()
 
 
+@pytest.mark.slow
 def test_experts_come_back_by_name(bank, small):
     """In fewer bytes, with entries and order as before, ΔW within what is allowed, at both checkpoints; the report is what is read."""
     opened = AdapterBank.from_pretrained(small.bank.folder)
@@ -127,6 +128,7 @@ def test_it_says_when_it_does_not_pay(bank, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bad_wishes_are_refused(bank, tmp_path, capsys):
     """Shares, precisions, folders with something in them, banks without experts; the command line in one line."""
     for wrong in ({"keep": 0.0}, {"keep": 1.5}, {"keep": float("nan")}, {"precision": "int4"}):

@@ -66,6 +66,7 @@ def test_there_are_commands():
     assert len(COMMANDS) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_of_the_pages_parses(words):
     """Command, options and arguments are those of the command line, and settings are those of its dataclass and its method."""

@@ -14,6 +14,7 @@ def embedder():
     return SentenceEmbedder.from_pretrained(device="cpu")
 
 
+@pytest.mark.slow
 def test_a_token_s_vector_is_the_mean_of_two_layers(embedder):
     """After the last layer and after two thirds of them: states 4 and 6 of 6, recomputed with the model itself."""
     model = embedder._model[0].model

@@ -98,6 +98,7 @@ def test_no_ensemble_costs_nothing(prepared, monkeypatch):
     _fit(prepared, 0)
 
 
+@pytest.mark.slow
 def test_students_learn_from_no_held_out_task(prepared, monkeypatch):
     """Descriptions of validation tasks are read for early stopping alone."""
     seen = set()

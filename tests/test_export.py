@@ -55,6 +55,7 @@ def test_merging_equals_applying(tiny, random_adapter):
         assert not torch.allclose(output_of(merged, inputs), output_of(tiny.build(), inputs), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_export_writes_a_model_that_transformers_loads(base, folder, tmp_path):
     """`--merge`: weights, tokenizer, provenance and card; loaded by transformers alone it computes what the adapter does."""
     out = tmp_path / "merged"
@@ -80,6 +81,7 @@ def test_strength_scales_what_is_merged(base, folder, tmp_path):
     assert all(torch.equal(bare[key], merged[key]) for key in bare)
 
 
+@pytest.mark.slow
 def test_the_base_model_s_precision_is_kept(tiny_models, tokenizer, base, folder, tmp_path):
     """A base stored in bf16 is merged in fp32 and rounded once; --dtype overrides."""
     model = base.model.load("cpu").to(torch.bfloat16)
@@ -147,6 +149,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "full"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}])
 def test_the_portable_form_means_the_same(tiny_models, tmp_path, settings):
     """rsLoRA and patterns are folded: one r, one lora_alpha, and PEFT computes the same with it."""

@@ -49,6 +49,7 @@ def test_sizes_and_products_are_those_of_the_dense_matrices(factors, seed, anoth
     assert one.cosine(one) == pytest.approx(1.0) and one.cosine(other.scaled(0.0)) == 0.0
 
 
+@pytest.mark.slow
 @given(seeds, ranks)
 def test_thin_svd_is_one_of_the_product(factors, seed, rank):
     """Orthonormal sides, sorted values, and ΔW back; of no more directions than a side of the module has."""

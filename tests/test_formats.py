@@ -305,6 +305,7 @@ def test_other_gguf_files_are_named(bases, random_adapter, tmp_path):
         LoraAdapter.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_bases_that_llama_cpp_orders_otherwise_are_refused_by_name(tiny_models, random_adapter, tokenizer, bases, tmp_path):
     """GPT-2 has no way; a tied head and a norm neither; nothing is left where the file would have been."""
     tiny = tiny_models["gpt2"]
@@ -497,6 +498,7 @@ def _of_clip(model, random_adapter, **more):
     return random_adapter(LoraLayout.from_model(model, ["q_proj", "out_proj", "fc1"]), **more)
 
 
+@pytest.mark.slow
 def test_kohya_s_names_are_found_in_the_base_model(clip, random_adapter, tmp_path):
     """Underscores become the base model's own paths, alpha / r the scaling; applied, it computes what PEFT does with the same factors."""
     folder, model = clip

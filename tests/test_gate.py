@@ -183,6 +183,7 @@ def test_cross_fitted_numbers_never_saw_their_own_group():
 # --- what it goes by --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evidence_leaves_out_the_task_s_own_expert(gated, gate):
     """A task that plays an unknown one is as far from the bank as its nearest other expert, and rewordings do not see it either."""
     text = gated.conditioner.names and describe(*TRAINING[0])[0]
@@ -431,6 +432,7 @@ def test_shipped_generators_have_names(tmp_path, monkeypatch):
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared):
     """Where near tasks gained .8 and far ones .2, a near description is promised more, and intervals hold the truth."""
     seen = []
@@ -452,6 +454,7 @@ def test_expected_gap_closed_follows_what_was_measured(bare, bank, prepared):
     assert set(seen) <= set(bank.names) and made.fitted["gap_closed"] == pytest.approx(0.5, abs=0.3)
 
 
+@pytest.mark.slow
 def test_what_the_bank_lacks_is_promised_nothing(bare, bank, prepared):
     """The expected gap closed shrinks with novelty: far descriptions are promised less than a tenth."""
     made = fit_gate(bare, bank, RunTasks(make_suite(TRAINING)), prepared.split, unknown=UNKNOWN, settings=FEW, measure=_measured)

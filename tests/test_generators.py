@@ -150,7 +150,8 @@ def test_codes_have_the_space_s_shape_and_are_finite(fitted, prepared, name):
     assert generator.method.size() > 0
 
 
-@pytest.mark.parametrize("name", EACH_METHOD)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANK_METHODS)
 def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     """Every file of the adapter, made with the fitted generator, with the opened one, and with it saved once more."""
     generator = fitted(name)
@@ -165,7 +166,8 @@ def test_saved_and_opened_it_writes_the_same_bytes(fitted, tmp_path, name):
     assert opened.origin == generator.origin and opened.revision == generator.revision != "unsaved"
 
 
-@pytest.mark.parametrize("name", EACH_METHOD)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANK_METHODS)
 def test_an_adapter_does_not_depend_on_those_made_beside_it(fitted, tmp_path, name):
     """generate_loras of three descriptions of different lengths equals each alone, byte for byte, in any order."""
     texts = ["red dog", "would you please paint the blue fish for me today", "pink cat please"]
@@ -342,6 +344,7 @@ def test_strength_is_found_on_held_out_experts(prepared):
     assert tune_strength(method, data, None, torch.Generator()) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held, draws", [(1, 64), (5, 12), (40, 1), (100, 1)])
 def test_few_held_out_tasks_are_asked_more_often(prepared, held, draws, capsys, monkeypatch):
     """A strength chosen on few tasks is chosen on other examples of them each time, and it says how far it is."""

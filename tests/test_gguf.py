@@ -109,6 +109,7 @@ def test_a_truncated_file_is_refused(tmp_path, own_cache, share):
     assert not list((own_cache / "bases").glob("tiny*")) if (own_cache / "bases").exists() else True
 
 
+@pytest.mark.slow
 def test_a_flipped_header_never_escapes(tmp_path):
     """Bytes of the header changed one at a time: the model, or an error of lorag's; no other exception, and no endless work."""
     path = tmp_path / "tiny.gguf"

@@ -115,6 +115,7 @@ def test_what_is_no_sound_image_is_refused(tmp_path, raw, named):
         ImageFile("a.png", tmp_path).open()
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_damage_is_an_error_of_ours(tmp_path_factory, noise, place):
     """Whatever overwrites part of an image: it opens, or ArtifactError says why."""

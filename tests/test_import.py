@@ -677,6 +677,7 @@ def _start(folder, *places, **said):
     return start_bank(folder, find_sources([str(place) for place in places]), NewBank(**said))
 
 
+@pytest.mark.slow
 def test_a_folder_of_adapters_starts_a_bank(tmp_path, base, random_adapter, capsys):
     """One command: base model, kind and identity from the configs, the union of their modules, every adapter in; again adds nothing."""
     from lorag.cli import main as cli

@@ -152,6 +152,7 @@ def test_an_adapter_computes_what_peft_computes(case, other, kind, tmp_path):
         assert same(output_of(both.apply_to(copy.deepcopy(model)), inputs), summed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_more_than_plain_lora_is_refused_by_name(case, kind, tmp_path):
     """The message says what the adapter has, and nothing is returned."""

@@ -198,6 +198,7 @@ def test_gauge_rank_and_alpha_do_not_matter(llama_layout, method):
         assert _distance(_merge(other, method, rank=8), _merge(plain, method, rank=8)) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MERGES)
 def test_a_merged_adapter_is_portable_and_knows_its_origin(experts, method, tmp_path):
     """Scaling 1, finite, of the asked rank at most, saved and read again; `info` names rule, settings and base."""

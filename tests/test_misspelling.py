@@ -24,6 +24,7 @@ def _distance(one, other):
     return rows[len(one), len(other)]
 
 
+@pytest.mark.slow
 def test_one_error_in_one_longer_word():
     """At most one letter is lost, doubled, exchanged or hit beside; words stay as many, and short ones stay as they are."""
     text = "sum up the Contract in a few words, as JSON {now}"

@@ -78,6 +78,7 @@ def test_samples_depend_on_seed_and_task_alone(setting):
     assert ids[0] != ids[2]
 
 
+@pytest.mark.slow
 def test_gradients_flow_to_each_task_own_adapter(setting):
     """The loss of task 1 moves adapter 1, and no other."""
     objective, rows, tasks, stacked = setting

@@ -93,6 +93,7 @@ def test_settings_fit_where_they_fit(saved, changes, misfits):
         assert verdicts[target].line().startswith("no: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
 def test_what_a_bank_refuses_for_its_start_no_program_is_said_to_take(saved, start):
     """`lorag info` and `lorag bank add` go by one table of starts that change the base model."""
@@ -103,6 +104,7 @@ def test_what_a_bank_refuses_for_its_start_no_program_is_said_to_take(saved, sta
     assert not _by_target(read_facts(saved))["vLLM"].fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "misfits", "named"),
     [

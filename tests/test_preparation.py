@@ -49,6 +49,7 @@ def test_connected_groups_share_marks_through_others():
     assert connected([{"a"}, {"x"}, {"a", "b"}, {"b"}, set()]) == [[0, 2, 3], [1], [4]]
 
 
+@pytest.mark.slow
 def test_groups_are_what_an_unseen_task_would_not_have_beside_it(bank):
     """By task only itself, by texts those that share some, by source all of it."""
     assert _prepare(bank, suite=_suite()).data.groups == list(range(8))
@@ -145,6 +146,7 @@ def test_attention_starts_from_plain_similarity():
         assert torch.allclose(attention(keys), zero + expected @ (codes - zero), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_attention_is_trained_without_a_task_s_own_expert(bank, monkeypatch):
     """While it learns, no task sees an expert of its group or of the validation tasks; at use all are seen."""
     prepared = _prepare(bank, suite=_suite(shared=[(0, 3)]), groups="texts", validation=0.2)
@@ -174,6 +176,7 @@ def test_attention_is_trained_without_a_task_s_own_expert(bank, monkeypatch):
     assert len(seen) == 1 and torch.equal(seen[0][1][0], own)
 
 
+@pytest.mark.slow
 def test_attention_is_stored_whole(bank, tmp_path):
     """Opened again, it writes the same ΔW."""
     from lorag.generator.lora_generator import LoraGenerator

@@ -281,6 +281,7 @@ def test_an_adapter_goes_to_the_hub_and_back(standin, fitted):
     assert b"toys/base-lm" in standin.files("me/red-bird")[CARD]
 
 
+@pytest.mark.slow
 def test_a_folder_of_this_machine_is_not_published(standin, fitted, toy, tmp_path):
     """Adapter, bank and generator of a base model in a folder: refused before anything is sent, with the way out."""
     generator = fitted("ridge")
@@ -421,6 +422,7 @@ def test_what_was_fetched_is_there_offline(standin, hosted, monkeypatch):
         AdapterBank.from_pretrained("me/other")
 
 
+@pytest.mark.slow
 def test_errors_of_the_hub_name_the_remedy_and_no_token(standin, fitted, monkeypatch, caplog):
     """No repository, no right to write, a commit that fails: lorag's own errors, and no secret in them or in the log."""
     adapter = fitted("nearest").generate("red bird")
@@ -440,6 +442,7 @@ def test_errors_of_the_hub_name_the_remedy_and_no_token(standin, fitted, monkeyp
         hub.push({}, "not a name", message="x")
 
 
+@pytest.mark.slow
 def test_a_path_is_never_looked_up_on_the_hub(standin, tmp_path):
     """A missing folder is a missing folder; so is any text that cannot be a hub id."""
     for path in (tmp_path / "a" / "b", "./x", "/x/y", "a/b/c", "a"):

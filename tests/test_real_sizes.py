@@ -176,6 +176,7 @@ def test_small_codes_keep_the_flat_decoder(prepared):
         assert torch.equal(other.predict(embeddings), auto.method.predict(embeddings))
 
 
+@pytest.mark.slow
 def test_decoder_settings_that_cannot_be_used(prepared):
     """Unknown names, sizes, and a space whose modules' parts differ in length are named errors; so are impossible places."""
     for wrong in ({"decoder": "round"}, {"decoder_blocks": 1000}, {"decoder_width": 0}):

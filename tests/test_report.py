@@ -340,6 +340,7 @@ def gathered(ladder):
     return gather_findings(ladder, _scores(ladder))
 
 
+@pytest.mark.slow
 def test_gains_are_shares_of_the_gap(gathered, ladder):
     """(score - base) / (oracle - base), at most 1; a task whose oracle hardly beats the base has none."""
     names = [task.name for task in ladder.suite]
@@ -413,6 +414,7 @@ def test_curves_are_read_from_the_generator_s_folder(gathered):
     assert gathered.curves == Curves((Stage("fit", (10, 20), (0.1, 0.05), (20,), (0.1,)),))
 
 
+@pytest.mark.slow
 def test_without_oracles_gate_and_metrics_the_rest_is_shown(ladder, tmp_path):
     """No gains, no gate, metrics of a stranger: each says why it is left out, and nothing else is lost."""
     report = _scores(ladder)

@@ -48,6 +48,7 @@ def test_rows_equal_separate_peft_models(setting, tmp_path):
             assert (bare[2 * index : 2 * index + 2] - alone).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_cores_equal_factors(setting):
     """Cores in shared bases compute what the factors of the same ΔW compute."""
     _, rows, adapters, inputs = setting

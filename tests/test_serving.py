@@ -307,6 +307,7 @@ def test_the_gate_decides(tmp_path, generator, caplog):
     assert caplog.records and not any(word in caplog.text for word in ("robot", "asdf", "cake"))
 
 
+@pytest.mark.slow
 def test_hostile_names_write_nothing(resolver):
     """Path tricks are descriptions, which the gate refuses, or refused at once; no file is made for any, and none outside."""
     before = sorted(resolver.store.folder.parent.rglob("*"))
@@ -424,6 +425,7 @@ def test_a_crowd_of_new_names_is_told_to_wait(plugin, monkeypatch):
     assert sorted(getattr(one, "status_code", 200) for one in found) == [200] * 3 + [429] * 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_507(plugin, monkeypatch):
     """Not a crash, and not the client's fault."""
     plugin.register()

@@ -84,6 +84,7 @@ def test_long_texts_are_cut_into_pieces_of_bounded_size(write, word):
     assert "372 pieces beyond the first 128" in many.line(())
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=400))
 def test_any_text_is_read_or_refused(tmp_path, text):
@@ -166,6 +167,7 @@ def test_usual_similarity_is_the_median_of_pairs():
     assert type(conditioner)((), torch.zeros(0, 4)).usual_similarity == 0.0 == type(conditioner)(("a",), torch.ones(1, 4)).usual_similarity
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_used(write, tmp_path, capsys):
     """And the adapter's lorag.json holds it."""
     with pytest.raises(SystemExit) as stopped:

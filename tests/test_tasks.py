@@ -202,6 +202,7 @@ def test_endless_lines_are_refused(folder):
     _refused(folder, "line 1 is too long")
 
 
+@pytest.mark.slow
 def test_a_line_that_unpacks_without_end_is_not_held(folder):
     """A gzip bomb: 60 MB in one line of a file of 60 kB are refused after a line's limit, not after they fill the memory."""
     with gzip.open(folder / "examples.jsonl.gz", "wb", compresslevel=9) as file:

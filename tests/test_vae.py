@@ -141,6 +141,7 @@ def test_generators_at_the_sandbox_s_size_stay_below_ten_million_parameters(name
             assert _count(method_type(name).with_settings({"condition": condition}).build(own)) < 10_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 4096, 4097])
 def test_the_published_network_takes_any_length(length):
     """Padded inside and cut again: outputs have the input's shape, and one row alone passes once training is over."""

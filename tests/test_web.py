@@ -81,6 +81,7 @@ def test_a_request_needs_a_description(text):
 # --- the session ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_request_gives_what_generate_gives(bench, generators):
     """Each adapter is the generator's own for that seed and strength, byte for byte, and a second request gives it again."""
     request = Request(TEXT, ("ridge", "sg_lora"), seed=3, strength=1.5, samples=2)

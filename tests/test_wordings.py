@@ -60,6 +60,7 @@ def test_the_command_takes_them(tmp_path, capsys):
     assert stopped.value.code == 2 and "--wording" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_of_descriptions_may_hold_them(tmp_path):
     """JSON lines with wordings: as if each adapter were made alone; a folder made from others is not taken for it."""
     file, out = tmp_path / "many.jsonl", tmp_path / "out"

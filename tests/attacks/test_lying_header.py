@@ -7,6 +7,7 @@ import pytest
 from lorag.errors import ArtifactError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
 def test_a_length_beyond_the_file_is_not_believed(folder, refused, length):
     """Nothing is allocated for a header of exbibytes."""

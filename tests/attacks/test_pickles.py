@@ -94,6 +94,7 @@ def test_base_models_and_embedders_of_pickles_are_refused(bomb, refused, tmp_pat
         SentenceEmbedder.from_pretrained(str(tmp_path / "base"), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "named"),
     [
