@@ -318,7 +318,7 @@ def test_evaluate_writes_its_report(lorag, refused, tmp_path):
 def test_train_from_the_command_line(lorag, refused, tmp_path):
     """Ridge on the embedded bank in two minutes' work, what to do next without tasks, again; other settings are refused."""
     started = time.process_time()  # a busy machine is no failure
-    values = [f"out={tmp_path / 'g'}", "method=ridge", "tasks=null", "wordings=2", "validation=0.03"]
+    values = [f"out={tmp_path / 'g'}", "method=ridge", "tasks=null", "wordings=1", "validation=0.03"]
     code, out, err = lorag("train", *values)
     assert code == 0, err
     assert f"{TRAINED} experts" in out and time.process_time() - started < 120
