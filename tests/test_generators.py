@@ -10,6 +10,7 @@ from toy_world import (
     TRAINING,
     WordEmbedder,
     describe,
+    interruptible_loop,
     make_bank,
     make_suite,
     name_of,
@@ -34,7 +35,7 @@ from lorag.methods import METHODS, TrainingSet, method_type
 from lorag.methods.functional import mean_loss
 from lorag.methods.method import _distance
 from lorag.methods.regression import _left_out_error
-from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
+from lorag.methods.training_loop import Batch, LoopSettings
 from lorag.text.conditioning import Conditioner, mixture
 from lorag.training.calibrate import tune_strength
 from lorag.training.split import RunTasks, SplitRule
@@ -475,22 +476,7 @@ def test_novelty_is_zero_for_what_is_stored_and_grows_with_distance():
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-def _interrupted(monkeypatch, stage=None, at=None):
-    """Validates and keeps the state of training every five steps; a stage may raise KeyboardInterrupt at its n-th loss."""
-    run = TrainingLoop.run
-
-    def changed(loop, name, module, loss, validate, settings):
-        def stopping(m, step):
-            if name == stage and step == at:
-                raise KeyboardInterrupt
-            return loss(m, step)
-
-        return run(loop, name, module, stopping, validate, dataclasses.replace(settings, validate_every=5))
-
-    monkeypatch.setattr(TrainingLoop, "run", changed)
-
-
-def _fit_house(prepared, folder, monkeypatch, stage, at=None):
+def _fit_house(prepared, folder, stage, at=None):
     """Tensors of a small house with all of its stages but one: the kernel takes the place of reconstruction."""
     settings = {
         "kernel_steps": 14 if stage == "house kernel" else 0,
@@ -502,10 +488,8 @@ def _fit_house(prepared, folder, monkeypatch, stage, at=None):
         "width": 32,
         "hidden": 32,
     }
-    method, loop = method_type("house").with_settings({**QUICK["house"], **settings}), quiet_loop(folder)
-    with monkeypatch.context() as patched:
-        _interrupted(patched, stage, at)
-        method.fit(prepared.data, loop, prepared.runner)
+    method, loop = method_type("house").with_settings({**QUICK["house"], **settings}), interruptible_loop(folder, at, stage)
+    method.fit(prepared.data, loop, prepared.runner)
     loop.finish()
     return method.state().tensors
 
@@ -518,7 +502,7 @@ def whole(prepared, tmp_path_factory):
     def get(stage):
         kind = stage if stage == "house kernel" else "house reconstruction"
         if kind not in runs:
-            runs[kind] = _fit_house(prepared, tmp_path_factory.mktemp("whole"), pytest.MonkeyPatch(), kind)
+            runs[kind] = _fit_house(prepared, tmp_path_factory.mktemp("whole"), kind)
         return runs[kind]
 
     return get
@@ -528,14 +512,14 @@ def whole(prepared, tmp_path_factory):
 @pytest.mark.parametrize(
     ("stage", "at"), [("house kernel", 12), ("house reconstruction", 13), ("house functional", 12), ("house member 2", 8)]
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, whole, tmp_path, monkeypatch, caplog, stage, at):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(prepared, whole, tmp_path, caplog, stage, at):
     """The same weights to the bit, dropout included, whichever of the stages was cut, and no state is left behind."""
     with pytest.raises(KeyboardInterrupt):
-        _fit_house(prepared, tmp_path, monkeypatch, stage, at)
+        _fit_house(prepared, tmp_path, stage, at)
     assert list(tmp_path.glob("*.state.safetensors"))
     torch.rand(5)
     caplog.set_level("INFO", "lorag")
-    resumed, right = _fit_house(prepared, tmp_path, monkeypatch, stage), whole(stage)
+    resumed, right = _fit_house(prepared, tmp_path, stage), whole(stage)
     assert f"{stage}: going on at step {at // 5 * 5}" in caplog.text
     assert all(torch.equal(right[key], resumed[key]) for key in right)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

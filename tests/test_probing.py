@@ -1,12 +1,11 @@
 """Probes learn which half of a task's texts its description is about, and what they learned holds for words that no task had."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_world import WordEmbedder, quiet_loop
+from toy_world import WordEmbedder, interruptible_loop, quiet_loop
 
 from lorag.methods.method import collate
 from lorag.methods.probing import ProbeSettings, train_probes
@@ -86,38 +85,17 @@ def test_nothing_to_learn_from_leaves_them_as_they_are(world):
     assert all(torch.equal(value, untouched[name]) for name, value in probes.state_dict().items())
 
 
-class _Stop(Exception):
-    """What interrupts a stage."""
-
-
-def _loop(folder=None, stop=None):
-    """A loop that validates and keeps its state every five steps, and may be interrupted before a step."""
-    loop = quiet_loop(folder)
-    run = loop.run
-
-    def changed(stage, module, loss, validate, steps):
-        def counted(network, step):
-            if step == stop:
-                raise _Stop
-            return loss(network, step)
-
-        return run(stage, module, counted, validate, replace(steps, validate_every=5))
-
-    loop.run = changed
-    return loop
-
-
 @pytest.mark.slow
 def test_an_interrupted_stage_goes_on(world, tmp_path, caplog):
     """Stopped after half of the steps' validations and begun again, it ends where it would have ended."""
     data, read, start = world
     settings = ProbeSettings(steps=16, learning_rate=5e-3, tasks=8)
     whole = _aligned(data, start)
-    train_probes("toy", whole, data, read, _loop(), settings)
-    with pytest.raises(_Stop):
-        train_probes("toy", _aligned(data, start), data, read, _loop(tmp_path, 12), settings)
+    train_probes("toy", whole, data, read, interruptible_loop(), settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_probes("toy", _aligned(data, start), data, read, interruptible_loop(tmp_path, 12), settings)
     again = _aligned(data, start)
     caplog.set_level("INFO", "lorag")
-    train_probes("toy", again, data, read, _loop(tmp_path), settings)
+    train_probes("toy", again, data, read, interruptible_loop(tmp_path), settings)
     assert "going on at step 10" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))

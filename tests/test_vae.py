@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import WORDS  # noqa: F401 - the conftest sets the offline environment
 from torch import nn
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, name_of, quiet_loop
+from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, interruptible_loop, name_of, quiet_loop
 
 from benchmarks.sg_controls import SgRescaled, SgRidge
 from lorag.cli.info import describe_path
@@ -16,7 +16,6 @@ from lorag.files.tensors import save_tensors
 from lorag.methods import TrainingSet, method_type
 from lorag.methods.method import collate
 from lorag.methods.sg_lora import ExpertMixture
-from lorag.methods.training_loop import TrainingLoop
 from lorag.methods.vae import Diagnostics, gaussian_kl, negative_elbo, squared_error
 from lorag.networks.conv_vae import ConvVae
 from lorag.networks.vae import Gaussian, LearnedPriorVae, Reconstruction, standard_normal
@@ -613,23 +612,13 @@ def test_settings_are_checked_before_training():
         ("sg_lora", BOTH),
     ],
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tmp_path, monkeypatch, caplog):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(name, settings, world, tmp_path, caplog):
     """The same tensors to the bit, diagnostics included; the state is kept every five steps, and the run is cut at the thirteenth."""
     method = method_type(name).with_settings({**(ICM if name == "icm_lora" else SG), **settings, "steps": 16})
-    run = TrainingLoop.run
 
     def fit(folder, stop=None):
-        def changed(loop, stage, module, loss, validate, steps):
-            def stopping(m, step):
-                if step == stop:
-                    raise KeyboardInterrupt
-                return loss(m, step)
-
-            return run(loop, stage, module, stopping, validate, dataclasses.replace(steps, validate_every=5))
-
-        monkeypatch.setattr(TrainingLoop, "run", changed)
         fresh = method_type(name).with_settings(method.values())
-        fresh.fit(world, quiet_loop(folder))
+        fresh.fit(world, interruptible_loop(folder, stop))
         return fresh.state().tensors
 
     whole = fit(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """A toy world for generators: descriptions name a colour and an animal, and ΔW is the sum of what the two words stand for."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -116,3 +117,20 @@ def prepare_toy(bank, tasks=None, rule=None, space=None, k=8) -> Prepared:
 def quiet_loop(folder=None, seed=0) -> TrainingLoop:
     """A loop on the CPU that shows nothing."""
     return TrainingLoop(folder, torch.Generator().manual_seed(seed), quiet=True, accelerator=Accelerator(cpu=True))
+
+
+def interruptible_loop(folder=None, stop=None, stage=None) -> TrainingLoop:
+    """The same; it validates and keeps its state every five steps, and is interrupted before step `stop` of a stage, or of any."""
+    loop = quiet_loop(folder)
+    run = loop.run
+
+    def changed(name, module, loss, validate, settings):
+        def stopping(m, step):
+            if step == stop and stage in (None, name):
+                raise KeyboardInterrupt
+            return loss(m, step)
+
+        return run(name, module, stopping, validate, dataclasses.replace(settings, validate_every=5))
+
+    loop.run = changed
+    return loop
