@@ -1,11 +1,12 @@
-"""Fusion on the sandbox: one adapter for 2, 4 or 8 tasks, by every method, against the single experts and a joint adapter.
+"""Fusion: one adapter for 2, 4 or 8 tasks, by every method, against the single experts and adapters trained on the same examples.
 
 `python -m benchmarks.fusion --generator DIR [--plain DIR] [--sets 2,4,8,long-tailed] [--seeds 3] [--draws 4] [--limit 16]
-[--held-out] [--json FILE]`
+[--held-out] [--json FILE]` on the sandbox, and `python -m benchmarks.fusion --bank DIR --suite smollm2 --sets 2,4,8` on any bank.
 
-The tasks of a set lie in different domains, so that their inputs tell them apart, and differ in skill, and in style as far
-as there are styles. `--held-out` draws them from the tasks that the generator's training held out. With `--json` every
-finished set is written at once, and the same command goes on from there.
+On the sandbox the tasks of a set lie in different domains, so that their inputs tell them apart, and differ in skill, and in style
+as far as there are styles. `--held-out` draws them from the tasks that the generator's training held out. Of another bank, experts
+that score at least .8 on their own tasks are drawn, each with another source. With `--json` every finished set is written at once,
+and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank, find_bank
-from lorag.bank.experts import train_group
+from lorag.bank.experts import ExpertConfig, train_group
+from lorag.base.runner import Runner
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
@@ -41,6 +43,7 @@ from lorag.worlds.sandbox.grid import Cell, splits
 EXAMPLES = 8  # of each task, that refinement sees
 RARE = 8  # training examples of the rare task of a long-tailed set
 LONG_TAILED = 4  # tasks of such a set
+GOOD = 0.8  # least score of an expert on its own task, for a set of another bank than the sandbox's
 RESAMPLES = 2000
 TRAINING = replace(SandboxConfig().experts, checkpoints=1)  # as the bank's experts were trained
 
@@ -49,17 +52,22 @@ TRAINING = replace(SandboxConfig().experts, checkpoints=1)  # as the bank's expe
 class World:
     """What all sets are fused and scored with."""
 
-    generator: LoraGenerator
-    plain: LoraGenerator | None
     bank: AdapterBank
     suite: TaskSuite
+    runner: Runner
+    generator: LoraGenerator | None
+    plain: LoraGenerator | None
     limit: int
     steps: int
 
+    @property
+    def rank(self) -> int:
+        """Of what is trained or rebuilt."""
+        return self.generator.rank if self.generator else self.bank.adapter(self.bank.names[0]).rank
+
     def scores(self, adapters: Sequence[LoraAdapter] | None, tasks: Sequence[Task]) -> list[float]:
         """Score of adapter number i on task number i; one adapter serves all."""
-        runner = self.generator.runner()
-        own = None
+        runner, own = self.runner, None
         if adapters is not None:
             own = Factors.stack([one.factors for one in adapters] * (len(tasks) // len(adapters)), runner.device)
         return [round(score[runner.objective.metric], 4) for score in runner.scores(own, tasks, limit=self.limit)]
@@ -78,25 +86,46 @@ def draw_set(size: int, rng: random.Random, among: Container[str]) -> list[str]:
     return sorted(cell.name for cell in chosen)
 
 
-def held_out(world: World) -> list[str]:
+def draw_good(size: int, rng: random.Random, world: World) -> list[str]:
+    """Names of experts that learned their tasks, each with another source."""
+    pool = [expert.name for expert in world.bank.experts if (expert.score or 0) >= GOOD]
+    rng.shuffle(pool)
+    chosen: dict[str, str] = {}
+    for name, task in zip(pool, world.suite.of_experts(pool), strict=True):
+        if len(chosen) < size:
+            chosen.setdefault(task.name.split("_")[0], name)
+    if len(chosen) < size:
+        raise SystemExit(f"the bank's good experts have {len(chosen)} sources, fewer than {size}")
+    return sorted(chosen.values())
+
+
+def held_out(generator: LoraGenerator, bank: AdapterBank) -> list[str]:
     """The bank's tasks that taught the generator nothing, for they chose when its training stopped."""
-    rule = SplitRule.stated(world.generator.origin["config"])
-    split = rule.split(world.bank.names, RunTasks.named("sandbox", len(world.bank)))
-    return [world.bank.names[row] for row in split.validation if row < len(world.bank)]
+    rule = SplitRule.stated(generator.origin["config"])
+    split = rule.split(bank.names, RunTasks.named("sandbox", len(bank)))
+    return [bank.names[row] for row in split.validation if row < len(bank)]
 
 
 def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     """One adapter of the generator's rank trained on all examples of the tasks together."""
     mixed = replace(tasks[0], name="joint", examples=tuple(example for task in tasks for example in task.split("train")))
     config = replace(TRAINING, batch=TRAINING.batch * len(tasks))
-    return train_group(world.generator.runner(), [mixed], world.generator.rank, config)[0][-1]
+    return train_group(world.runner, [mixed], world.rank, config)[0][-1]
+
+
+def fresh(world: World, tasks: Sequence[Task], seed: int) -> LoraAdapter:
+    """One adapter trained from nothing on the examples that `learned_weights` and `cat` see, for as many steps: what merging is worth."""
+    support = [few_examples(task, EXAMPLES, seed) for task in tasks]
+    mixed = replace(support[0], name="fresh", examples=tuple(example for task in support for example in task.examples))
+    config = ExpertConfig(steps=world.steps, batch=min(32, len(mixed.examples)), checkpoints=1, seed=seed)
+    return train_group(world.runner, [mixed], world.rank, config)[0][-1]
 
 
 def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
     """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
     support = [few_examples(task, EXAMPLES, seed) for task in tasks]
     pairs = [(example.input, example.output) for task in support for example in task.examples]
-    return refine(world.generator.runner(), adapter, pairs, world.steps, seed)
+    return refine(world.runner, adapter, pairs, world.steps, seed)
 
 
 def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
@@ -106,7 +135,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
     @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
         support = [few_examples(task, EXAMPLES, seed) for task in tasks]
-        weights = learn_weights(world.generator.runner(), experts, support, per_module=per_module, steps=world.steps, seed=seed)
+        weights = learn_weights(world.runner, experts, support, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
     def fused(generator: LoraGenerator, **more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
@@ -118,20 +147,23 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "sum": lambda: world.bank.fuse(names, "task_arithmetic", coefficient=1.0),
         "ties": lambda: world.bank.fuse(names, "ties"),
         "dare_ties": lambda: world.bank.fuse(names, "dare_ties", rng=torch.Generator().manual_seed(seed)),
-        "lego": lambda: world.bank.fuse(names, "lego", rank=world.generator.rank),
+        "lego": lambda: world.bank.fuse(names, "lego", rank=world.rank),
         "tsv": lambda: world.bank.fuse(names, "tsv"),
-        "regmean": lambda: regmean(world.generator.runner(), experts, tasks, seed=seed),
+        "regmean": lambda: regmean(world.runner, experts, tasks, seed=seed),
         "learned_weights": lambda: learned(False),
         "cat": lambda: learned(True),
-        "mean_refined": lambda: refined(world, world.bank.fuse(names, "mean"), tasks, seed),
-        "cat_refined": lambda: refined(world, learned(True), tasks, seed),
-        "icm_uniform": lambda: fused(world.generator),
-        "icm_conflict": lambda: fused(world.generator, rule="conflict"),
-        "icm_learned": lambda: fused(world.generator, rule="learned", suite=world.suite),
-        "icm_worst": lambda: fused(world.generator, rule="learned", reduction="worst", suite=world.suite),
-        "icm_refined": lambda: fused(world.generator, rule="learned", suite=world.suite, refine_steps=world.steps),
-        "joint": lambda: joint(world, tasks),
+        "fresh": lambda: fresh(world, tasks, seed),
     }
+    if world.generator is not None:
+        latent = world.generator
+        made["mean_refined"] = lambda: refined(world, world.bank.fuse(names, "mean"), tasks, seed)
+        made["cat_refined"] = lambda: refined(world, learned(True), tasks, seed)
+        made["icm_uniform"] = lambda: fused(latent)
+        made["icm_conflict"] = lambda: fused(latent, rule="conflict")
+        made["icm_learned"] = lambda: fused(latent, rule="learned", suite=world.suite)
+        made["icm_worst"] = lambda: fused(latent, rule="learned", reduction="worst", suite=world.suite)
+        made["icm_refined"] = lambda: fused(latent, rule="learned", suite=world.suite, refine_steps=world.steps)
+        made["joint"] = lambda: joint(world, tasks)
     if world.plain is not None:
         plain = world.plain
         made["plain_uniform"] = lambda: fused(plain)
@@ -150,16 +182,19 @@ def run_set(world: World, names: Sequence[str], seed: int) -> dict[str, list[flo
 
 def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, list[float]]:
     """The same where the first task has 8 examples in all, and its expert was trained on them; its score comes first."""
+    latent = world.generator
+    if latent is None:
+        raise SystemExit("long-tailed sets need --generator")
     tasks = world.suite.of_experts(names)
     few = few_examples(tasks[0], RARE, seed)
-    expert = train_group(world.generator.runner(), [few], 4, TRAINING)[0][-1]
+    expert = train_group(world.runner, [few], 4, TRAINING)[0][-1]
     expert = replace(expert, base_model=world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
     others = list(world.bank.adapters(names[1:]))
 
     def fused(**more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
         own = {names[0]: expert}
-        return fuse_experts(world.generator, world.bank, names, adapters=own, seed=seed, steps=world.steps, suite=suite, **more)
+        return fuse_experts(latent, world.bank, names, adapters=own, seed=seed, steps=world.steps, suite=suite, **more)
 
     made: dict[str, Callable[[], LoraAdapter]] = {
         "mean": lambda: merge([expert, *others]),
@@ -204,8 +239,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Draws sets, fuses and scores each, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generator", required=True, help="icm_fusion generator")
+    parser.add_argument("--generator", help="icm_fusion generator of the sandbox's bank")
     parser.add_argument("--plain", help="another icm_fusion generator to compare with, such as one with settings.sets.steps=0")
+    parser.add_argument("--bank", default="sandbox", help="of other experts than the sandbox's, without a generator")
+    parser.add_argument("--suite", default="sandbox", help="the tasks of the bank's experts")
     parser.add_argument("--sets", default="2,4,8,long-tailed", help="sizes of sets, and long-tailed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=4, help="sets of each size and seed")
@@ -214,16 +251,22 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="sets of tasks that the generator did not learn from")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    generator = LoraGenerator.from_pretrained(given.generator)
-    plain = LoraGenerator.from_pretrained(given.plain, embedder=generator.embedder) if given.plain else None
-    world = World(generator, plain, find_bank("sandbox"), find_tasks("sandbox", "train"), given.limit, given.steps)
+    sandbox = given.bank == "sandbox"
+    if bool(given.generator) != sandbox:
+        raise SystemExit("the sandbox's bank needs --generator, and another bank takes none")
+    bank = find_bank(given.bank)
+    generator = LoraGenerator.from_pretrained(given.generator) if given.generator else None
+    plain = LoraGenerator.from_pretrained(given.plain, embedder=generator.embedder) if generator and given.plain else None
+    runner = generator.runner() if generator else Runner.open(bank.base, "auto", "fast")
+    suite = find_tasks("sandbox", "train") if sandbox else find_tasks(given.suite)
+    world = World(bank, suite, runner, generator, plain, given.limit, given.steps)
     settings = {
-        "generator": generator.revision,
+        "generator": generator.revision if generator else given.bank,
         "plain": None if plain is None else plain.revision,
         "limit": given.limit,
         "steps": given.steps,
     } | ({"held_out": True} if given.held_out else {})
-    among = held_out(world) if given.held_out else world.bank.names
+    among = held_out(generator, bank) if generator and given.held_out else bank.names
     rows: list[dict[str, Any]] = []
     if given.json and given.json.exists():
         before = read_json(given.json)
@@ -236,7 +279,8 @@ def main() -> None:
     for kind, size, seed, draw in tqdm(todo, desc="sets"):
         if (kind, seed, draw) in done:
             continue
-        names = draw_set(size, random.Random(f"{kind}/{seed}/{draw}"), among)
+        rng = random.Random(f"{kind}/{seed}/{draw}")
+        names = draw_set(size, rng, among) if sandbox else draw_good(size, rng, world)
         scores = (run_long_tailed if kind == "long-tailed" else run_set)(world, names, seed)
         rows.append({"kind": kind, "seed": seed, "draw": draw, "tasks": names, "scores": scores})
         if given.json:

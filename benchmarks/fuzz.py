@@ -1,7 +1,7 @@
 """Mutation fuzzer: valid adapters, banks, generators, suites, configs and training states, spoiled at random, must end in LoragError.
 
 Each case takes one valid folder, spoils it and reads it the way users do. Whatever is read must be refused with a LoragError
-or be whole: anything else that is raised, an accepted adapter with a value that is no number, or a case that takes more than
+or be whole: anything else that is raised, an accepted adapter with a value that is not a number, or a case that takes more than
 five seconds of processor time is an escape. A case depends on the seed and its number alone:
 
     python -m benchmarks.fuzz --cases 100000
@@ -312,7 +312,7 @@ def run(cases: int, seed: int = 0, start: int = 0) -> Report:
                 outcome = type(error).__name__
                 if not str(error).isprintable() or len(str(error)) > 3000:
                     report.escapes.append((number, f"{target}: {done}", f"an unreadable message: {str(error)[:200]!r}"))
-            except Exception as error:  # anything that is no LoragError is what is looked for
+            except Exception as error:  # anything that is not a LoragError is what is looked for
                 outcome = f"ESCAPE {type(error).__name__}"
                 report.escapes.append((number, f"{target}: {done}", "".join(traceback.format_exception(error)[-6:])))
             spent = time.process_time() - began

@@ -203,9 +203,9 @@ def _whole(found: LoraAdapter) -> None:
     """What was accepted must be usable: of its layout, finite, and with finite norms."""
     found.layout.check_factors(found.factors.tensors)
     if not all(value >= 0 and value < float("inf") for value in found.norms().values()):
-        raise AssertionError("an accepted adapter has a norm that is no number")
+        raise AssertionError("an accepted adapter has a norm that is not a number")
     if not all(tensor.isfinite().all() for pair in found.factors.values() for tensor in pair):
-        raise AssertionError("an accepted adapter has a value that is no number")
+        raise AssertionError("an accepted adapter has a value that is not a number")
 
 
 def read_adapter(folder: Path, rng: random.Random) -> None:

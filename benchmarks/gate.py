@@ -6,9 +6,9 @@ errors, in British and American spelling, in short and long forms.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.files.artifacts import embedded
@@ -25,7 +26,7 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 from lorag.text.spelling import Spelling
-from lorag.training.calibrate import score_codes
+from lorag.training.calibrate import scores_in_parts
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.split import RunTasks, SplitRule
 from lorag.worlds.sandbox.grid import Cell, splits
@@ -66,10 +67,13 @@ def respelled(text: str) -> str:
 
 def scores(generator: LoraGenerator, texts: Sequence[str], tasks: Sequence[Task]) -> torch.Tensor:
     """Scores (n,) of what is generated for each text on its task."""
-    codes = []
-    for one in generator.embedder.embed([generator.read(text) for text in texts]):
-        codes.append(generator.method.generate(generator.conditioner(one), torch.Generator().manual_seed(0))[0].float())
-    return score_codes(generator, torch.stack(codes), list(tasks), EXAMPLES, [generator.strength] * len(tasks))
+    conditions = [generator.conditioner(one) for one in generator.embedder.embed([generator.read(text) for text in texts])]
+    codes = torch.stack([generator.method.generate(one, torch.Generator().manual_seed(0))[0].float() for one in conditions])
+
+    def generated(some: slice) -> list[Factors]:
+        return [factors.scaled(generator.strength) for factors in generator.space.decode(codes[some], generator.rank)]
+
+    return scores_in_parts(generator.runner(), generated, list(tasks), EXAMPLES)
 
 
 def wordings(generator: LoraGenerator, tasks: Sequence[Task], cells: Sequence[Cell], count: int) -> dict[str, float]:
@@ -134,5 +138,8 @@ def main(folder: str, report_to: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(arguments[0] if arguments else DEFAULT, Path(arguments[1]) if len(arguments) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("generator", nargs="?", default=DEFAULT, help="a folder, or the name of a shipped one")
+    parser.add_argument("report", nargs="?", type=Path, help="JSON file that gets the figures")
+    given = parser.parse_args()
+    main(given.generator, given.report)

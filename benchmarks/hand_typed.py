@@ -9,6 +9,7 @@ Bounded by what was learned of the training tasks: with their own wordings too t
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Sequence
 
@@ -89,5 +90,6 @@ def _scores(generator: LoraGenerator, runner: Runner, tasks: Sequence[Task], des
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for line in measure():
         print(line)

@@ -5,9 +5,9 @@ Needs the extra `web`, Playwright and Chromium. The embedded generator is shown.
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -65,4 +65,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs"), help="gets the pictures")
+    main(parser.parse_args().folder)

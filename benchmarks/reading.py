@@ -12,6 +12,7 @@ no probe makes two.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,5 +131,6 @@ def _told(x: Tensor, y: Tensor, x_new: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for line in measure(False):
         print(line)

@@ -2,7 +2,7 @@
 
 `choice`: tasks of the embedded world that have an expert, described in wordings that neither the generator nor the router saw, with
 texts that were not among the examples. `real`: the same for tasks that SmolLM2's generator learned from, without experts; `--suites`:
-for the tasks of any suites, by choice alone. `speed`: tokens a second of one core's time, each row of a batch with an adapter of its own,
+for the tasks of any suites, by choice alone. `speed`: tokens per second of one core's time, each row of a batch with an adapter of its own,
 against PEFT, which switches adapters between requests. Time is the process's own, so that a busy machine does not count.
 """
 
@@ -151,7 +151,7 @@ def real(count: int) -> None:
 
 
 def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
-    """Tokens a second of the process's own time."""
+    """Tokens per second of the process's own time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -168,7 +168,7 @@ def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
         with runner.use(stacked) as adapted:
             _write(adapted, tokenizer, texts[:count], tokens)
         together = count * tokens / (time.process_time() - began)
-        print(f"row adapters, {count} rows, {count} adapters: {together:.1f} tokens a second")
+        print(f"row adapters, {count} rows, {count} adapters: {together:.1f} tokens per second")
     peft = adapters[0].apply_to(model, name="a0")
     some = min(8, len(adapters))
     for number in range(1, some):
@@ -178,7 +178,7 @@ def speed(base: str, rows: tuple[int, ...], tokens: int) -> None:
         peft.set_adapter(f"a{number}")
         _write(peft, tokenizer, [texts[number]], tokens)
     alone = some * tokens / (time.process_time() - began)
-    print(f"PEFT, adapters switched between {some} requests: {alone:.1f} tokens a second; at {max(rows)} rows {together / alone:.1f} x")
+    print(f"PEFT, adapters switched between {some} requests: {alone:.1f} tokens per second; at {max(rows)} rows {together / alone:.1f} x")
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.sandbox.base_lm import PretrainConfig, pretrain
 from lorag.worlds.sandbox.grid import build_suite, splits
 
-# Small enough for minutes of one core: the shipped base is 128 wide, 4 deep, and saw 32 texts a step.
+# Small enough for minutes of one core: the shipped base is 128 wide, 4 deep, and saw 32 texts per step.
 OTHER = PretrainConfig(hidden_size=96, intermediate_size=288, layers=5, heads=4, steps=1000, texts=8, seed=1)
 # As the shipped experts were trained.
 EXPERTS = ExpertConfig(

@@ -3,7 +3,7 @@
 The convolutional network (arXiv 2501.17635) keeps about 185 activations for each value of an adapter, so bytes and time grow
 with the adapter: memory bandwidth bounds it. The CVAE sees principal coordinates of codes, as many as there are experts less
 one; its step is bounded by one product of a code with their basis (c x p values, read once for a batch) and by the overhead of
-some hundred small kernels, and its memory by that basis. Both train on 2 adapters a step with AdamW. Each network has a process
+some hundred small kernels, and its memory by that basis. Both train on 2 adapters per step with AdamW. Each network has a process
 of its own: peak is the highest resident set (on a GPU: what torch allocated there), net is peak less what a process holds that
 has imported the same modules and does nothing. The bank itself is not held by either. "Generate" makes one adapter's factors
 from a description that is embedded already; for codes it includes the singular value decompositions and the products with the
@@ -196,7 +196,7 @@ def _here(what: str, adapter: Adapter) -> dict[str, float]:
     """One measurement in this process."""
     where = device()
     if what == "bare":
-        # Kernels, autograd and optimiser are loaded on first use, which is no cost of a network.
+        # Kernels, autograd and optimiser are loaded on first use, which is not a cost of a network.
         network = nn.Linear(1, 1).to(where)
         optimizer = torch.optim.AdamW(network.parameters())
         network(torch.zeros(1, 1, device=where)).sum().backward()

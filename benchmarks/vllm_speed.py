@@ -1,4 +1,4 @@
-"""vLLM measured beside `python -m benchmarks.routing speed`: tokens a second, each request with an adapter of its own.
+"""vLLM measured beside `python -m benchmarks.routing speed`: tokens per second, each request with an adapter of its own.
 
 Runs in vLLM's environment (tests/engines/run.sh makes one): `python -m benchmarks.vllm_speed FOLDER`, where FOLDER is the base model's.
 Adapters have rank 8 on all linear layers and random values. Time is that of all of vLLM's processes, so that a busy machine does not count.
@@ -44,7 +44,7 @@ def measure(base: str, rows: tuple[int, ...], tokens: int, folder: Path) -> None
             runs.append(_work() - began)
             if any(len(one.outputs[0].token_ids) != tokens for one in written):
                 raise RuntimeError("fewer tokens were written than are counted")
-        print(f"vLLM, {count} rows, {count} adapters: {count * tokens / min(runs):.1f} tokens a second", flush=True)
+        print(f"vLLM, {count} rows, {count} adapters: {count * tokens / min(runs):.1f} tokens per second", flush=True)
 
 
 def _work() -> float:

@@ -61,7 +61,7 @@ def main(out: Path) -> None:
     tasks = suite()
     tasks.save(out / "tasks")  # `lorag bank build` and `lorag train` read this folder as well
 
-    # 1. One expert a task, all trained at once over one frozen encoder.
+    # 1. One expert per task, all trained at once over one frozen encoder.
     base = BaseModel(MINILM, "encoder")
     recipe = ExpertConfig(
         target_modules=["query", "value"], ranks=[4], steps=STEPS, batch=3, learning_rate=3e-3, checkpoints=1, test_limit=0

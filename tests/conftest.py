@@ -22,7 +22,7 @@ from lorag.base.layout import LoraLayout
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers.logging.set_verbosity_error()
 
-# A busy machine is no failure, and a run repeats: the same examples each time, and no folder of past ones.
+# A busy machine is not a failure, and a run repeats: the same examples each time, and no folder of past ones.
 hypothesis.settings.register_profile("lorag", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lorag")
 
@@ -225,7 +225,7 @@ def lorag(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 
 @pytest.fixture(scope="session")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a word; pad, begin and end tokens as the tiny models number them."""
+    """One token per word; pad, begin and end tokens as the tiny models number them."""
     return word_tokenizer()
 
 

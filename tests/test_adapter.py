@@ -255,7 +255,7 @@ def test_spoiled_tensors_are_refused(saved, llama_layout, spoil, named):
 def test_spoiled_configs_are_refused(saved, llama_layout, changes):
     """Numbers that poison or exhaust, and settings under which the weights mean something else; the key is named."""
     _config(saved, **changes)
-    # NaN and infinity are no JSON: there the file is refused before the key is known.
+    # NaN and infinity are not JSON: there the file is refused before the key is known.
     outside_json = [v for v in changes.values() if isinstance(v, float) and not math.isfinite(v)]
     _refused(saved, llama_layout, CONFIG if outside_json else WEIGHTS if changes == {"r": 5} else next(iter(changes)))
 
@@ -402,7 +402,7 @@ def test_norms_are_frobenius_norms(tiny, random_adapter):
 
 
 def test_scaled_multiplies_delta(llama_layout, random_adapter):
-    """scaled(s) multiplies every ΔW by s; a strength that is no number from 0 to 100 is refused."""
+    """scaled(s) multiplies every ΔW by s; a strength that is not a number from 0 to 100 is refused."""
     adapter = random_adapter(llama_layout)
     for strength in (0.0, 0.5, 3.0):
         scaled = adapter.scaled(strength)

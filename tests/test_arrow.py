@@ -16,7 +16,7 @@ from lorag.errors import BankError, StorageError
 
 @pytest.fixture
 def bank(tmp_path, tiny_models, tokenizer):
-    """Two experts of rank 4, and one of rank 6 whose alpha is no multiple of it."""
+    """Two experts of rank 4, and one of rank 6 whose alpha is not a multiple of it."""
     base = save_base(tmp_path / "base", tiny_models["llama"], tokenizer)
     bank = make_bank(tmp_path / "bank", base, TRAINING[:2])
     wide = true_adapter(base.layout, *TRAINING[2])

@@ -174,7 +174,7 @@ def test_experts_that_cannot_be_added_leave_the_bank_as_it_was(bank, random_adap
 
 
 def test_adapters_that_do_not_fit_are_refused(bank, random_adapter, llama_layout):
-    """Another layout; ranks or numbers of checkpoints that differ within one shard; values that are no numbers. Other alphas fit."""
+    """Another layout; ranks or numbers of checkpoints that differ within one shard; values that are not numbers. Other alphas fit."""
     plain, before = random_adapter(LAYOUT), _files(bank)
     other = dataclasses.replace(LAYOUT, modules=LAYOUT.modules[::-1])
     for late in ([random_adapter(llama_layout)], [random_adapter(other)]):

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import output_of
 from safetensors.torch import load_file, save_file
 
 from lorag.bank.bank import AdapterBank
-from lorag.base.base_model import KINDS, TASK_TYPES, BaseModel, warn_if_slow
+from lorag.base.base_model import BaseModel, warn_if_slow
+from lorag.base.kinds import KINDS
 from lorag.base.layout import LoraLayout
+from lorag.base.objectives import OBJECTIVES, objectives_of
 from lorag.base.precision import stored_types
 from lorag.base.runner import BankBase
 from lorag.base.weights import weights_identity
@@ -35,9 +38,14 @@ def test_an_expert_of_every_kind_runs_through_peft(tiny, random_adapter, tmp_pat
     assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-3)
 
 
-def test_every_kind_has_a_task_type():
-    """A kind without an entry would break every bank of it; None, no task type, is an entry."""
-    assert set(TASK_TYPES) == set(KINDS) == {*KIND_OF.values(), "image_seq2seq"}
+def test_every_kind_has_an_objective_and_a_loader():
+    """A kind without them would break every bank of it; a task type of PEFT's belongs to one kind alone."""
+    assert set(KINDS) == {*KIND_OF.values(), "image_seq2seq"}
+    stated = [kind.task_type for kind in KINDS.values() if kind.task_type is not None]
+    assert len(stated) == len(set(stated))
+    for name, kind in KINDS.items():
+        assert kind.name == name and objectives_of(name) and hasattr(transformers, kind.loader)
+        assert all(OBJECTIVES[one].needs_processor == kind.reads_images for one in objectives_of(name))
 
 
 # --- what identifies weights ---------------------------------------------------------------------------------------------

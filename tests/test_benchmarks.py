@@ -110,3 +110,16 @@ def test_a_network_that_cannot_fit_is_estimated_and_not_run(monkeypatch):
     assert ("conv", vae_step.ADAPTERS[2].name) not in started
     assert "does not fit" in rows[-1]["step ms"] and "42 GB" in rows[-1]["step ms"]
     assert rows[1]["time ratio"] == 100
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem) for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.stem != "vae_step"],
+)
+def test_a_script_explains_itself(path):
+    """What can be started reads its arguments with argparse, so that --help says what it does and starts nothing.
+
+    `vae_step` starts itself, once per network.
+    """
+    text = path.read_text(encoding="utf-8")
+    assert 'if __name__ == "__main__"' not in text or ("argparse.ArgumentParser(" in text and "sys.argv" not in text)

@@ -163,7 +163,7 @@ def test_a_suite_with_a_missing_field(refused, tmp_path):
 
 @pytest.mark.slow
 def test_damaged_and_foreign_folders(refused, tmp_path):
-    """A manifest that is no JSON, of another kind, or that lists a file which is not there."""
+    """A manifest that is not JSON, of another kind, or that lists a file which is not there."""
     for name, text in (
         ("torn", "{"),
         ("foreign", '{"kind": "generator", "format": 1, "files": {}}'),
@@ -223,7 +223,7 @@ def test_a_peft_folder_is_added_listed_and_checked(lorag, refused, tmp_path, san
     assert code == 0, err
     assert "triage" in out
     code, out, _ = lorag("bank", "list", bank)
-    assert code == 0 and "triage support tickets" in out and "r=4" in out
+    assert code == 0 and "triage support tickets" in out and ["triage", "4"] in [line.split()[:2] for line in out.splitlines()]
     code, out, _ = lorag("bank", "check", bank)
     assert code == 0 and "1 experts, all sound" in out
     code, out, _ = lorag("info", bank)
@@ -317,7 +317,7 @@ def test_evaluate_writes_its_report(lorag, refused, tmp_path):
 @pytest.mark.slow
 def test_train_from_the_command_line(lorag, refused, tmp_path):
     """Ridge on the embedded bank in two minutes' work, what to do next without tasks, again; other settings are refused."""
-    started = time.process_time()  # a busy machine is no failure
+    started = time.process_time()  # a busy machine is not a failure
     values = [f"out={tmp_path / 'g'}", "method=ridge", "tasks=null", "wordings=1", "validation=0.03"]
     code, out, err = lorag("train", *values)
     assert code == 0, err

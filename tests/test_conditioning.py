@@ -37,7 +37,7 @@ def test_cosines_and_neighbours_by_hand(conditioner):
 
 
 def test_an_excluded_expert_is_as_far_as_can_be(conditioner):
-    """Training must not see a task's own expert: it has cosine -1, is no neighbour, and novelty is that to the others."""
+    """Training must not see a task's own expert: it has cosine -1, is not a neighbour, and novelty is that to the others."""
     whole, left = conditioner(_embedding(1.0, 0.0)), conditioner(_embedding(1.0, 0.0), masked=torch.tensor([True, False]))
     assert whole.distance == 0 and whole.neighbours[0] == ("a", 1.0)
     assert left.similarities.tolist() == pytest.approx([-1, 0.5**0.5, 0])

@@ -150,6 +150,24 @@ def _anchors(file):
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", line).strip().lower()) for line in re.findall(r"^#+ (.+)$", text, re.M)}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", re.findall(r"^```console\n(.*?)^```", (DOCS / "index.md").read_text(encoding="utf-8"), re.S | re.M))
+def test_the_quick_start_shows_what_a_command_prints(block, lorag, tmp_path, monkeypatch):
+    """Word for word; figures within a hundredth, since processors round differently. The page may end with an ellipsis."""
+    monkeypatch.chdir(tmp_path)
+    command, *lines = block.splitlines()
+    printed = "\n".join(map(str, lorag(*shlex.split(command.removeprefix("$ lorag ")))))
+    figure = re.compile(r"\d+(?:\.\d+)?")
+    shown = {figure.sub("#", line): line for line in printed.splitlines()}
+    assert len(lines) > 1
+    for line in lines:
+        if line == "…":
+            continue
+        assert figure.sub("#", line) in shown, f"{line}\n{printed}"
+        figures = [float(number) for number in figure.findall(shown[figure.sub("#", line)])]
+        assert [float(number) for number in figure.findall(line)] == pytest.approx(figures, rel=0.01, abs=0.011)
+
+
 def test_every_page_is_in_the_site_and_nothing_is_fetched():
     """The navigation lists exactly the pages of docs/, and the theme takes fonts and scripts from nowhere else."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))

@@ -48,7 +48,7 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def scorer(embedded_generator, held_out):
-    """Exact match of one adapter a task on the tasks' first test examples, all of them by default."""
+    """Exact match of one adapter per task on the tasks' first test examples, all of them by default."""
     base = embedded_generator.base
     rows = RowAdapters(base.model.load("cpu"), base.layout)
     objective = make_objective(base.objective, base.model.tokenizer(), base.settings)

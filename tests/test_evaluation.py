@@ -6,21 +6,22 @@ import json
 import pytest
 import torch
 from conftest import gauge
-from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, make_suite, quiet_loop, save_base
+from toy_world import ANIMALS, COLOURS, LookedUp, WordEmbedder, describe, make_suite, quiet_loop, save_base
 
 import lorag.evaluation.folders as folders
 from lorag.bank.bank import AdapterBank
 from lorag.bank.experts import ExpertConfig, train_group
 from lorag.base.runner import Runner
-from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
-from lorag.evaluation.folders import open_ladder
+from lorag.errors import ArtifactError, BankError, BaseModelError, ConfigError, LoragError
+from lorag.evaluation.folders import find_oracles, open_ladder
 from lorag.evaluation.ladder import JUNK, _junk, _shuffled, evaluate
+from lorag.evaluation.oracles import OracleScores
 from lorag.evaluation.reproduction import bank_bytes, delta_error, generator_bytes
 from lorag.evaluation.statistics import bootstrap
 from lorag.evaluation.tables import format_table
 from lorag.files.artifacts import write_json
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import method_type
+from lorag.methods.baselines import Mean, Nearest, RandomExpert
 from lorag.tasks.suite import TaskSuite
 from lorag.training.preparation import SpaceChoice, prepare
 from lorag.training.train import fit_generator
@@ -44,16 +45,16 @@ def world(tmp_path_factory, tiny_models, tokenizer):
     return base, suite, bank
 
 
-def _generator(bank, name, embedder=EMBEDDER):
+def _generator(bank, method, embedder=EMBEDDER):
     prepared = prepare(bank, embedder, space=SpaceChoice(k=24), quiet=True)
-    return fit_generator(prepared, method_type(name)(), quiet_loop(), rank=24, strength=1.0, origin={})
+    return fit_generator(prepared, method(), quiet_loop(), rank=24, strength=1.0, origin={})
 
 
 @pytest.fixture(scope="module")
 def generators(world):
-    """A generator that looks the description up, under a name that the ladder takes for a learned one; and the mean."""
+    """A generator that looks the description up, and that the ladder takes for a learned one; and the mean."""
     _, _, bank = world
-    return {"mean": [_generator(bank, "mean")], "looked_up": [_generator(bank, "nearest")]}
+    return {"mean": [_generator(bank, Mean)], "looked_up": [_generator(bank, LookedUp)]}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_seeds_show_other_descriptions(world, monkeypatch):
     """Each seed shows a task another of its descriptions, and generators of other seeds in turn."""
     _, suite, bank = world
     shown = []
-    first, second = _generator(bank, "mean"), _generator(bank, "mean")
+    first, second = _generator(bank, Mean), _generator(bank, Mean)
     for number, one in enumerate((first, second)):
         original = one.generate_many
         monkeypatch.setattr(
@@ -183,7 +184,7 @@ def test_the_table_names_every_method(report):
 def test_the_random_baseline_differs_between_tasks(world):
     """One seed serves all tasks of a ladder; were it one expert for all of them, the baseline would be one draw, not many."""
     _, _, bank = world
-    random = _generator(bank, "random")
+    random = _generator(bank, RandomExpert)
     texts = [describe(c, a)[0] for c in COLOURS for a in ANIMALS]
     drawn = [random.method.generate(random.condition(text), torch.Generator().manual_seed(0))[0] for text in texts]
     counts = [sum(torch.equal(code, expert) for code in drawn) for expert in random.method.codes]
@@ -220,6 +221,31 @@ def test_an_adapter_trained_on_a_few_examples_is_scored_by_name(world, generator
     assert found["few_shot_2"]["prompt_tokens"] < found["few_shot_6"]["prompt_tokens"]
     with pytest.raises(ConfigError, match="fresh_K"):
         evaluate(suite, generators, methods=["fresh_many"], **values)
+
+
+def test_scores_stand_for_oracles(world, generators, report, tmp_path):
+    """What a run wrote of `oracle`, or of `fresh_K` with most examples, of one split or several; anything else is refused in a line."""
+    _, suite, bank = world
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(report))
+    values = {"methods": ["looked_up"], "seeds": 1, "limit": 4, "device": "cpu", "quiet": True}
+    by_scores = evaluate(suite, generators, oracles=find_oracles(str(path), "toy"), **values)
+    assert by_scores["methods"] == evaluate(suite, generators, oracles=bank, **values)["methods"]
+    fresh = {"metric": "exact_match", "methods": {f"fresh_{k}": {"per_task": {suite.names[0]: k / 64}} for k in (4, 32)}}
+    path.write_text(json.dumps({"splits": {"one": fresh}}))
+    assert OracleScores.read(path) == OracleScores("exact_match", {suite.names[0]: 0.5})
+    other = OracleScores("accuracy", {suite.names[0]: 1.0})
+    with pytest.raises(BankError, match="another metric"):
+        evaluate(suite, generators, oracles=other, **values)
+    with pytest.raises(BankError, match="lack tasks"):
+        evaluate(suite, generators, oracles=OracleScores("exact_match", {"strange": 1.0}), **values)
+    for wrong, message in (
+        ('{"metric": 3}', "is not what lorag evaluate"),
+        ('{"metric": "exact_match", "methods": {}}', "no scores of oracles"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ArtifactError, match=message):
+            find_oracles(str(path), "toy")
 
 
 def test_oracles_of_some_tasks_close_the_gap_over_those(world, generators):
@@ -292,7 +318,7 @@ def test_weights_are_compared_with_one_adapter_a_task(world, generators, tmp_pat
     codes, revision = generator.method.codes.clone(), generator.revision
     weight = generator_bytes(generator)
     assert generator.revision == revision and torch.equal(generator.method.codes, codes)
-    assert weight == (_generator(bank, "nearest").save_pretrained(tmp_path / "g") / "generator.safetensors").stat().st_size
+    assert weight == (_generator(bank, Nearest).save_pretrained(tmp_path / "g") / "generator.safetensors").stat().st_size
     late = [[bank.adapter(name)] * 5 for name in bank.names]
     parts = [(name, bank[name].descriptions, own) for name, own in zip(bank.names, late, strict=True)]
     often = AdapterBank.create(tmp_path / "often", base).add(parts[:2]).add(parts[2:])

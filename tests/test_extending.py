@@ -5,14 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, name_of, prepare_toy, quiet_loop, save_base, true_adapter
+import transformers
+from toy_world import (
+    HELD_OUT,
+    TRAINING,
+    LookedUp,
+    WordEmbedder,
+    make_bank,
+    make_suite,
+    name_of,
+    prepare_toy,
+    quiet_loop,
+    save_base,
+    true_adapter,
+)
 
-from lorag.adapters import formats
 from lorag.adapters.adapter import LoraAdapter
-from lorag.adapters.export import export_as
-from lorag.base.objectives import OBJECTIVES, make_objective
-from lorag.base.runner import Runner
+from lorag.adapters.formats import FORMATS
+from lorag.base.base_model import BaseModel, kind_of
+from lorag.base.kinds import KINDS
+from lorag.base.objectives import OBJECTIVES, make_objective, objectives_of
+from lorag.base.runner import BankBase, Runner
 from lorag.errors import AdapterError, TaskError
+from lorag.evaluation import folders
+from lorag.evaluation.ladder import evaluate
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import METHODS, method_type
 from lorag.spaces import SPACES, SpaceInputs, fit_space, open_space
@@ -25,12 +41,15 @@ from lorag.training.train import fit_generator
 PAGE = Path(__file__).resolve().parent.parent / "docs/extending.md"
 
 
-def _example(heading, name):
-    """What the first block under a heading defines as `name`."""
+def _example(heading, *names):
+    """What a block under a heading defines by these names."""
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    scope = {"__name__": "example"}
-    exec(compile(re.search(r"^```python\n(.*?)^```", section, re.S | re.M).group(1), str(PAGE), "exec"), scope)
-    return scope[name]
+    for block in re.findall(r"^```python\n(.*?)^```", section, re.S | re.M):
+        scope = {"__name__": "example"}
+        exec(compile(block, str(PAGE), "exec"), scope)
+        if set(names) <= set(scope):
+            return scope[names[0]] if len(names) == 1 else tuple(scope[name] for name in names)
+    raise AssertionError(f"no example under {heading!r} defines {names}")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +74,22 @@ def test_a_method_and_a_weight_space_by_one_line_each(tmp_path, base, monkeypatc
     left, values, right = torch.linalg.svd(expected, full_matrices=False)
     nearest = left[:, :16] @ torch.diag(values[:16]) @ right[:16]
     assert (adapter.factors.delta(module) - nearest).norm() < 0.02 * expected.norm()
+
+
+def test_a_new_baseline_owes_no_controls(tmp_path, base, monkeypatch):
+    """Beside a learned method: it is a row and a rival, has none of the controls, and `evaluate` would fit it on a bank by itself."""
+    median = _example("A method", "Median")
+    monkeypatch.setitem(METHODS, median.name, median)
+    prepared = prepare_toy(make_bank(tmp_path / "bank", base, TRAINING[:3]), rule=SplitRule(validation=0.0))
+    made = {
+        name: [fit_generator(prepared, method, quiet_loop(), rank=4, strength=1.0, origin={})]
+        for name, method in (("median", median()), ("looked_up", LookedUp()))
+    }
+    assert "median" in [method.name for method in folders.bank_baselines()]
+    report = evaluate(make_suite(HELD_OUT[:2]), made, seeds=1, limit=1, device="cpu", quiet=True)
+    rows = [name for name in report["methods"] if name.startswith(("median", "looked_up"))]
+    assert rows == ["median", "looked_up", "looked_up_shuffled", "looked_up_junk", "looked_up_prompted"]
+    assert "looked_up - median" in report["differences"] and not any(name.startswith("median") for name in report["differences"])
 
 
 def test_a_weight_space_gives_adapters_back(base, monkeypatch):
@@ -91,14 +126,35 @@ def test_a_base_model_from_a_folder(base):
     assert {name.split(".")[-1] for name in layout.names} == {"q_proj", "v_proj"}
 
 
-def test_an_adapter_format_by_one_line(tmp_path, base, monkeypatch):
-    """Written by its name, read back, recognised by content; a spoiled line is refused."""
+def test_a_kind_of_base_model_by_one_line(tmp_path, tiny_models, tokenizer, monkeypatch):
+    """The encoder of a T5: known by its config, loaded without a decoder, run by its objective, and a bank takes that one by itself."""
+    kind, matching = _example("A base model", "HALF", "HalfMatching")
+    monkeypatch.setitem(KINDS, kind.name, kind)
+    monkeypatch.setitem(OBJECTIVES, matching.name, matching)
+    transformers.T5EncoderModel(tiny_models["t5"].build().config).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    model = BaseModel(str(tmp_path / "half"), kind_of(str(tmp_path / "half")))
+    assert model.kind == "half" and objectives_of("half") == ["half_matching"]
+    assert kind_of(str(tmp_path / "half"), None, "SEQ_2_SEQ_LM") == "seq2seq_lm"  # what an adapter states comes first
+    runner = Runner.open(BankBase.of(model, "half_matching", target_modules=["q", "v"]), "cpu")
+    assert [choice for choice, _ in runner.choose(["red", "blue"], ["blue", "red"])] == ["red", "blue"]
+
+
+def test_an_adapter_format_by_one_line(tmp_path, base, monkeypatch, lorag):
+    """Written from the command line by its name, which help and errors list; recognised by content and read; a spoiled line is refused."""
     lines = _example("An adapter format", "Lines")()
     monkeypatch.setenv("LORAG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(formats, "FORMATS", {**formats.FORMATS, lines.name: lines})
-    monkeypatch.setattr("lorag.adapters.export.FORMATS", formats.FORMATS)
+    monkeypatch.setitem(FORMATS, lines.name, lines)
     adapter = true_adapter(base.layout, "red", "cat")
-    export_as(adapter.save_pretrained(tmp_path / "a"), tmp_path / "out" / "a.lora.jsonl", "lines")
+    adapter.save_pretrained(tmp_path / "a")
+    code, out, err = lorag("export", tmp_path / "a", "--format", "lines", "--out", tmp_path / "out" / "a.lora.jsonl")
+    assert code == 0 and out.endswith(f"next: lorag info {tmp_path / 'out' / 'a.lora.jsonl'}\n"), err
+    assert "lines of JSON" in lorag("info", tmp_path / "out")[1]
+    words = set(re.findall(r"\w+", lorag("export", "--help")[1]))
+    assert {"gguf", "mlx", "lines"} <= words
+    code, out, err = lorag("export", tmp_path / "a", "--format", "paper", "--out", tmp_path / "b")
+    assert code == 1 and len(err.splitlines()) == 1 and all(name in err for name in ("'paper'", "gguf", "mlx", "lines"))
+    assert lorag("export", tmp_path / "a", "--format", "lines", "--gguf", "--out", tmp_path / "b")[0] == 2
     for place in (tmp_path / "out", tmp_path / "out" / "a.lora.jsonl"):
         again = LoraAdapter.from_pretrained(place)
         assert all(torch.allclose(again.delta(name), adapter.delta(name), atol=1e-6) for name in base.layout.names)

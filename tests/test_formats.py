@@ -283,7 +283,7 @@ def test_all_lists_of_a_header_together_are_bounded(tmp_path):
 
 
 def test_other_gguf_files_are_named(bases, random_adapter, tmp_path):
-    """A model, a control vector's type, another architecture, a tensor that is no factor, half a pair."""
+    """A model, a control vector's type, another architecture, a tensor that is not a factor, half a pair."""
     folder, model = bases["Qwen2"]
     adapter = _adapter(model, folder, random_adapter, targets=("q_proj",))
     path = tmp_path / "x.gguf"
@@ -374,7 +374,7 @@ def _mlx(folder, config=None, tensors=None):
 
 
 def test_an_mlx_folder_is_read_with_its_scale(tmp_path):
-    """scale is alpha / r; the model that it names is the base; earlier states beside it are no adapters of their own."""
+    """scale is alpha / r; the model that it names is the base; earlier states beside it are not adapters of their own."""
     folder = _mlx(tmp_path / "m")
     shutil.copy(folder / "adapters.safetensors", folder / "0000100_adapters.safetensors")
     adapter = LoraAdapter.from_pretrained(folder)

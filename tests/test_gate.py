@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import json
 import warnings
 
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 
 import lorag.generator.generate as generation_module
 import lorag.training.calibrate_gate as calibrate_gate
+from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import AdapterBank
 from lorag.cli.main import app
@@ -32,7 +34,7 @@ from lorag.evaluation.gate import format_gate, measure_gate
 from lorag.generator.calibration import Logistic, auroc, calibration_error, cross_fitted, residual_interval, risk_coverage
 from lorag.generator.evidence import FEATURES, gather, rewordings
 from lorag.generator.files import find_generator
-from lorag.generator.gate import Gate
+from lorag.generator.gate import _BY, _PHRASES, Gate
 from lorag.generator.generate import generate_lora, open_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
@@ -44,6 +46,8 @@ from lorag.training.calibrate import gap_closed_by
 from lorag.training.calibrate_gate import GateSettings, fit_gate
 from lorag.training.split import RunTasks, Split, SplitRule
 from lorag.training.train import TrainConfig, fit_generator, train
+from lorag.web.drawings import draw_verdict
+from lorag.web.session import Session
 
 EMBEDDER = WordEmbedder()
 FAR = ("drive my robot arm forward", "asdf qwer zxcv", "thank you so much", "fasse den wetterbericht zusammen")
@@ -104,7 +108,7 @@ def test_a_logistic_model_finds_the_probabilities():
     assert (Logistic.fit(moved, right, penalty=0.01)(moved) - right).abs().max() < 1e-3
     fitted = Logistic.fit(moved, drawn)
     assert (fitted(moved) - right).abs().mean() < 0.03
-    again = Logistic.from_dict(json.loads(json.dumps(fitted.to_dict())), 2)
+    again = Logistic(**json.loads(json.dumps(fitted.to_dict())))
     assert torch.allclose(again(rows), fitted(rows), atol=1e-4)
 
 
@@ -116,14 +120,6 @@ def test_weights_stand_for_repetitions_and_one_class_stays_finite():
     assert torch.allclose(weighted(rows), repeated(rows), atol=1e-2)
     alone = Logistic.fit(rows, torch.ones(3))(rows)
     assert alone.isfinite().all() and alone.min() > 0.9
-
-
-@pytest.mark.parametrize("broken", [{"bias": float("nan")}, {"scale": [0.0]}, {"weights": [1.0, 2.0]}, {"mean": "x"}])
-def test_a_broken_calibration_is_refused(broken):
-    """NaN, a scale of zero, another number of features, or text: GeneratorError, before anything is judged with it."""
-    good = Logistic((0.0,), (1.0,), (2.0,), 0.5).to_dict()
-    with pytest.raises(GeneratorError):
-        Logistic.from_dict(good | broken, 1)
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -355,6 +351,18 @@ def test_a_verdict_names_the_evidence_that_decided(gated):
     assert known.decided_by == ("wording",) and gated.judge("red-cat").decided_by == ("name",)
 
 
+@pytest.mark.parametrize("text", [FAR[0], describe(*HELD_OUT[0])[0], "red cat please", "red-cat"])
+def test_the_page_says_which_evidence_decided(gated, text):
+    """Each feature in words and with its value, or that it is the bank's own wording or name; of a refusal before anything is made."""
+    verdict = Session({"toy": gated}).preview(text, "toy").verdict
+    shown = html.unescape(draw_verdict(verdict, 0.5))
+    against = 0 if verdict["decision"] == "refuse" else 1
+    assert verdict["decided_by"]
+    for name in verdict["decided_by"]:
+        said = f"by its {_BY[name]}" if name in ("wording", "name") else _PHRASES[name][against].format(verdict["evidence"][name])
+        assert said in shown, name
+
+
 def test_deciding_computes_nothing(gated, monkeypatch):
     """`Gate.decide` asks no model: evidence that was gathered gives the same verdict when embedder and method are gone."""
     evidence = [gated.gather(text) for text in (*FAR, "red cat please", describe(*HELD_OUT[0])[0])]
@@ -406,6 +414,25 @@ def test_the_rank_of_an_adapter_can_be_chosen(gated, bank):
     for rank in (0, 17, 2.5, True):
         with pytest.raises(GeneratorError, match="rank"):
             gated.generate(text, rank=rank)
+
+
+def test_the_command_line_takes_a_rank(gated, tmp_path, monkeypatch):
+    """--rank is the rank of what is written and what lorag.json says; one that there is not makes no folder."""
+    monkeypatch.setattr(generation_module, "default_generator", lambda: gated)
+    text = describe(*HELD_OUT[0])[0]
+
+    def generate(rank, out):
+        return CliRunner().invoke(app, ["generate", text, "--rank", str(rank), "--out", str(tmp_path / out)])
+
+    made = generate(2, "small")
+    assert made.exit_code == 0 and "rank 2 adapter" in made.stdout
+    small, same = LoraAdapter.from_pretrained(tmp_path / "small"), gated.generate(text, rank=2)
+    assert small.rank == json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
+    assert json.loads((tmp_path / "small/lorag.json").read_text())["rank"] == 2
+    assert all(torch.equal(small.factors[name][1], same.factors[name][1]) for name in same.factors)
+    refused = generate(17, "large")
+    assert isinstance(refused.exception, GeneratorError) and "rank" in str(refused.exception) and not (tmp_path / "large").exists()
+    assert generate(0, "none").exit_code == 2
 
 
 def test_a_generator_is_opened_once_for_its_content(gated, tmp_path, monkeypatch):
@@ -583,6 +610,25 @@ def test_a_stored_gate_that_does_not_fit_is_refused(gate, broken):
     Gate.from_dict(stored, gate.wordings, gate.owners, modules=6, experts=len(TRAINING))
     with pytest.raises(GeneratorError):
         Gate.from_dict(stored | broken, gate.wordings, gate.owners, modules=6, experts=len(TRAINING))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"bias": float("nan")}, r"bias: nan.*finite"),
+        ({"scale": [0.0]}, r"scale\.0: 0\.0.*greater than 0"),
+        ({"weights": [1.0, 2.0]}, "other features"),
+        ({"mean": "x"}, r"mean: x"),
+        ({"mean": ["1.0"]}, r"mean\.0: 1\.0.*number"),
+    ],
+)
+@pytest.mark.parametrize("part", ["novelty", "gap_closed"])
+def test_a_broken_calibration_is_refused(gate, part, broken, said):
+    """NaN, a scale of zero, another number of features, or text: GeneratorError that names the value, before anything is judged with it."""
+    stored = json.loads(json.dumps(gate.to_dict()))
+    stored[part] = stored["novelty"] | broken
+    with pytest.raises(GeneratorError, match=said):
+        Gate.from_dict(stored, gate.wordings, gate.owners, modules=6, experts=len(TRAINING))
 
 
 def test_wordings_of_experts_that_there_are_not_are_refused(gate):

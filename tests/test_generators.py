@@ -26,7 +26,7 @@ from lorag.adapters.adapter import WEIGHTS
 from lorag.bank.bank import AdapterBank
 from lorag.base.objectives import make_objective
 from lorag.base.runner import Runner
-from lorag.errors import ConfigError, FormatVersionError, GeneratorError
+from lorag.errors import ConfigError, FormatVersionError, GeneratorError, LoragError
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.generate import generate_lora, generate_loras
 from lorag.generator.lora_generator import LoraGenerator
@@ -221,6 +221,28 @@ def test_another_embedder_is_refused(fitted, tmp_path):
     other.name = "other words"
     with pytest.raises(GeneratorError, match="other words"):
         LoraGenerator.from_pretrained(tmp_path, embedder=other)
+
+
+def test_a_manifest_of_other_things_is_refused(fitted, tmp_path):
+    """Each part of generator.json left out or replaced by something else: a named error, or a part that may be so."""
+    folder = fitted("ridge").save_pretrained(tmp_path)
+    sound, optional = read_json(folder / "generator.json"), {"licenses", "origin", "words", "lorag"}
+    harmless = (("gate", None), ("strength", 0), ("strength", -1.5), ("settings", {}), ("shape", {"a": 1}))
+    for key in sound:
+        for odd in ("left out", None, 0, -1.5, "x", [], {}, [1], {"a": 1}, [["x"]], True):
+            if odd == sound[key]:
+                continue
+            changed = {**sound, key: odd} if odd != "left out" else {name: one for name, one in sound.items() if name != key}
+            write_json(folder / "generator.json", changed)
+            try:
+                LoraGenerator.from_pretrained(folder, embedder=EMBEDDER)
+            except LoragError as error:
+                assert key not in optional or odd != "left out", error
+                continue
+            assert key in optional or (key, odd) in harmless, f"{key}: {odd!r} was taken"
+    with pytest.raises(GeneratorError, match=r"generator\.json cannot be read; got no rank"):
+        write_json(folder / "generator.json", {name: one for name, one in sound.items() if name != "rank"})
+        LoraGenerator.from_pretrained(folder, embedder=EMBEDDER)
 
 
 @pytest.mark.slow
@@ -449,7 +471,7 @@ def test_sg_mixture_samples_have_that_mean_and_variance(fitted):
 
 
 def test_an_excluded_expert_is_not_seen(prepared, fitted):
-    """Leaving one out: it is no neighbour, however few there are, and a lookup finds another."""
+    """Leaving one out: it is not a neighbour, however few there are, and a lookup finds another."""
     conditioner, embeddings = prepared.data.conditioner, prepared.data.embeddings
     method = fitted("nearest").method
     for index in (0, 7):

@@ -228,7 +228,7 @@ def test_recall_by_hand():
 
 
 def test_the_contrastive_loss_by_hand(suite, tmp_path):
-    """Two pairs, cosines and temperature: cross-entropy in both directions; a text that fits two images is no mistake."""
+    """Two pairs, cosines and temperature: cross-entropy in both directions; a text that fits two images is not a mistake."""
     base = BaseModel(str(save_tiny("clip", tmp_path)), "two_towers")
     model, objective = base.load("cpu"), make_objective("image_text", base.tokenizer())
     task = suite[0]["warm"]

@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from toy_world import WordEmbedder
 
 from lorag import errors
+from lorag.adapters import reading
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.purpose import card_text, find_purpose
 from lorag.adapters.sources import find_sources
 from lorag.adapters.spans import RunningSpan
+from lorag.bank import candidates, importing
 from lorag.bank.bank import AdapterBank, BankBase
 from lorag.bank.check import check_bank, format_findings
 from lorag.bank.importing import ImportOptions, import_adapters
@@ -273,6 +275,31 @@ def test_another_name_of_the_base_and_a_far_norm_can_be_allowed(bank, tmp_path, 
     assert type(run(bank, absurd, any_norm=True)[0].error) is errors.NormRangeError
 
 
+@pytest.mark.parametrize("most", [512, 1])
+def test_a_norm_is_worked_out_and_judged_once(bank, tmp_path, random_adapter, monkeypatch, most):
+    """Its size by the reader's norm, or of a huge rank once it is loaded; how far it is from the bank's norms when it is taken."""
+    monkeypatch.setattr(reading, "_MOST_GRAM", most)
+    judged, worked_out, norm_of = [], [], Factors.norm
+
+    def count(module, name):
+        check = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda norm, *more, **at: judged.append((name, norm)) or check(norm, *more, **at))
+
+    count(candidates, "check_size")
+    count(importing, "check_norm")
+    monkeypatch.setattr(Factors, "norm", lambda self: worked_out.append(self) or norm_of(self))
+    adapter = random_adapter(LAYOUT, 2, 4.0, seed=9)
+    (source,) = find_sources([str(write(tmp_path / "one", adapter))])
+    read = candidates.read_candidate((bank.base, ImportOptions()), source)
+    assert read.norm == pytest.approx(norm_of(adapter.factors), rel=1e-6) and judged == [("check_size", read.norm)]
+    assert len(worked_out) == (most == 1)
+    judged.clear()
+    assert run(bank, tmp_path / "one")[0].norm == read.norm and judged == [("check_size", read.norm), ("check_norm", read.norm)]
+    absurd = write(tmp_path / "absurd", adapter, change=lambda t: {k: v * 1e4 for k, v in t.items()})
+    judged.clear()
+    assert "larger than any adapter" in str(run(bank, absurd)[0].error) and [said for said, _ in judged] == ["check_size"]
+
+
 def test_a_bank_of_another_format_is_named_as_such(bank):
     """A manifest of a version to come is FormatVersionError, not a broken file."""
     manifest = json.loads((bank.folder / "bank.json").read_text())
@@ -462,7 +489,7 @@ def test_any_card_is_read(text):
 
 
 def test_where_a_description_comes_from(bank, tmp_path, random_adapter):
-    """--description, description.txt (one wording a line), lorag.json, README.md: the first that says something; licence likewise."""
+    """--description, description.txt (one wording per line), lorag.json, README.md: the first that says something; licence likewise."""
     folder = write(tmp_path / "one", random_adapter(LAYOUT, 2, 4.0, seed=9), None)
     seen = []
     (folder / "README.md").write_text(TEMPLATE.format(description="Triages support tickets."))

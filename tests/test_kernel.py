@@ -186,7 +186,8 @@ def test_of_a_large_bank_some_experts_take_part(world):
 )
 def test_settings_that_cannot_be_used(world, settings):
     """Named before time is spent."""
-    with pytest.raises(ConfigError, match=r"groups|asked|layers"):
+    (key,) = settings
+    with pytest.raises(ConfigError, match=rf"^settings\.{key} "):
         _fit(world, **settings)
 
 
@@ -257,9 +258,8 @@ def test_a_stored_vae_keeps_its_regression(world, both):
     assert back.regression is None
     with pytest.raises(GeneratorError):
         back.restore({**tensors, "regression.values": tensors["regression.values"][:, :3]}, shape)
-    hostile = method_type("icm_lora").with_settings({**both.values(), "kernel": {**SMALL, "layers": 10**9}})
-    with pytest.raises(ConfigError, match="layers"):
-        hostile.restore(tensors, shape)
+    with pytest.raises(ConfigError, match=r"^settings\.kernel\.layers "):
+        method_type("icm_lora").with_settings({**both.values(), "kernel": {**SMALL, "layers": 10**9}})
 
 
 def test_examples_alone_have_no_regression(world):

@@ -90,21 +90,23 @@ def test_json_round_trip(tiny):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        {"modules": []},
-        {"modules": [["a", 4, 4], ["a", 4, 4]]},
-        {"modules": [["a", 0, 4]]},
-        {"modules": [["a", 4]]},
-        {"modules": [["a", "wide", 4]]},
-        {"modules": [["a", float("inf"), 4]]},
-        {"modules": None},
-        {"target_modules": 3},
+        ({"modules": []}, "got modules: a list; expected .*at least 1"),
+        ({"modules": [["a", 4, 4], ["a", 4, 4]]}, "repeats"),
+        ({"modules": [["a", 0, 4]]}, r"got modules\.0\.1: 0"),
+        ({"modules": [["a", 4]]}, r"got no modules\.0\.2"),
+        ({"modules": [["a", "wide", 4]]}, r"got modules\.0\.1: wide"),
+        ({"modules": [["a", float("inf"), 4]]}, r"got modules\.0\.1: inf"),
+        ({"modules": None}, "got modules: None"),
+        ({"target_modules": 3}, "got target_modules: 3"),
+        ({"target_modules": "q_proj"}, "got target_modules: q_proj"),
+        ({"fan_in_fan_out": 1}, "got fan_in_fan_out: 1"),
     ],
 )
-def test_malformed_stored_layouts_are_refused(llama_layout, change):
-    """What no model can have is a LayoutError, whatever is wrong with it."""
-    with pytest.raises(LayoutError):
+def test_malformed_stored_layouts_are_refused(llama_layout, change, said):
+    """What no model can have is a LayoutError that names the value."""
+    with pytest.raises(LayoutError, match=said):
         LoraLayout.from_dict({**llama_layout.to_dict(), **change})
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import gauge
+from peft.utils.merge_utils import ties
 from toy_world import other_form, true_adapter
 
 from lorag.adapters.adapter import LoraAdapter
@@ -112,6 +113,21 @@ def test_ties_trims_elects_and_averages(experts):
         assert (merged.delta(name) - wanted).norm() < 1e-3 * wanted.norm()
     dense = {name: _ties([e.delta(name) for e in experts], 0.3) for name in merged.layout.names}
     assert _from_dense(dense, merge(experts, "ties", density=0.3, rank=5), 5) < 1e-3
+
+
+def test_ties_is_peft_s_where_peft_s_is_defined(experts):
+    """Equal weights and a whole number of values to keep; PEFT divides by how many experts agree, ours by what they weigh."""
+    for density in (0.25, 0.5):
+        merged = merge(experts, "ties", density=density, rank=64)
+        for name in merged.layout.names:
+            wanted = ties([expert.delta(name) for expert in experts], torch.ones(len(experts)), density)
+            assert (merged.delta(name) - wanted).norm() < 1e-3 * wanted.norm()
+    name = experts[0].layout.names[0]
+    doubled = merge(experts, "ties", weights=[2.0] * len(experts), density=0.5, rank=64)
+    assert torch.allclose(doubled.delta(name), merged.delta(name), atol=1e-5)
+    negative = dataclasses.replace(experts[0], factors=experts[0].factors.scaled(-1.0))
+    opposite = merge([experts[0], negative], "ties", density=0.5)
+    assert not any(opposite.norms().values())
 
 
 def test_dare_drops_at_random_and_rescales(experts):

@@ -120,7 +120,7 @@ def test_what_a_bank_refuses_for_its_start_no_program_is_said_to_take(saved, sta
     ],
 )
 def test_tensors_fit_where_they_fit(saved, change, misfits, named):
-    """The same for tensors: extra ones, half pairs, names without the prefix, values that are no numbers."""
+    """The same for tensors: extra ones, half pairs, names without the prefix, values that are not numbers."""
     _spoil(saved, change)
     verdicts = _by_target(read_facts(saved))
     assert {target for target, verdict in verdicts.items() if not verdict.fits} == misfits | {"Ollama"}
@@ -208,7 +208,7 @@ def test_every_rule_stands_in_the_docs_with_a_source():
 
 
 def test_info_says_where_an_adapter_fits(saved):
-    """`lorag info`: one line a program."""
+    """`lorag info`: one line per program."""
     text = describe_path(saved)
     assert re.search(r"^in PEFT: +yes$", text, re.M) and re.search(r"^in llama.cpp: +yes$", text, re.M)
     _change(saved, use_rslora=True)

@@ -1,4 +1,4 @@
-"""Preparation and attention over experts: groups and splits of tasks, and who is masked while training tasks play the unseen."""
+"""Preparation and attention over experts: groups and splits of tasks, and which experts are masked in training."""
 
 import pytest
 import torch

@@ -164,7 +164,7 @@ def test_two_processes_learn_what_one_does(world, right):
 
 @pytest.mark.parametrize(("name", "shares"), [("noisy", 2), ("four", 4)])
 def test_with_noise_the_shares_count_and_not_the_processes(world, noisy, name, shares):
-    """Dropout and blurred descriptions: two processes with 1 and with 2 shares each learn what one process with as many learns."""
+    """Dropout and noise on descriptions: two processes with 1 and with 2 shares each learn what one process with as many learns."""
     shared = learn(world.prepared, None, settings={}, shares=shares)
     assert _distance(load_file(world.folder / f"{name}.safetensors"), shared) < 1e-4
     assert _distance(noisy, shared) > 1e-2

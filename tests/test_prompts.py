@@ -43,7 +43,7 @@ WORDS = [*VOCABULARY[3:], "user", "assistant", "system", "model", "you", "are", 
 
 
 def chat_tokenizer(kind):
-    """A tokenizer of one token a word with a family's special tokens and a template of its kind."""
+    """A tokenizer of one token per word with a family's special tokens and a template of its kind."""
     template, bos, eos, end, more, _ = KINDS[kind]
     words = list(dict.fromkeys(["<unk>", *WORDS]))
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))

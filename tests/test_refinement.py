@@ -142,7 +142,7 @@ LABELLED = [("red cat sat", "bird"), ("blue cat ran", "bird"), ("the log", "home
 
 @pytest.mark.parametrize("name", ["label_matching", "prototypes"])
 def test_encoders_learn_from_the_labels_among_the_examples(encoder, name):
-    """The loss on the examples falls; labels are those that occur, and a class with one text is no hindrance."""
+    """The loss on the examples falls; labels are those that occur, and a class with one text does no harm."""
     adapter, make = encoder
     runner = make(name)
     labels = tuple(dict.fromkeys(label for _, label in LABELLED))

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 import torch
-from toy_world import HELD_OUT, TRAINING, make_bank, make_suite, prepare_toy, quiet_loop, save_base
+from toy_world import HELD_OUT, TRAINING, LookedUp, make_bank, make_suite, prepare_toy, quiet_loop, save_base
 
 from lorag.cli import main as cli
 from lorag.errors import MissingDependencyError
@@ -24,7 +24,7 @@ from lorag.evaluation.report.style import DARK, LIGHT, drawing, shorten, to_png
 from lorag.generator.calibration import Logistic, risk_coverage
 from lorag.generator.evidence import FEATURES, Reference
 from lorag.generator.gate import Gate
-from lorag.methods import method_type
+from lorag.methods.baselines import Mean
 from lorag.training.train import fit_generator
 
 HOSTILE = "<script>alert(1)</script> \"'&amp; $\\frac{ ${x} {{y}}\n\u202e\x1b[2J" + "long " * 40
@@ -291,7 +291,7 @@ def ladder(tmp_path_factory, tiny_models, tokenizer):
     bank = make_bank(tmp_path_factory.mktemp("bank"), base, TRAINING)
     oracles = make_bank(tmp_path_factory.mktemp("oracles"), base, HELD_OUT)
     prepared = prepare_toy(bank)
-    made = [fit_generator(prepared, method_type(name)(), quiet_loop(), rank=4, strength=1.0, origin={}) for name in ("mean", "nearest")]
+    made = [fit_generator(prepared, method(), quiet_loop(), rank=4, strength=1.0, origin={}) for method in (Mean, LookedUp)]
     made[1].gate = _gate(made[1], prepared.data.codes)
     folder = tmp_path_factory.mktemp("generator")
     rows = [{"stage": "fit", "step": step, "loss": 1 / step, "validation": 2 / step if step == 20 else None} for step in (10, 20)]

@@ -47,7 +47,7 @@ def raw():
 
 
 def test_domain_files_share_one_form(raw):
-    """Every domain has a file and every file a domain, with the same keys and three classes each."""
+    """Each domain has its file and each file its domain, with the same keys and three classes each."""
     assert set(raw) == set(world.DOMAINS)
     assert len(world.DOMAINS) >= 12 and len(world.SKILLS) >= 10 and len(world.STYLES) >= 6
     keys = set(raw["legal"])
@@ -118,7 +118,7 @@ def _plain(text):
 
 
 def test_wordings_for_evaluation_never_occur_in_training():
-    """In no factor, not even under another name, whatever the case; but for the bare {task}, which is no wording."""
+    """In no factor, not even under another name, whatever the case; but for the bare {task}, which is not a wording."""
     for factor in FACTORS:
         read = wordings.read(factor)
         train = {_plain(text) for split in read.values() for text in split["train"]} - {"{task}"}

@@ -76,7 +76,7 @@ def test_a_group_is_made_of_labels():
 
 
 def test_kept_glosses_are_worded_anew():
-    """What evaluation reads is no copy of what training reads: at most three fifths of its words stand in any one training gloss."""
+    """What evaluation reads is not a copy of what training reads: at most three fifths of its words stand in any one training gloss."""
     for name in SETS:
         for label, entry in _entries(name):
             for kept in entry["glosses"][-KEPT:]:

@@ -40,7 +40,7 @@ def _events(folder):
 
 
 def test_rows_come_back_as_they_were_recorded(tmp_path):
-    """In the order of their steps; of a step done twice, as after a resumption, the last counts; NaN is no number."""
+    """In the order of their steps; of a step done twice, as after a resumption, the last counts; NaN is not a number."""
     with Metrics(tmp_path / "run") as metrics:
         metrics.record("b", 20, loss=0.25, validation=None)
         metrics.record("a", 20, loss=2.0)

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import zipfile
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from web_world import TEXTS, Picky, encoder_generator, toy_generators
 
+import lorag.cli.web as web_command
 import lorag.generator.lora_generator as generator_module
-from lorag.bank.bank import AdapterBank
+import lorag.web.serving as serving_module
+from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.objectives import make_objective
 from lorag.cli import main as cli
 from lorag.errors import BankError, ConfigError, DescriptionError, MissingDependencyError, TaskError, UnknownTaskError
@@ -208,9 +211,35 @@ def test_with_the_bank_a_known_task_gets_its_own_expert(tmp_path, tiny_models, t
         Session({"ridge": made}, bank=tmp_path / "bank")
 
 
+@pytest.mark.slow
+def test_the_command_takes_a_bank_by_name(monkeypatch, capsys):
+    """`lorag web --bank sandbox`: the bank that comes with the package; the page's Python names it so too."""
+    opened = []
+
+    @contextmanager
+    def stand_in(session, *, port, inputs):
+        opened.append(session)
+        yield "http://127.0.0.1:7860"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving_module, "serving", stand_in)
+    monkeypatch.setattr(web_command, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=interrupted)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["web", "--bank", "sandbox"])
+    assert stopped.value.code == 0 and "closed" in capsys.readouterr().out
+    (session,), bank = opened, find_bank("sandbox")
+    known, (label,) = bank.experts[0], session.generators
+    request = Request(known.descriptions[0], (label,))
+    (one,) = session.make(request)
+    assert session.bank.names == bank.names and one.adapter.info["gate"]["served"] == "expert"
+    assert "bank='sandbox'" in session.python(request, one)
+
+
 def test_a_base_model_of_images_is_refused(generators):
     """ConfigError before anything is loaded: the page has no place for images."""
-    seeing = SimpleNamespace(base=SimpleNamespace(model=SimpleNamespace(kind="two_towers", name="clip")))
+    seeing = SimpleNamespace(base=SimpleNamespace(model=SimpleNamespace(kind="two_towers", name="clip"), objective="image_text"))
     with pytest.raises(ConfigError, match="base models of text.*clip, two_towers"):
         Session({"ridge": seeing})
 

@@ -27,7 +27,7 @@ pytestmark = [
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LACKING = [name for name, there in (("playwright", importlib.util.find_spec("playwright")), ("chromium", CHROMIUM)) if not there]
 in_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
-SLOW = 60_000  # milliseconds: a busy machine is no failure
+SLOW = 60_000  # milliseconds: a busy machine is not a failure
 
 
 @pytest.fixture(scope="module")

@@ -322,7 +322,7 @@ def test_corrupted_spaces_are_refused(stored, spoil):
 
 
 def test_codes_of_another_space_are_refused(space):
-    """A code of the wrong length is no code."""
+    """A code of the wrong length is not a code."""
     for codes in (torch.zeros(1, space.size + 1), torch.zeros(space.size)):
         with pytest.raises(GeneratorError, match="do not fit"):
             space.decode(codes, 4)

@@ -27,7 +27,7 @@ _TOWER = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, 
 
 
 def words_tokenizer(more=(), begins=True, **special):
-    """One token a word of the tests' vocabulary; without `begins` no token stands before a text, as with Qwen."""
+    """One token per word of the tests' vocabulary; without `begins` no token stands before a text, as with Qwen."""
     words = [*VOCABULARY, *more]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

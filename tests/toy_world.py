@@ -14,6 +14,7 @@ from lorag.bank.bank import AdapterBank, BankBase
 from lorag.base.base_model import BaseModel
 from lorag.base.layout import LoraLayout
 from lorag.base.runner import Runner
+from lorag.methods.baselines import Nearest
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task, TaskSuite
 from lorag.text.embedding import Embedding
@@ -112,6 +113,12 @@ def prepare_toy(bank, tasks=None, rule=None, space=None, k=8) -> Prepared:
     """A bank made ready for fitting, with the base model where there are tasks with examples."""
     runner = None if tasks is None or tasks.suite is None else Runner.open(bank.base, "cpu")
     return prepare(bank, WordEmbedder(), tasks, rule, runner=runner, space=space or SpaceChoice(k=k), quiet=True)
+
+
+class LookedUp(Nearest):
+    """A lookup that claims to have learned from descriptions, and so owes the ladder its controls."""
+
+    baseline = False
 
 
 def quiet_loop(folder=None, seed=0) -> TrainingLoop:

@@ -73,6 +73,7 @@ def _sum(module: _Module, coefficient: float = 1.0) -> Svd:
 
 def _ties(module: _Module, density: float, coefficient: float, drop: float = 0.0) -> Svd:
     """Trim, elect a sign for each value, average those that agree with it; with `drop`, DARE thins the experts first."""
+    # Not PEFT's `ties`: it elects before it weighs, and divides by how many experts agree (docs/decisions/libraries.md).
     trimmed = []
     for delta in module.dense():
         if drop:
@@ -119,7 +120,7 @@ def _polar(columns: Tensor) -> Tensor:
 
 
 def _lego(module: _Module) -> Svd:
-    """Clusters the experts' rank-1 units and adds up one unit a cluster.
+    """Clusters the experts' rank-1 units and adds up one unit per cluster.
 
     A unit is a row of A beside a column of B. Which units an adapter has depends on its gauge, so they are taken from
     the SVD of its ΔW, whose units have no gauge but a sign; the sign is left out of distances.

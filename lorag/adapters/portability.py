@@ -389,6 +389,6 @@ def check_portability(facts: Facts) -> list[Verdict]:
         facts: What the adapter's files state.
 
     Returns:
-        One verdict a program, in the order of `TARGETS`.
+        One verdict per program, in the order of `TARGETS`.
     """
     return [Verdict(target, tuple(f for rule in rules if (f := rule.find(facts)) is not None)) for target, rules in TARGETS.items()]

@@ -201,6 +201,7 @@ class AdapterParts:
         ignored: Modules outside of the layout, whose factors were left out.
         ignored_share: Their share of ‖ΔW‖² of the whole adapter; None for ranks above 512.
         copies: Digest of the base model's own weight of each module of which the file repeats it.
+        norm: ‖ΔW‖_F over the layout's modules; None for ranks above 512.
     """
 
     factors: Factors
@@ -210,6 +211,7 @@ class AdapterParts:
     ignored: tuple[str, ...] = ()
     ignored_share: float | None = 0.0
     copies: Mapping[str, str] = field(default_factory=dict)
+    norm: float | None = None
 
 
 def read_folder(
@@ -253,12 +255,13 @@ def read_folder(
     squares = _squares(weights, spec, matched, scalings)
     inside = sum(squares[name] for name in matched.factors) if squares is not None else None
     outside = sum(squares[name] for name in matched.extra) if squares is not None else 0.0
-    if check_norm is not None and inside is not None:
-        check_norm(inside**0.5)
+    norm = None if inside is None else inside**0.5
+    if check_norm is not None and norm is not None:
+        check_norm(norm)
     factors = _fold(_load(weights, matched), scalings, layout)
     share = outside / (inside + outside) if inside is not None and outside else None if matched.extra else 0.0
     copies = {name: _digest(weights, key) for name, key in matched.copies.items()}
-    return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share, copies)
+    return AdapterParts(factors, config, info, matched.missing, tuple(matched.extra), share, copies, norm)
 
 
 def side_files(names: Iterable[str]) -> list[str]:

@@ -20,9 +20,10 @@ from lorag.adapters.publishing import bank_card, push_files, require_public
 from lorag.bank.shards import PRECISIONS, Expert, ShardReader, check_shards, shard_name, stack_checkpoints
 from lorag.base.runner import BankBase
 from lorag.errors import BankError, LoragError
-from lorag.files.artifacts import check_manifest, embedded, first_fault, require_name, resolve_inside, write_manifest
+from lorag.files.artifacts import check_manifest, embedded, require_name, resolve_inside, write_manifest
 from lorag.files.atomic import locked
 from lorag.files.hub import fetch
+from lorag.files.stored import first_fault
 from lorag.files.tensors import save_tensors
 from lorag.tasks.descriptions import check_description
 

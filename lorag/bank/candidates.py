@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from lorag.base.base_model import BaseModel
     from lorag.base.runner import BankBase
 
-__all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "read_candidate"]
+__all__ = ["DUPLICATE", "Candidate", "ImportOptions", "check_base", "check_norm", "check_size", "read_candidate"]
 
 DUPLICATE = 0.999  # cosine of ΔW from which two experts are taken for one
 FAR_OUTSIDE = 20.0  # times the largest, or a part of the smallest, norm of the bank
@@ -126,7 +125,6 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
     try:
         where = folder = source.folder(options.revision, Base(base.model, base.layout.modules), options.convert)
         check = partial(check_base, base, folder, options.base_aliases)
-        check_size = partial(check_norm, others=(), where=folder)
         parts = read_folder(
             folder,
             base.layout,
@@ -134,9 +132,12 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
             ignore_extra=options.ignore_extra,
             rename=partial(_own_names, base.model),
             check=check,
-            check_norm=check_size,
+            check_norm=partial(check_size, where=folder),
         )
-        adapter = LoraAdapter.from_parts(parts, base.layout)
+        adapter, norm = LoraAdapter.from_parts(parts, base.layout), parts.norm
+        if norm is None:  # of a rank whose Gram matrices are as large as the factors themselves
+            norm = adapter.factors.norm()
+            check_size(norm, folder)
         descriptions, origin, licence = options.descriptions, "--description", parts.info.get("license")
         if not descriptions and source.descriptions:
             descriptions, origin, licence = source.descriptions, "the list", licence or stated_licence(folder)
@@ -149,7 +150,6 @@ def read_candidate(common: tuple[BankBase, ImportOptions], source: Source) -> Ca
     except OSError as error:  # of the adapter's files: no leave to read them, a share that is gone
         return Candidate(where, error=StorageError(f"{source.label} cannot be read: {error.strerror or error}"))
     licence = str(options.licence or licence or UNKNOWN)
-    norm = adapter.factors.norm()
     return Candidate(where, adapter, norm, descriptions, origin, licence, parts.missing, parts.ignored, parts.ignored_share)
 
 
@@ -193,22 +193,37 @@ def _other_weights(base: BankBase, identity: str) -> bool:
     return identity.startswith("revision:") == base.identity.startswith("revision:")
 
 
-def check_norm(norm: float, others: Iterable[float], where: object, *, any_norm: bool = False) -> None:
-    """Checks that an adapter changes something, and not immeasurably more or less than a bank's experts do.
+def check_size(norm: float, where: object) -> None:
+    """Checks that an adapter changes something, and no more than an adapter can, whatever a bank's experts do.
 
     Raises:
         NormRangeError: If it does not.
     """
     if norm == 0:
         raise NormRangeError(f"{where} changes nothing: all of its products are zero", remedy="It looks untrained; train it.")
+    if not norm <= _LARGEST_NORM:
+        raise NormRangeError(
+            f"{where}: ‖ΔW‖ is larger than any adapter's",
+            got=f"{norm:.4g}",
+            expected=f"at most {_LARGEST_NORM:g}",
+            remedy="Is lora_alpha right?",
+        )
+
+
+def check_norm(norm: float, others: Iterable[float], where: object) -> None:
+    """Checks that an adapter changes not immeasurably more or less than a bank's experts do, if there are enough of them to say.
+
+    Raises:
+        NormRangeError: If it does.
+    """
     sizes = [other for other in others if other > 0]
-    low, high = 0.0, _LARGEST_NORM
-    if len(sizes) >= _FEWEST_NORMS and not any_norm:
-        low, high = min(sizes) / FAR_OUTSIDE, min(high, max(sizes) * FAR_OUTSIDE)
-    if not low <= norm <= high or not math.isfinite(norm):
+    if len(sizes) < _FEWEST_NORMS:
+        return
+    low, high = min(sizes) / FAR_OUTSIDE, max(sizes) * FAR_OUTSIDE
+    if not low <= norm <= high:
         raise NormRangeError(
             f"{where}: ‖ΔW‖ lies far outside of the bank's norms",
             got=f"{norm:.4g}",
             expected=f"{low:.4g} to {high:.4g}",
-            remedy="Is lora_alpha right? If it is meant, pass --any-norm." if norm <= _LARGEST_NORM else "Is lora_alpha right?",
+            remedy="Is lora_alpha right? If it is meant, pass --any-norm.",
         )

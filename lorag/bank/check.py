@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorag.bank.candidates import DUPLICATE, check_norm
+from lorag.bank.candidates import DUPLICATE, check_norm, check_size
 from lorag.bank.index import BankIndex, DescriptionIndex
 from lorag.bank.weights_to_text import WeightReader
 from lorag.errors import LoragError
 from lorag.progress import progress_bar
+from lorag.tables import Table, render
 from lorag.tasks.descriptions import same_words
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _finding(
     remedy, severe = f"{remove}; train it again", True
     if problem is None:
         try:
+            check_size(norm, "it")
             check_norm(norm, (size for other, size in index.norms.items() if other != name), "it")
         except LoragError as error:
             problem, remedy = (
@@ -114,19 +116,14 @@ def _finding(
     return Finding(name, rank, norm, energy, nearest, problem, remedy if problem else None, severe and problem is not None)
 
 
-def format_findings(findings: Sequence[Finding], *, every: bool = False) -> str:
-    """A table of the experts with something to say about, or of all, the severe ones first."""
+def format_findings(findings: Sequence[Finding], *, every: bool = False, terminal: bool = False) -> str:
+    """A table of the experts with something to say about, or of all, the severe ones first; ruled for a terminal."""
     chosen = sorted((one for one in findings if every or one.problem), key=lambda one: (not one.severe, one.problem is None, one.name))
-    rows = [("expert", "rank", "norm", "energy", "nearest by weight", "problem", "what to do")]
+    rows = []
     for one in chosen:
-        near = "" if one.nearest is None else f"{one.nearest[0][:32]} {one.nearest[1]:.2f}"
+        near = "" if one.nearest is None else f"{one.nearest[0]} {one.nearest[1]:.2f}"
         norm, energy = "" if one.norm is None else f"{one.norm:.3g}", "" if one.energy is None else f"{one.energy:.0%}"
-        rows.append((one.name, str(one.rank), norm, energy, near, (one.problem or "none")[:160], one.remedy or ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 2)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), *_tail(row)]) for row in rows]
-    return "\n".join(line.rstrip() for line in lines) if chosen else ""
-
-
-def _tail(row: Sequence[str]) -> list[str]:
-    """Problem and remedy, whose lengths vary too much for columns."""
-    return [f"{row[-2]} -> {row[-1]}" if row[-1] else row[-2]]
+        problem = f"{one.problem or 'none'}{f' -> {one.remedy}' if one.remedy else ''}"
+        rows.append((one.name, str(one.rank), norm, energy, near, problem))
+    header = ("expert", "rank", "norm", "energy", "nearest by weight", "problem -> what to do")
+    return render(Table(header, rows, text=(0, 4, 5)), terminal=terminal) if chosen else ""

@@ -99,8 +99,9 @@ class _Import:
                 raise self._proposed(candidate) or candidate.error
             if adapter is None:
                 raise AssertionError("neither an adapter nor an error")
-            norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
-            check_norm(candidate.norm, norms, candidate.where, any_norm=self.options.any_norm)
+            if not self.options.any_norm:
+                norms = [*self.index.norms.values(), *(one.norm for one, *_ in self.waiting)]
+                check_norm(candidate.norm, norms, candidate.where)
             if self._has(name, adapter, candidate.descriptions):
                 return Imported(source.label, name, existed=True)
         except LoragError as error:

@@ -17,10 +17,11 @@ from lorag.adapters.checks import CONFIG, check_config
 from lorag.adapters.formats import Base
 from lorag.adapters.reading import own_layout, read_facts
 from lorag.bank.bank import AdapterBank, BankBase
-from lorag.base.base_model import TASK_TYPES, BaseModel, is_trusted, kind_of
+from lorag.base.base_model import BaseModel, is_trusted, kind_of
+from lorag.base.kinds import KINDS, kind_of_task
 from lorag.base.layout import LoraLayout
 from lorag.base.names import known_name, locate, same_model
-from lorag.base.objectives import OBJECTIVES, make_objective
+from lorag.base.objectives import make_objective, objectives_of
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import BankError, BaseMismatchError, BaseModelError, ConfigError, LoragError
 from lorag.files.artifacts import read_json
@@ -110,7 +111,8 @@ def start_bank(
         )
     try:
         commit = new.revision or _one("revision", (one.revision for one in fitting if one.name not in new.aliases))
-        kind = new.kind or kind_of(name, commit, TASK_TYPES.get(str(_one("kind", (one.kind for one in fitting)))))
+        stated = _one("kind", (one.kind for one in fitting))
+        kind = new.kind or kind_of(name, commit, None if stated is None else KINDS[stated].task_type)
         model = BaseModel(name, kind, commit, is_trusted(name))
         layout = _layout(model, fitting)
     except BaseModelError as error:
@@ -159,12 +161,12 @@ def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: Ba
             facts = read_facts(folder, values=False)
             check_config(facts.config, folder / CONFIG)
             named, at, task = (facts.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))
-            kinds = {of: kind for kind, of in TASK_TYPES.items() if of is not None}
+            kind = kind_of_task(task) if isinstance(task, str) else None
             seen.append(
                 _Seen(
                     named if isinstance(named, str) and named else None,
                     at if isinstance(at, str) and at != "main" else None,
-                    kinds.get(task) if isinstance(task, str) else None,
+                    None if kind is None else kind.name,
                     own_layout(facts.config, facts.spec, folder),
                 )
             )
@@ -231,9 +233,9 @@ def _layout(model: BaseModel, seen: Sequence[_Seen]) -> LoraLayout:
 
 
 def _objective(model: BaseModel, new: NewBank) -> tuple[str, dict[str, Any]]:
-    fitting = [name for name, objective in OBJECTIVES.items() if objective.kind == model.kind]
-    chosen = new.objective or fitting[0]
-    if new.objective is not None and chosen not in fitting:
+    fitting = objectives_of(model.kind)
+    chosen = new.objective or next(iter(fitting), "none")
+    if chosen not in fitting:
         raise ConfigError("objective and base model do not fit", got=f"{chosen} on a {model.kind}", expected=" or ".join(fitting))
     return chosen, make_objective(chosen, model.tokenizer(), new.settings).settings() if new.settings else {}
 

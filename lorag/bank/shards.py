@@ -25,6 +25,7 @@ from torch import Tensor
 from lorag.adapters.factors import Factors, Pair
 from lorag.errors import ArtifactError, BankError, DtypeOverflowError
 from lorag.files.artifacts import require_name, resolve_inside
+from lorag.files.stored import Count, Number, Text, Texts
 from lorag.files.tensors import TensorSpec, read_header
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 
 Sizes = Sequence[tuple[int, int]]  # length of A's rows and B's columns, module by module
 Side = tuple[str, tuple[int, int], tuple[int, int]]
-_Count = Annotated[int, Strict(), Field(ge=1)]
-_Text = Annotated[str, Strict()]
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -62,18 +61,18 @@ class Expert:
         bases: File with the bases that its factors are in, of a compressed expert.
     """
 
-    name: _Text
-    descriptions: Annotated[tuple[_Text, ...], Field(min_length=1)]
-    rank: _Count
-    alpha: Annotated[float, Strict()]
-    checkpoints: _Count
-    file: _Text
+    name: Text
+    descriptions: Annotated[Texts, Field(min_length=1)]
+    rank: Count
+    alpha: Number
+    checkpoints: Count
+    file: Text
     index: Annotated[int, Strict(), Field(ge=0)]
-    suite: _Text = ""
-    license: _Text = "unknown"
-    score: Annotated[float, Strict()] | None = None
+    suite: Text = ""
+    license: Text = "unknown"
+    score: Number | None = None
     examples: Annotated[int, Strict()] | None = None
-    bases: _Text = ""
+    bases: Text = ""
 
     def __post_init__(self) -> None:
         require_name(self.name, "an expert's name")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from lorag.base.kinds import KINDS, kind_of_config, kind_of_task
 from lorag.base.names import canonical_name, locate, packaged
 from lorag.base.weights import same_weights, weights_identity
 from lorag.errors import BaseModelError, ConfigError, LoragError, MissingDependencyError, warn_caller
@@ -22,28 +23,11 @@ if TYPE_CHECKING:
     from torch import device as Device
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["KINDS", "BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code", "warn_if_slow"]
+__all__ = ["BaseModel", "device_of", "is_trusted", "kind_of", "stored_config", "trust_remote_code", "warn_if_slow"]
 
-_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "encoder": "AutoModel",
-    "two_towers": "AutoModel",
-    "image_seq2seq": "AutoModelForImageTextToText",
-}
-KINDS = tuple(_CLASSES)
-_SEEING = ("two_towers", "image_seq2seq")
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # in which weights can be stored
 _LOADED = (*DTYPES, "fast")
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch names what a CPU has
-# PEFT's wrapper for a task type passes on arguments of its own, which models that see images, such as CLIP, do not take.
-TASK_TYPES: dict[str, str | None] = {
-    "causal_lm": "CAUSAL_LM",
-    "seq2seq_lm": "SEQ_2_SEQ_LM",
-    "encoder": "FEATURE_EXTRACTION",
-    "two_towers": None,
-    "image_seq2seq": None,
-}
 
 
 def device_of(name: str) -> Device:
@@ -87,35 +71,18 @@ def kind_of(name: str, revision: str | None = None, task_type: str | None = None
     Raises:
         BaseModelError: If the config cannot be read.
     """
-    kinds = {task: kind for kind, task in TASK_TYPES.items() if task is not None}
-    if task_type in kinds and kinds[task_type] != "causal_lm":
-        return kinds[task_type]
+    stated = kind_of_task(task_type)
+    if stated is not None and stated.misstated is None:
+        return stated.name
     try:
         config = stored_config(name, revision)
     except BaseModelError:
-        if task_type in kinds:
-            return kinds[task_type]
-        raise
-    if task_type in kinds and not _sees_only_elsewhere(config):
-        return kinds[task_type]
-    if getattr(config, "is_encoder_decoder", False):
-        return "image_seq2seq" if hasattr(config, "vision_config") else "seq2seq_lm"
-    classes = getattr(config, "architectures", None) or [""]
-    if str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal_lm"
-    if _sees_only_elsewhere(config):
-        return "image_seq2seq"
-    towers = (
-        hasattr(config, "text_config") and hasattr(config, "vision_config") and not str(classes[0]).endswith("ForConditionalGeneration")
-    )
-    return "two_towers" if towers else "encoder"
-
-
-def _sees_only_elsewhere(config: PretrainedConfig) -> bool:
-    """Whether transformers has a class of texts and images for a config, and none of texts alone: trainers call these causal, too."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        if stated is None:
+            raise
+        return stated.name
+    if stated is not None and stated.misstated is not None and not stated.misstated(config):
+        return stated.name
+    return kind_of_config(config).name
 
 
 def stored_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -165,8 +132,8 @@ class BaseModel:
     Attributes:
         name: "sandbox-lm", "smollm2-135m-instruct", a hub id, a local folder, or a GGUF file. A short name becomes the hub id that it
             stands for.
-        kind: "causal_lm", "seq2seq_lm", "encoder", "two_towers" for models of text and images such as CLIP, or "image_seq2seq"
-            for encoder-decoders that read an image and a prompt, such as Florence-2.
+        kind: One of KINDS: "causal_lm", "seq2seq_lm", "encoder", "two_towers" for models of text and images such as CLIP, or
+            "image_seq2seq" for encoder-decoders that read an image and a prompt, such as Florence-2.
         revision: Revision on the hub.
         remote_code: Whether Python code from its repository runs. What a file says here is a record of what was used and no
             permission: that takes `trust_remote_code` in this process.
@@ -184,13 +151,13 @@ class BaseModel:
         if not self.name or self.name.startswith(("\\\\", "//")):  # opening a share sends the user's credentials to its host
             raise ConfigError("base model's name cannot be used", got=repr(self.name)[:80], expected="a hub id or a local folder")
         object.__setattr__(self, "name", canonical_name(self.name))
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
 
     @property
     def task_type(self) -> str | None:
         """PEFT's name for what it does; None where PEFT's wrapper does not suit it."""
-        return TASK_TYPES[self.kind]
+        return KINDS[self.kind].task_type
 
     def load(self, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         """Loads the frozen model in evaluation mode.
@@ -215,7 +182,7 @@ class BaseModel:
             dtype = "float32"
         # torch's fused attention has a slow backward in half precision on a CPU: it took most of a training step.
         attention = "eager" if where.type == "cpu" and dtype != "float32" else None
-        loader = getattr(transformers, _CLASSES[self.kind])
+        loader = getattr(transformers, KINDS[self.kind].loader)
         with self._failures(), quiet_loading():
             model = loader.from_pretrained(
                 locate(self.name, self.revision),
@@ -242,10 +209,10 @@ class BaseModel:
                 locate(self.name, self.revision), revision=self.revision or "main", trust_remote_code=own_code
             )
             with torch.device("meta"):
-                return getattr(transformers, _CLASSES[self.kind]).from_config(config, trust_remote_code=own_code)
+                return getattr(transformers, KINDS[self.kind].loader).from_config(config, trust_remote_code=own_code)
 
     def tokenizer(self) -> Any:  # noqa: ANN401 - of a class that the model's config names
-        """Loads the tokenizer, or of a kind that sees images the processor, which has `tokenizer` and `image_processor`.
+        """Loads the tokenizer, or of a kind that reads images the processor, which has `tokenizer` and `image_processor`.
 
         A missing padding token is replaced by the end token. Images are resized by Pillow on every machine, also where
         torchvision is installed: the two differ in the last bits.
@@ -256,7 +223,7 @@ class BaseModel:
         """
         from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-        seeing = self.kind in _SEEING
+        seeing = KINDS[self.kind].reads_images
         if seeing:
             require_pillow()
         with self._failures():

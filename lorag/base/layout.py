@@ -12,9 +12,12 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import FailFast, Field, Strict
 
 from lorag.errors import LayoutError
+from lorag.files.stored import Count, Stored, Text, Texts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,6 +45,12 @@ class ModulePlace:
 
     kind: str
     depth: tuple[int, ...]
+
+
+class _StoredLayout(Stored):
+    target_modules: Texts
+    modules: Annotated[tuple[tuple[Text, Count, Count], ...], FailFast(), Field(min_length=1)]
+    fan_in_fan_out: Annotated[bool, Strict()]
 
 
 @dataclass(frozen=True)
@@ -151,15 +160,12 @@ class LoraLayout:
         """Reads the JSON form.
 
         Raises:
-            LayoutError: If a part is missing or of the wrong type.
+            LayoutError: If a part is missing or wrong.
         """
-        try:
-            modules = tuple(ModuleShape(str(n), int(i), int(o)) for n, i, o in value["modules"])
-            layout = cls(tuple(map(str, value["target_modules"])), modules, bool(value["fan_in_fan_out"]))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise LayoutError("a stored layout cannot be read", got=repr(error)[:120]) from error
-        if not modules or len(set(layout.names)) != len(modules) or any(min(m.in_features, m.out_features) < 1 for m in modules):
-            raise LayoutError("a stored layout is empty, repeats a module or has an impossible size")
+        stored = _StoredLayout.read(value, "a stored layout cannot be read", LayoutError)
+        layout = cls(stored.target_modules, tuple(ModuleShape(*one) for one in stored.modules), stored.fan_in_fan_out)
+        if len(set(layout.names)) != len(layout):
+            raise LayoutError("a stored layout repeats a module")
         return layout
 
     def check_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -16,7 +16,8 @@ from lorag.base.names import packaged
 from lorag.base.objectives import Objective, make_objective
 from lorag.base.objectives.base import select
 from lorag.base.row_adapters import Cores, RowAdapters, Stacked
-from lorag.errors import BankError, BaseModelError, ConfigError, LoragError
+from lorag.errors import BankError, BaseModelError, ConfigError
+from lorag.files.stored import Stored, Text
 
 if TYPE_CHECKING:
     from lorag.tasks.suite import Task
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["BankBase", "Runner"]
 
 _CACHED = 2048  # tokens that a CPU runs together: activations of many more do not stay in its caches
+
+
+class _StoredBase(Stored):
+    model: dict[str, Any]
+    identity: Text
+    layout: dict[str, Any]
+    objective: Text
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,20 @@ class BankBase:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> BankBase:
-        """Reads the JSON form."""
+        """Reads the JSON form.
+
+        Raises:
+            BankError: If a part is missing or of the wrong type.
+            ConfigError: If the base model's name or kind cannot be used.
+            LayoutError: If the layout cannot be read.
+        """
+        what = "the description of a base model cannot be read"
+        stored = _StoredBase.read(value, what, BankError)
         try:
-            model = BaseModel(**value["model"])
-            layout = LoraLayout.from_dict(value["layout"])
-            return cls(model, str(value["identity"]), layout, str(value["objective"]), dict(value["settings"]))
-        except LoragError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise BankError("the description of a base model cannot be read", got=repr(error)[:120]) from error
+            model = BaseModel(**stored.model)
+        except TypeError as error:  # a key too many, or one too few
+            raise BankError(what, got=str(error)[:120]) from error
+        return cls(model, stored.identity, LoraLayout.from_dict(stored.layout), stored.objective, stored.settings)
 
     def check(self) -> None:
         """Raises BaseModelError if the model that the name now leads to is not the one of the bank."""

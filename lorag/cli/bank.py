@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorag.base.kinds import KINDS
 from lorag.cli.options import Address, Cpus, Device, Dtype, Gpus, OnBackend, Quiet
 from lorag.errors import BankError, BaseModelError, MissingDependencyError
+from lorag.tables import Table, print_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,9 +100,7 @@ def add(
     base: Annotated[
         str | None, typer.Option(help="Of a new bank: a hub id, folder, GGUF file or short name of the base model.", rich_help_panel=_NEW)
     ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq.", rich_help_panel=_NEW)
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help=f"One of {', '.join(KINDS)}.", rich_help_panel=_NEW)] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's revision on the hub.", rich_help_panel=_NEW)] = None,
     objective: Annotated[
         str | None, typer.Option(help="How the base model is run on tasks; by default its kind's first.", rich_help_panel=_NEW)
@@ -246,9 +247,11 @@ def list_experts(bank: Annotated[str, typer.Argument(help="The bank, or 'sandbox
     """List a bank's experts."""
     from lorag.bank.bank import find_bank
 
-    for expert in find_bank(bank).experts:
-        score = "" if expert.score is None else f"{expert.score:.2f}"
-        typer.echo(f"{expert.name:<40} r={expert.rank:<3} {score:>5}  {expert.license:<12} {expert.descriptions[0][:80]}")
+    rows = [
+        (one.name, str(one.rank), "" if one.score is None else f"{one.score:.2f}", one.license, one.descriptions[0])
+        for one in find_bank(bank).experts
+    ]
+    print_tables(Table(("expert", "rank", "score", "licence", "description"), rows, text=(0, 3, 4)))
 
 
 @app.command("check")
@@ -264,7 +267,7 @@ def check(
     from lorag.bank.check import check_bank, format_findings
 
     findings = check_bank(find_bank(bank), embedder=_embedder(embedder) if cards else None, quiet=quiet)
-    table = format_findings(findings, every=every or len(findings) <= _MOST_ROWS)
+    table = format_findings(findings, every=every or len(findings) <= _MOST_ROWS, terminal=sys.stdout.isatty())
     if table:
         typer.echo(table + "\n")
     severe, odd = sum(one.severe for one in findings), sum(bool(one.problem) and not one.severe for one in findings)
@@ -299,8 +302,8 @@ def describe(
             typer.echo(f"{one.source}: {type(one.error).__name__}: {one.error}")
             continue
         typer.echo(one.source if one.match is None else f"{one.source}: fits {one.match:.2f}")
-        for name, cosine in one.near:
-            typer.echo(f"  {cosine:5.2f}  {name:<32} {opened[name].descriptions[0][:100]}")
+        rows = [(f"{cosine:.2f}", name, opened[name].descriptions[0]) for name, cosine in one.near]
+        print_tables(Table((), rows, text=(1, 2)))
 
 
 @app.command("export")

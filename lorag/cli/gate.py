@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def evaluate(
     suite = find_tasks(tasks, None if split == "all" else split)
     listed = None if unknown is None else read_unknown(unknown, "test")
     report = measure_gate(opened, suite, find_oracles(oracles, tasks), unknown=listed, wordings=wordings, limit=limit, quiet=quiet)
-    typer.echo(format_gate(report))
+    typer.echo(format_gate(report, terminal=sys.stdout.isatty()))
     if json_file is not None:
         write_json(json_file, report)
         typer.echo(f"\nwritten to {json_file}")

@@ -24,6 +24,7 @@ from lorag.files.artifacts import read_json
 from lorag.files.tensors import load_tensors, read_header
 from lorag.methods.vae import Diagnostics
 from lorag.serving.commands import start_commands
+from lorag.spaces import SPACES
 from lorag.tasks.suite import TaskSuite
 
 __all__ = ["describe_path"]
@@ -199,10 +200,10 @@ def _generator(path: Path) -> dict[str, Any]:
 
 
 def _space(kind: str, spec: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    if kind != "shared_subspace" or "space.mean" not in spec:
+    if kind not in SPACES:
         return kind
-    _, (modules, k, _) = spec["space.mean"]
-    return f"{kind}: {k} directions on each side of {modules} modules, codes of {modules * k * k:,} values"
+    prefix = "space."
+    return SPACES[kind].describe({name.removeprefix(prefix): shape for name, (_, shape) in spec.items() if name.startswith(prefix)})
 
 
 def _gate(stored: Mapping[str, Any] | None) -> str:

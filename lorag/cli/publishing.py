@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
+
+from lorag.base.kinds import KINDS
 
 __all__ = ["register"]
 
-BaseKind = Annotated[
-    str | None, typer.Option("--kind", help="Base model's kind: causal_lm, seq2seq_lm, encoder, two_towers or image_seq2seq.")
-]
+BaseKind = Annotated[str | None, typer.Option("--kind", help=f"Base model's kind: {', '.join(KINDS)}.")]
 BaseModelName = Annotated[str | None, typer.Option("--base-model", help="Base model, if the adapter does not name the right one.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    app.command()(export)
+    app.command(cls=_Export)(export)
     app.command()(push)
     app.command()(convert)
 
 
+class _Export(TyperCommand):
+    """Its help names the formats of the registry, which are looked up when someone asks: importing them takes seconds."""
+
+    def format_help(self, *given: Any) -> None:  # noqa: ANN401 - click's types, of which typer has brought its own since 0.29
+        """Prints the help."""
+        from lorag.adapters.formats import FORMATS
+
+        option = next(one for one in self.params if isinstance(one, TyperOption) and "--format" in one.opts)
+        option.help = f"Write another format than PEFT's: {' or '.join(name for name, one in FORMATS.items() if one.writes)}."
+        super().format_help(*given)
+
+
 def export(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or file (PEFT, GGUF, MLX, diffusers, kohya), or hub id.")],
-    out: Annotated[Path, typer.Option(help="A new folder; a new file with --gguf.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or a new file where the format is one, such as GGUF.")],
     merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter merged into its weights.")] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file for llama.cpp (extra `gguf`).")] = False,
-    mlx: Annotated[bool, typer.Option("--mlx", help="Write a folder for mlx-lm.")] = False,
+    name: Annotated[str | None, typer.Option("--format", help="Write another format than PEFT's, by its name.")] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file for llama.cpp (extra `gguf`): --format gguf.")] = False,
+    mlx: Annotated[bool, typer.Option("--mlx", help="Write a folder for mlx-lm: --format mlx.")] = False,
     base_model: BaseModelName = None,
     kind: BaseKind = None,
     strength: Annotated[float, typer.Option(help="Factor on ΔW.")] = 1.0,
@@ -40,10 +54,12 @@ def export(
 ) -> None:
     """Write an adapter as a PEFT folder of one rank and one alpha, which every program reads, in another format, or merged."""
     from lorag.adapters.export import ExportSettings, export_as, export_portable
+    from lorag.adapters.formats import FORMATS
+    from lorag.adapters.formats.format import AdapterFormat
     from lorag.adapters.merged import export_merged
 
-    if merge + gguf + mlx > 1:
-        raise typer.BadParameter("--merge, --gguf and --mlx exclude each other")
+    if merge + (name is not None) + gguf + mlx > 1:
+        raise typer.BadParameter("--merge, --format, --gguf and --mlx exclude each other")
     if merge and (rank is not None or keep is not None):
         raise typer.BadParameter("--rank and --keep are for adapters, not for --merge")
     if not merge and dtype != "auto":
@@ -54,13 +70,12 @@ def export(
         typer.echo(f'next: AutoModel….from_pretrained("{out}")')
         return
     settings = ExportSettings(base_model=base_model, kind=kind, strength=strength, rank=rank, keep=keep, convert=convert)
-    name = "gguf" if gguf else "mlx" if mlx else None
+    name = "gguf" if gguf else "mlx" if mlx else name
     done = export_portable(adapter, out, **settings) if name is None else export_as(adapter, out, name, **settings)
     typer.echo(f"{out}: rank {done.adapter.rank} adapter of {base_model or done.adapter.base_model}, one lora_alpha for all modules")
     if rank is not None or keep is not None or convert:
         typer.echo(f"relative error of ΔW: {done.error:.3g}")
-    following = f"llama-cli -m BASE.gguf --lora {out}" if gguf else f"mlx_lm.generate --model BASE --adapter-path {out}"
-    typer.echo(f"next: {following if gguf or mlx else f'lorag info {out}'}")
+    typer.echo(f"next: {(AdapterFormat if name is None else FORMATS[name]).next_step.format(out=out)}")
 
 
 def push(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,18 +13,20 @@ from lorag.config import load_config
 from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.side_by_side import side_by_side
 from lorag.evaluation.tables import format_table
+from lorag.files.artifacts import embedded, read_json
 from lorag.generator.generate import generate_loras, open_generator
+from lorag.tables import Table, render
 from lorag.tasks.finding import find_tasks
 from lorag.training.train import TrainConfig, train
 
 if TYPE_CHECKING:
     from lorag.tasks.suite import Example
 
-__all__ = ["quickstart", "show_real_model"]
+__all__ = ["quickstart", "shipped_ladder", "show_real_model"]
 
 _METHODS = ("base", "mean", "multitask", "nearest", "top_k", "ridge", "house", "house_shuffled", "house_junk", "oracle")
 _SHOWN = 3
-_REAL, _WORDS = "smollm2", 32
+_REAL, _LABELS, _WORDS = "smollm2", "unseen_label", 32
 _REAL_TASKS = ("clickbait_is_clickbait", "address_city", "legal_plain_summary")  # of sources that nothing in training shares
 
 
@@ -84,7 +86,24 @@ def show_real_model(out: Path, *, quiet: bool = False) -> Iterator[str]:
         yield from _answers(
             description, example, side_by_side(runner, adapter, [example.input], description=description, max_new_tokens=_WORDS).columns
         )
-    yield f'   {out}: the first of them, for PEFT\n\nnext: lorag generate "your description" --generator {_REAL} --out my-adapter'
+    yield f"   {out}: the first of them, for PEFT\n"
+    yield shipped_ladder()
+    yield f'\nnext: lorag generate "your description" --generator {_REAL} --out my-adapter'
+
+
+def shipped_ladder() -> str:
+    """What `lorag evaluate --generator smollm2` measured before it was shipped: on new labels balanced accuracy, otherwise exact match."""
+    stored = read_json(embedded(f"data/{_REAL}/ladder.json"))["splits"]
+    rows = next(iter(stored.values()))["methods"]
+
+    def shown(row: dict[str, Any], *, labels: bool) -> str:
+        of = row["measures"]["balanced_accuracy"] if labels and "measures" in row else row
+        return f"{of['score']:.3f}  {of['ci95'][0]:.3f} to {of['ci95'][1]:.3f}"
+
+    cells = [[name, *(shown(report["methods"][name], labels=split == _LABELS) for split, report in stored.items())] for name in rows]
+    header = [_REAL, *(f"{split}, {len(report['tasks'])} tasks" for split, report in stored.items())]
+    title = "The shipped ladder: tasks that training never saw, exact match (unseen_label: balanced accuracy), 95 % interval"
+    return render(Table(header, cells, title))
 
 
 def _answers(description: str, example: Example, answers: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -33,7 +33,7 @@ def tasks_derive(
 
 @app.command("import")
 def tasks_import(
-    source: Annotated[Path, typer.Argument(help="Folder of Super-NaturalInstructions task files, one JSON file a task.")],
+    source: Annotated[Path, typer.Argument(help="Folder of Super-NaturalInstructions task files, one JSON file per task.")],
     out: Annotated[Path, typer.Option(help="Folder of the suite.")],
     train: Annotated[int, typer.Option(min=1, help="Most training examples of a task.")] = 200,
     test: Annotated[int, typer.Option(min=1, help="Most test examples of a task.")] = 32,

@@ -69,7 +69,10 @@ def evaluate(
         str | None,
         typer.Option(help="Split of the suite, or several with commas between; by default the held-out ones; 'all' takes every task."),
     ] = None,
-    oracles: Annotated[str | None, typer.Option(help="Bank of experts of the evaluated tasks, or of some of them.")] = None,
+    oracles: Annotated[
+        str | None,
+        typer.Option(help="Bank of experts of the evaluated tasks, or of some; or what --json wrote of them, rows oracle or fresh_K."),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Comma-separated names, also few_shot_K and fresh_K; by default all that take no training."),

@@ -13,11 +13,12 @@ from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.names import SANDBOX_LM, SMOLLM2
 from lorag.base.runner import Runner
 from lorag.errors import ArtifactError, ConfigError
-from lorag.evaluation.ladder import BASELINES, evaluate
+from lorag.evaluation.ladder import evaluate
+from lorag.evaluation.oracles import Oracles, OracleScores
 from lorag.files.artifacts import embedded
 from lorag.generator.files import DEFAULT, find_generator
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import method_type
+from lorag.methods import METHODS
 from lorag.methods.training_loop import TrainingLoop
 from lorag.progress import progress_bar
 from lorag.tasks.finding import TRAIN, find_tasks
@@ -26,14 +27,16 @@ from lorag.training.split import RunTasks
 from lorag.training.train import fit_generator
 
 if TYPE_CHECKING:
+    from lorag.methods.method import Method
     from lorag.tasks.suite import TaskSuite
 
-__all__ = ["Ladder", "embedded_suite", "find_oracles", "open_ladder"]
+__all__ = ["Ladder", "bank_baselines", "embedded_suite", "find_oracles", "open_ladder"]
 
 _WORDINGS = 6  # descriptions of each expert that the baselines of the ladder are fitted on
 MULTITASK = "multitask"
 _SANDBOX, _ALL = "sandbox", "all"
-_SUITES = {SANDBOX_LM: _SANDBOX, SMOLLM2: "smollm2"}  # base model -> embedded suite
+_REAL = "smollm2"
+_SUITES = {SANDBOX_LM: _SANDBOX, SMOLLM2: _REAL}  # base model -> embedded suite
 _SPLITS = {"smollm2": ("unseen_format", "unseen_label", "unseen_task")}
 
 
@@ -44,7 +47,7 @@ class Ladder:
     Attributes:
         bank: Experts of the training tasks; it may be empty.
         suite: The evaluated tasks.
-        oracles: Their own experts, or those of some of them, if there are any.
+        oracles: Their own experts, or those of some of them, or such experts' scores, if there are any.
         generators: Name to generators of that method, baselines first; several count as seeds.
         folders: Where the first of each method that was opened, and not fitted here, lies.
         methods: Names to score, in this order; None is all that take no training.
@@ -56,7 +59,7 @@ class Ladder:
 
     bank: AdapterBank
     suite: TaskSuite
-    oracles: AdapterBank | None
+    oracles: Oracles | None
     generators: Mapping[str, Sequence[LoraGenerator]]
     folders: Mapping[str, Path]
     methods: Sequence[str] | None = None
@@ -106,7 +109,8 @@ def open_ladder(
         bank: Bank of training experts, for the baselines; by default the embedded one of the generators' base, if it has one.
         tasks: Suite; by default the embedded one of the base.
         split: Split of the suite, or several; "all" is every task. By default what is held out: "test", or unseen formats, labels, tasks.
-        oracles: Bank of experts of the evaluated tasks, or of some of them; for the sandbox the embedded one.
+        oracles: Bank of experts of the evaluated tasks, or of some of them, or a JSON file of such experts' scores; by default what is
+            embedded for the suite.
         methods: Names to be scored, so that other baselines need not be fitted; all that take no training by default.
         device: "auto", "cpu" or "cuda".
         dtype: Precision of the base model: "auto", "fast", "float32", "bfloat16" or "float16".
@@ -134,13 +138,14 @@ def open_ladder(
     suite = find_tasks(tasks)
     splits = {name: suite if name == _ALL else suite.of_split(name) for name in names}
     seen = TRAIN in names
-    missing = [name for name in BASELINES if len(experts) and name not in opened and (methods is None or name in methods)]
+    missing = [one for one in bank_baselines() if len(experts) and one.name not in opened and (methods is None or one.name in methods)]
     training = suite.of_split(TRAIN) if missing and not seen and TRAIN in suite.splits else None
     everything = opened | _fit_baselines(missing, first, experts, training, device, dtype, quiet)
-    order = ["random", "mean", "multitask", "multitask_prompted", "nearest", "top_k", "ridge", "sg_mixture"]
-    ranked = {name: everything[name] for name in (*order, *everything) if name in everything}
-    oracle_bank = experts if oracles is None and seen and len(experts) else find_oracles(oracles, tasks)
-    return Ladder(experts, next(iter(splits.values())), oracle_bank, ranked, places, methods, device, dtype, splits)
+    ranked = dict(sorted(everything.items(), key=lambda row: _rank(row[1][0].method)))
+    upper = experts if oracles is None and seen and len(experts) else find_oracles(oracles, tasks)
+    if oracles is None and isinstance(upper, OracleScores) and not all(upper.covers(suite) for suite in splits.values()):
+        upper = None  # of tasks that training saw
+    return Ladder(experts, next(iter(splits.values())), upper, ranked, places, methods, device, dtype, splits)
 
 
 def embedded_suite(base: str) -> str:
@@ -154,18 +159,36 @@ def embedded_suite(base: str) -> str:
     return _SUITES[base]
 
 
-def find_oracles(oracles: str | None, tasks: str) -> AdapterBank | None:
-    """Experts of evaluated tasks: the bank that is named, else the one that is embedded for their suite, if there is one."""
+def find_oracles(oracles: str | None, tasks: str) -> Oracles | None:
+    """Experts of evaluated tasks, or their scores: what is named, else what is embedded for the suite, if there is anything.
+
+    Raises:
+        ArtifactError: If a file with scores cannot be read.
+        BankError: If a bank cannot be.
+    """
     if oracles is not None:
-        return find_bank(oracles)
+        return OracleScores.read(Path(oracles)) if oracles.endswith(".json") else find_bank(oracles)
+    if tasks == _REAL:
+        return OracleScores.read(embedded("data/smollm2/oracles.json"))
     return AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == _SANDBOX else None
 
 
+def bank_baselines() -> list[Method]:
+    """Baselines that take nothing but a bank, unfitted."""
+    baselines = [method() for method in METHODS.values() if method.baseline]
+    return [method for method in baselines if not method.learns_from_tasks]
+
+
+def _rank(method: Method) -> tuple[int, bool]:
+    """Where a ladder shows a method: baselines first, in the order of their registry, and the rest as it was named."""
+    return (list(METHODS).index(method.name), method.prompted) if method.baseline else (len(METHODS), False)
+
+
 def _fit_baselines(
-    names: Sequence[str], like: LoraGenerator, bank: AdapterBank, tasks: TaskSuite | None, device: str, dtype: str, quiet: bool
+    methods: Sequence[Method], like: LoraGenerator, bank: AdapterBank, tasks: TaskSuite | None, device: str, dtype: str, quiet: bool
 ) -> dict[str, list[LoraGenerator]]:
     """Baselines on a bank, in a generator's weight space. Their strength is tuned where a suite has all experts' tasks for training."""
-    if not names:
+    if not methods:
         return {}
     if tasks is not None and not set(bank.names) <= {task.key for task in tasks}:
         tasks = None
@@ -181,8 +204,8 @@ def _fit_baselines(
     loop = TrainingLoop(None, torch.Generator().manual_seed(0), quiet)
     strength = None if tasks is not None else 1.0
     return {
-        name: [fit_generator(prepared, method_type(name)(), loop, rank=like.rank, strength=strength, origin={})]
-        for name in progress_bar(names, desc="fitting baselines", disable=quiet, leave=False, every=10.0)
+        method.name: [fit_generator(prepared, method, loop, rank=like.rank, strength=strength, origin={})]
+        for method in progress_bar(methods, desc="fitting baselines", disable=quiet, leave=False, every=10.0)
     }
 
 

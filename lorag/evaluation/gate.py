@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorag.bank.bank import AdapterBank
 from lorag.errors import GeneratorError
 from lorag.generator.calibration import RiskCoverage, auroc, calibration_error, risk_coverage
 from lorag.progress import progress_bar
+from lorag.tables import Table, render
 from lorag.tasks.unknown import unknown_tasks
 from lorag.training.calibrate import gap_closed_by
 
 if TYPE_CHECKING:
-    from lorag.bank.bank import AdapterBank
+    from lorag.evaluation.oracles import Oracles
     from lorag.generator.gate import Verdict
     from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import TaskSuite
@@ -27,7 +29,7 @@ __all__ = ["format_gate", "measure_gate"]
 def measure_gate(
     generator: LoraGenerator,
     tasks: TaskSuite,
-    oracles: AdapterBank | None,
+    oracles: Oracles | None,
     *,
     unknown: Mapping[str, Sequence[str]] | None = None,
     wordings: int = 2,
@@ -39,7 +41,7 @@ def measure_gate(
     Args:
         generator: With a fitted gate.
         tasks: Held-out tasks with test examples.
-        oracles: Experts of these very tasks; without them the gap closed is not measured.
+        oracles: Experts of these very tasks; without them, or with their scores alone, the gap closed is not measured.
         unknown: Descriptions that the bank cannot serve, by kind; by default the shipped ones for testing.
         wordings: Descriptions of each task.
         limit: Most test examples of each.
@@ -80,7 +82,7 @@ def measure_gate(
         "novelty": _novelty(rows, inside, strange, outside),
         "judged": judged,
     }
-    if oracles is None or generator.gate.gap_closed is None:
+    if not isinstance(oracles, AdapterBank) or generator.gate.gap_closed is None:
         return report
     codes = torch.cat([evidence.code for evidence in gathered[: len(rows)]]).float()
     closed = gap_closed_by(generator, codes, [task for task, _ in rows], oracles, {task.key: task for task in tasks}, limit)
@@ -147,8 +149,8 @@ def _curve(curve: RiskCoverage) -> dict[str, Any]:
     }
 
 
-def format_gate(report: Mapping[str, Any]) -> str:
-    """The report as lines for a terminal."""
+def format_gate(report: Mapping[str, Any], *, terminal: bool = False) -> str:
+    """The report as lines, its table ruled for a terminal."""
     novelty = report["novelty"]
     lines = [
         f"{report['tasks']} held-out tasks, {report['descriptions']} descriptions; {report['unknown']} of nothing that the bank does",
@@ -167,10 +169,12 @@ def format_gate(report: Mapping[str, Any]) -> str:
             f"calibration error {closed['calibration_error']:.3f}",
             f"the interval held {closed['interval_held']:.1%} of what was realised; its width is {closed['interval_width']:.2f} on average",
             "",
-            f"{'ranked by expected gap closed':<30}{'AURC':>8}{'(best)':>8}{'risk':>8}{'at half':>9}{'ratio':>8}",
         ]
+        header = ("ranked by expected gap closed", "AURC", "(best)", "risk", "at half", "ratio")
+        rows = []
         for name, row in report["selective"].items():
-            ratio = "" if row["half_to_full"] is None else f"{row['half_to_full']:.3f}"
+            values = (row[key] for key in ("aurc", "aurc_best", "risk", "risk_at_half", "half_to_full"))
             what = name.replace("_", " ").replace("held out", "held-out tasks")
-            lines.append(f"{what:<30}{row['aurc']:>8.3f}{row['aurc_best']:>8.3f}{row['risk']:>8.3f}{row['risk_at_half']:>9.3f}{ratio:>8}")
+            rows.append([what, *("" if value is None else f"{value:.3f}" for value in values)])
+        lines.append(render(Table(header, rows), terminal=terminal))
     return "\n".join(lines)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lorag.adapters.reading import own_chat_template
-from lorag.base.base_model import KINDS
+from lorag.base.kinds import KINDS, kind_of_task
 from lorag.base.names import locate
 from lorag.errors import LoragError
 
 __all__ = ["lm_eval_command"]
 
-_WRITING = ("causal_lm", "seq2seq_lm")
-_TASK_TYPES = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq_lm"}
+_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # that the harness knows
 
 
 def lm_eval_command(folder: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> str | None:
@@ -36,8 +35,9 @@ def lm_eval_command(folder: Path, config: Mapping[str, Any], info: Mapping[str, 
     base, named = info.get("base_model"), config.get("base_model_name_or_path")
     stated: Mapping[str, Any] = base if isinstance(base, Mapping) else {}
     stated_kind = stated.get("kind")
-    kind = stated_kind if stated_kind in KINDS else _TASK_TYPES.get(str(config.get("task_type")))
-    if kind not in _WRITING or not isinstance(named, str) or not named:
+    kind = KINDS.get(stated_kind) if isinstance(stated_kind, str) else None
+    kind = kind or kind_of_task(str(config.get("task_type")))
+    if kind is None or kind.loader not in _LOADERS or not isinstance(named, str) or not named:
         return None
     revision = config.get("revision") if isinstance(config.get("revision"), str) else stated.get("revision")
     place = _place(named, revision)

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorag.bank.bank import AdapterBank
 from lorag.base.objectives.prompts import with_description, with_shots
 from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError
+from lorag.evaluation.oracles import OracleScores
 from lorag.evaluation.reproduction import Reproduction
 from lorag.evaluation.rivals import random_like, train_fresh
 from lorag.evaluation.scoring import Scorer, longer_prompts
@@ -22,12 +24,12 @@ from lorag.progress import progress_bar
 
 if TYPE_CHECKING:
     from lorag.adapters.adapter import LoraAdapter
-    from lorag.bank.bank import AdapterBank
     from lorag.base.runner import BankBase
+    from lorag.evaluation.oracles import Oracles
     from lorag.generator.lora_generator import LoraGenerator
     from lorag.tasks.suite import Task, TaskSuite
 
-__all__ = ["BASELINES", "CONTROLS", "evaluate", "is_learned", "shown_descriptions"]
+__all__ = ["CONTROLS", "baseline_rows", "evaluate", "learned_rows", "shown_descriptions"]
 
 # Meaningless where a description is due; adapters made from them show what a generator gives to anything at all.
 JUNK = (
@@ -39,7 +41,6 @@ JUNK = (
     "aaaa bbbb cccc dddd",
 )
 CONTROLS = ("base", "base_prompted", "few_shot", "random_init", "oracle")
-BASELINES = ("random", "mean", "nearest", "top_k", "ridge", "sg_mixture")
 _SHOTS = 4
 _WITH_EXAMPLES = re.compile(r"(few_shot|fresh)_(\d{1,3})")  # rows that take a number of training examples
 _EVERY = 10.0  # seconds between signs of life
@@ -49,7 +50,7 @@ def evaluate(
     tasks: TaskSuite,
     generators: Mapping[str, Sequence[LoraGenerator]],
     *,
-    oracles: AdapterBank | None = None,
+    oracles: Oracles | None = None,
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     limit: int = 32,
@@ -65,7 +66,7 @@ def evaluate(
     Args:
         tasks: Tasks with test examples; a generator is shown one description of each, another for each seed.
         generators: Name to generators of that method; where there are several, seeds use them in turn.
-        oracles: Experts of these very tasks, or of some of them, for the upper end of the gap.
+        oracles: Experts of these very tasks, or of some of them, or the scores of such experts, for the upper end of the gap.
         methods: Names to score, in this order; by default all that take no training. `few_shot_K` shows K examples in the prompt,
             `fresh_K` trains an adapter on K examples.
         seeds: Number of seeds.
@@ -85,18 +86,20 @@ def evaluate(
 
     Raises:
         ConfigError: If a method is unknown, or generators have different bases.
-        BankError: If the oracles are of another base, or of none of the tasks.
+        BankError: If the oracles are of another base, or of none of the tasks, or their scores are of another metric.
     """
     base = _shared_base(generators)
     base.check()
     if oracles is not None:
         _check_oracles(oracles, base, tasks)
     runner = Runner.open(base, device, dtype) if runner is None else runner
+    if isinstance(oracles, OracleScores) and oracles.metric != runner.objective.metric:
+        raise BankError("the oracles' scores are of another metric", got=oracles.metric, expected=runner.objective.metric)
     names = _names(tasks, generators, oracles, runner)
     chosen = _known(methods, names) if methods else names
     wanted = [name for name in ("base", "oracle") if name in names and name not in chosen] + chosen
     reproduction = None
-    if reproduce and oracles is not None and all(task.key in oracles for task in tasks):
+    if reproduce and isinstance(oracles, AdapterBank) and all(task.key in oracles for task in tasks):
         reproduction = Reproduction(oracles, [task.key for task in tasks])
     fixed = 1 if not runner.objective.draws_when_scoring else seeds
     total = sum((fixed if name in ("base", "oracle") else seeds) for name in wanted) * len(tasks)
@@ -109,6 +112,7 @@ def evaluate(
                 if seed < fixed or name not in ("base", "oracle"):
                     bar.set_postfix(method=name, seed=seed)
                     rows.score(name, scores)
+    baselines, learned = baseline_rows(generators), learned_rows(generators)
     report: dict[str, Any] = {
         "suite": "+".join(sorted({task.suite for task in tasks})),
         "metric": runner.objective.metric,
@@ -116,16 +120,21 @@ def evaluate(
         "seeds": seeds,
         "tasks": list(tasks.names),
         "methods": {name: summarise(scores, name) for name in chosen},
-        "differences": differences(scores, {name: _rivals(name, scores) for name in chosen if name in generators and is_learned(name)}),
+        "differences": differences(scores, {name: _rivals(name, baselines, scores) for name in chosen if name in learned}),
     }
     if reproduction is not None:
         report["reproduction"] = reproduction.report(generators, {name: scores.mean(name) for name in wanted}, scores.mean("oracle"))
     return report
 
 
-def is_learned(method: str) -> bool:
-    """Whether a method claims to have learned from descriptions, so that it owes the shuffled and the junk control."""
-    return method not in (*BASELINES, "multitask", "multitask_prompted", "static")
+def baseline_rows(generators: Mapping[str, Sequence[LoraGenerator]]) -> list[str]:
+    """Rows of generators that are baselines, in the ladder's order."""
+    return [name for name, group in generators.items() if group[0].method.baseline]
+
+
+def learned_rows(generators: Mapping[str, Sequence[LoraGenerator]]) -> list[str]:
+    """Rows of generators that claim to have learned from descriptions, and so owe the shuffled and the junk control."""
+    return [name for name, group in generators.items() if not group[0].method.baseline]
 
 
 def shown_descriptions(tasks: Iterable[Task], seed: int) -> list[str]:
@@ -142,7 +151,11 @@ def _shared_base(generators: Mapping[str, Sequence[LoraGenerator]]) -> BankBase:
     return everything[0].base
 
 
-def _check_oracles(oracles: AdapterBank, base: BankBase, tasks: TaskSuite) -> None:
+def _check_oracles(oracles: Oracles, base: BankBase, tasks: TaskSuite) -> None:
+    if isinstance(oracles, OracleScores):
+        if not oracles.covers(tasks):
+            raise BankError("the oracles' scores lack tasks", got=f"all {len(tasks)} such as {tasks.names[0]}")
+        return
     if oracles.base.layout != base.layout or not base.model.has_identity(oracles.base.identity):
         raise BankError("the oracles are of another base model or layout", got=oracles.base.model.name, expected=base.model.name)
     if not any(task.key in oracles for task in tasks):
@@ -157,7 +170,7 @@ def _known(methods: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(methods)
 
 
-def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], oracles: AdapterBank | None, runner: Runner) -> list[str]:
+def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], oracles: Oracles | None, runner: Runner) -> list[str]:
     """All rows that take no training, in order."""
     texts = all(task.inputs == "text" for task in tasks)
     prompts = texts and runner.objective.generates and runner.objective.reads_texts
@@ -166,20 +179,19 @@ def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], 
     names += ["few_shot"] if prompts and all(task.split("train") for task in tasks) else []
     names.append("random_init")
     names += generators
-    for name in generators:
-        if is_learned(name):
-            names += [f"{name}_shuffled"] if len(tasks) > 1 else []
-            names.append(f"{name}_junk")
-            names += [f"{name}_prompted"] if prompts else []
+    for name in learned_rows(generators):
+        names += [f"{name}_shuffled"] if len(tasks) > 1 else []
+        names.append(f"{name}_junk")
+        names += [f"{name}_prompted"] if prompts else []
     return names + (["oracle"] if oracles is not None else [])
 
 
-def _rivals(name: str, scores: Scores) -> list[str]:
-    """What the score of a generator is compared with: its controls, and everything that is not learned from descriptions."""
+def _rivals(name: str, baselines: Sequence[str], scores: Scores) -> list[str]:
+    """What the score of a generator is compared with: its controls, what takes no generator, all baselines, and the oracle."""
     controls = [f"{name}_shuffled", f"{name}_junk", f"{name}_prompted"]
-    others = ["base_prompted", "random_init", "mean", "top_k", "multitask", "multitask_prompted", "oracle"]
     numbered = [other for other in scores.rows if other == "few_shot" or _WITH_EXAMPLES.fullmatch(other)]
-    return [other for other in (*controls, *others[:1], *numbered, *others[1:]) if other in scores.rows]
+    rivals = (*controls, "base_prompted", *numbered, "random_init", *baselines, "oracle")
+    return [other for other in rivals if other in scores.rows]
 
 
 class _Rows:
@@ -189,7 +201,7 @@ class _Rows:
         self,
         tasks: tuple[Task, ...],
         generators: Mapping[str, Sequence[LoraGenerator]],
-        oracles: AdapterBank | None,
+        oracles: Oracles | None,
         scorer: Scorer,
         seed: int,
         reproduction: Reproduction | None,
@@ -197,12 +209,17 @@ class _Rows:
         self.tasks, self.generators, self.oracles, self.scorer, self.seed = tasks, generators, oracles, scorer, seed
         self.reproduction = reproduction
         self.shown = shown_descriptions(tasks, seed)
-        learned = [name for name in generators if is_learned(name)]
-        self.subject = next(iter(learned or generators))  # whose size an untrained adapter has
+        self.learned = learned_rows(generators)
+        self.subject = next(iter(self.learned or generators))  # whose size an untrained adapter has
         self._kept: dict[str, list[LoraAdapter]] = {}
 
     def score(self, name: str, scores: Scores) -> None:
         """Scores one row, and adds it."""
+        if name == "oracle" and isinstance(self.oracles, OracleScores):
+            metric, known = self.oracles.metric, self.oracles.scores
+            scores.add(name, {task.name: {metric: known[task.name]} for task in self.tasks if task.name in known})
+            self.scorer.bar.update(len(self.tasks))
+            return
         tasks, adapters, prompted = self._requests(name)
         if self.reproduction is not None and name in self.generators and adapters is not None:
             self.reproduction.add(name, adapters)
@@ -217,7 +234,7 @@ class _Rows:
         examples = _WITH_EXAMPLES.fullmatch(name)
         if name == "base":
             return self.tasks, None, False
-        if name == "oracle" and self.oracles is not None:
+        if name == "oracle" and isinstance(self.oracles, AdapterBank):
             with_oracle = [task for task in self.tasks if task.key in self.oracles]
             return with_oracle, [self.oracles.adapter(task.key) for task in with_oracle], False
         if name == "base_prompted":
@@ -251,7 +268,7 @@ class _Rows:
         if source in self._kept:
             return self._kept[source]
         adapters = self._generate(source, self.shown)
-        if is_learned(source) or source == self.subject:
+        if source in self.learned or source == self.subject:
             self._kept[source] = adapters
         return adapters
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorag.adapters.factors import Factors
 from lorag.base.base_model import warn_if_slow
-from lorag.base.objectives import make_objective, take
+from lorag.base.objectives import OBJECTIVES, make_objective, take
 from lorag.base.objectives.language_model import LanguageModel
 from lorag.base.runner import Runner
 from lorag.errors import AdapterError, ConfigError
@@ -28,7 +28,6 @@ __all__ = ["Answers", "Effect", "open_for", "side_by_side"]
 _NULLS = 4  # random adapters whose effects are measured; the first one answers too
 _NOTHING = 1e-6  # nats per token: rounding of fp32
 _LONGEST = 2048  # tokens of a prompt, where the base model takes as many
-_OBJECTIVES = {"causal_lm": "causal_lm", "seq2seq_lm": "seq2seq_lm"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def open_for(
     Args:
         adapter: Of any PEFT folder.
         base_model: Another name of the base model.
-        kind: "causal_lm" or "seq2seq_lm"; by default what the adapter and the base model's config say.
+        kind: A kind that writes texts, such as "causal_lm"; by default what the adapter and the base model's config say.
         chat_template: Stands for the base model's own, as trainers save one beside an adapter.
         device: "auto", "cpu" or "cuda".
         dtype: Precision of the base model.
@@ -99,11 +98,12 @@ def open_for(
         BaseModelError: If it cannot be had, or is not the adapter's.
     """
     base = adapter.stated_base(base_model, kind)
-    if base.kind not in _OBJECTIVES:
+    writing = {one.kind: one.name for one in reversed(OBJECTIVES.values()) if one.generates and one.reads_texts}  # the first of a kind
+    if base.kind not in writing:
         raise ConfigError(
             "answers can be tried on base models that write texts",
             got=f"{base.name}, a base model of kind {base.kind}",
-            expected=" or ".join(_OBJECTIVES),
+            expected=" or ".join(sorted(writing)),
             remedy="Compare what it is for with lorag evaluate; if it does write texts, give --kind.",
         )
     tokenizer, model = base.tokenizer(), base.load(device, dtype)
@@ -115,7 +115,7 @@ def open_for(
     prompt = stated.get("prompt") if isinstance(stated, dict) else None
     written = {key: prompt[key] for key in ("template", "system") if isinstance(prompt.get(key), str)} if isinstance(prompt, dict) else {}
     room: Any = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2 * _LONGEST
-    objective = make_objective(_OBJECTIVES[base.kind], tokenizer, {"max_length": min(_LONGEST, room // 2), **written})
+    objective = make_objective(writing[base.kind], tokenizer, {"max_length": min(_LONGEST, room // 2), **written})
     return Runner(model, fitted.layout, objective), fitted
 
 

@@ -13,13 +13,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorag.errors import ArtifactError, FormatVersionError, NonFiniteError
 from lorag.files.atomic import finish_replacing, replace_together, write_atomically, write_bytes, writing
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 __all__ = [
     "GENERATOR_FORMAT",
@@ -28,7 +25,6 @@ __all__ = [
     "decode_text",
     "embedded",
     "finish_replacing",
-    "first_fault",
     "is_foreign_link",
     "looks_like",
     "read_bounded",
@@ -272,12 +268,6 @@ def parse_json(text: str | bytes, origin: object, most: int = _MAX_VALUES) -> An
         raise NonFiniteError(f"{origin} is not valid JSON", got=str(error)[:120], remedy="Replace it by a number.") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{origin} is not valid JSON", got=str(error)[:120]) from error
-
-
-def first_fault(error: ValidationError) -> tuple[str, str]:
-    """What pydantic found wrong first: where with what was given, and what it expected."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    return f"{'.'.join(map(str, first['loc']))[:80]}: {str(first.get('input'))[:80]}", first["msg"]
 
 
 def read_json(path: Path, most: int = _MAX_JSON) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorag.errors import GeneratorError
+from lorag.files.stored import Number, Numbers, PositiveNumbers  # noqa: TC001 - pydantic reads a stored one's annotations
 
 __all__ = ["Logistic", "RiskCoverage", "auroc", "calibration_error", "cross_fitted", "residual_interval", "risk_coverage"]
 
@@ -25,14 +25,14 @@ class Logistic:
     Attributes:
         mean: Of each feature where it was fitted (f,).
         scale: Standard deviation of each feature (f,).
-        weights: One a standardised feature (f,).
+        weights: One per standardised feature (f,).
         bias: Added to their sum.
     """
 
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    weights: tuple[float, ...]
-    bias: float
+    mean: Numbers
+    scale: PositiveNumbers
+    weights: Numbers
+    bias: Number
 
     @classmethod
     def fit(cls, features: Tensor, targets: Tensor, *, weights: Tensor | None = None, penalty: float = 1.0) -> Logistic:
@@ -79,22 +79,9 @@ class Logistic:
         lists = {name: [_short(v) for v in getattr(self, name)] for name in ("mean", "scale", "weights")}
         return lists | {"bias": _short(self.bias)}
 
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any], features: int) -> Logistic:
-        """Reads the JSON form.
-
-        Raises:
-            GeneratorError: If it does not hold finite numbers for so many features.
-        """
-        try:
-            lists = [tuple(float(v) for v in value[name]) for name in ("mean", "scale", "weights")]
-            bias = float(value["bias"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise GeneratorError("a stored calibration cannot be read", got=repr(error)[:120]) from error
-        whole = [v for row in lists for v in row]
-        if any(len(row) != features for row in lists) or not all(map(math.isfinite, [*whole, bias])) or min(lists[1], default=1.0) <= 0:
-            raise GeneratorError("a stored calibration does not fit its features", got=[len(row) for row in lists], expected=features)
-        return cls(lists[0], lists[1], lists[2], bias)
+    def counts(self, features: int) -> bool:
+        """Whether it is a model of so many features."""
+        return all(len(part) == features for part in (self.mean, self.scale, self.weights))
 
 
 def _standard(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 
 from lorag import __version__
 from lorag.base.runner import BankBase
-from lorag.errors import ArtifactError, GeneratorError, LoragError
+from lorag.errors import ArtifactError, GeneratorError
 from lorag.files.artifacts import GENERATOR_FORMAT, check_manifest, embedded, safe_name, sha256, write_manifest
 from lorag.files.hub import fetch
+from lorag.files.stored import Count, Number, Stored, Text, Texts
 from lorag.files.tensors import load_tensors, read_header, save_tensors
 from lorag.generator.gate import Gate
 from lorag.methods import method_type
@@ -32,6 +33,25 @@ MANIFEST, _WEIGHTS, _KIND = "generator.json", "generator.safetensors", "generato
 
 DEFAULT = "sandbox"  # the generator that is used where none is named
 _SHIPPED = {"sandbox": "house", "house": "house", "multitask": "multitask", "smollm2": "smollm2"}  # name -> folder in checkpoints/
+
+
+class _StoredGenerator(Stored):
+    """generator.json; parts that have a reader of their own are objects here, and checked there."""
+
+    base: dict[str, Any]
+    space: dict[str, Any]
+    experts: Texts
+    licenses: dict[str, Any] = {}
+    method: Text
+    settings: dict[str, Any]
+    shape: dict[str, Any]
+    embedder: Text
+    rank: Count
+    strength: Number
+    origin: dict[str, Any] = {}
+    gate: dict[str, Any] | None = None
+    words: Text = ""
+    files: dict[str, Any]
 
 
 def find_generator(name: str | Path, revision: str | None = None) -> Path:
@@ -119,54 +139,47 @@ def read_parts(folder: Path, embedder: TextEmbedder | None, device: str) -> dict
     """
     older = f"Convert it: lorag convert {folder} --out NEW_FOLDER."
     manifest = check_manifest(folder, MANIFEST, _KIND, GENERATOR_FORMAT, older=older)
+    stored = _StoredGenerator.read(manifest, f"{folder / MANIFEST} cannot be read", GeneratorError)
+    if _WEIGHTS not in stored.files:
+        raise GeneratorError(f"{folder / MANIFEST} has no checksum of {_WEIGHTS}")
     read_header(folder / _WEIGHTS)
     tensors = load_tensors(folder / _WEIGHTS)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    base = BankBase.from_dict(stored.base)
+    method = method_type(stored.method).with_settings(stored.settings)
+    space = open_space(part("space."), stored.space)
+    wanted = ["conditioner.centroids", *(() if stored.gate is None else ("gate.wordings", "gate.owners"))]
     try:
-        base = BankBase.from_dict(manifest["base"])
-        method = method_type(manifest["method"]).with_settings(manifest["settings"])
-        shape = dict(manifest["shape"])
-        space = open_space(part("space."), manifest["space"])
-        centroids = tensors["conditioner.centroids"].float().clone()  # into memory of its own, aligned as in training: sums round alike
-        names, rank, strength = list(manifest["experts"]), int(manifest["rank"]), float(manifest["strength"])
-        wanted = str(manifest["embedder"])
-        licenses = {str(name): str(text) for name, text in manifest.get("licenses", {}).items()}
-        words = str(manifest.get("words", "")).split()
-        digest = str(manifest["files"][_WEIGHTS]["sha256"])
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("an expert's name that is not text")
-        gate = None
-        if manifest.get("gate") is not None:
-            wordings, owners = tensors["gate.wordings"], tensors["gate.owners"]
-            gate = Gate.from_dict(manifest["gate"], wordings, owners, modules=len(base.layout), experts=len(names))
-    except LoragError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise GeneratorError(f"{folder / MANIFEST} cannot be read", got=repr(error)[:120]) from error
-    if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(names):
+        centroids, *of_gate = (tensors[name] for name in wanted)
+    except KeyError as error:
+        raise GeneratorError(f"{folder / _WEIGHTS} lacks a tensor", expected=error.args[0]) from error
+    gate = None if stored.gate is None else Gate.from_dict(stored.gate, *of_gate, modules=len(base.layout), experts=len(stored.experts))
+    centroids = centroids.float().clone()  # into memory of its own, aligned as in training: sums round alike
+    if space.layout != base.layout or centroids.dim() != 2 or len(centroids) != len(stored.experts):
         raise GeneratorError(f"{folder}: weight space, base and experts do not fit together")
-    conditioner = Conditioner(names, centroids)
-    method.restore(part("method."), shape)
+    conditioner = Conditioner(stored.experts, centroids)
+    method.restore(part("method."), stored.shape)
     vector = torch.nn.functional.normalize(torch.ones(centroids.shape[1]), dim=0)
-    method.try_out(conditioner(Embedding(vector, vector[None])), space.size, lambda codes: space.decode(codes, rank))
+    method.try_out(conditioner(Embedding(vector, vector[None])), space.size, lambda codes: space.decode(codes, stored.rank))
     if embedder is None:
-        embedder = open_embedder(wanted, device)
-    if embedder.name != wanted or embedder.size != centroids.shape[1]:
-        raise GeneratorError("the text embedder is not the generator's", got=f"{embedder.name}, size {embedder.size}", expected=wanted)
+        embedder = open_embedder(stored.embedder, device)
+    if embedder.name != stored.embedder or embedder.size != centroids.shape[1]:
+        got = f"{embedder.name}, size {embedder.size}"
+        raise GeneratorError("the text embedder is not the generator's", got=got, expected=stored.embedder)
     return {
         "base": base,
         "space": space,
         "conditioner": conditioner,
         "method": method,
         "embedder": embedder,
-        "rank": rank,
-        "strength": strength,
-        "origin": manifest.get("origin", {}),
-        "licenses": licenses,
-        "revision": "sha256:" + digest[:16],
+        "rank": stored.rank,
+        "strength": stored.strength,
+        "origin": stored.origin,
+        "licenses": {name: str(text) for name, text in stored.licenses.items()},
+        "revision": "sha256:" + stored.files[_WEIGHTS]["sha256"][:16],
         "gate": gate,
-        "spelling": Spelling(words),
+        "spelling": Spelling(stored.words.split()),
     }

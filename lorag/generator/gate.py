@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, Field, Strict, ValidationError
 from torch import Tensor
 
 from lorag.errors import GeneratorError, UnknownTaskError, UnknownTaskWarning, warn_caller
-from lorag.files.artifacts import first_fault
+from lorag.files.stored import Number, Numbers, PositiveNumbers, Stored, Texts
 from lorag.generator.calibration import Logistic
 from lorag.generator.evidence import FEATURES, Evidence, Reference
 from lorag.tasks.descriptions import same_words
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate", "Verdict", "digest", "report_unknown", "unasked", "unfitted"]
 
-_Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 _SHOWN = 3
 _TAIL = 0.05  # left out on each side of an interval
 _NAMED, _SHARE = 3, 0.6  # most features that a reason names, and the share of the log-odds after which it names no more
@@ -123,19 +121,19 @@ def report_unknown(description: str, verdict: Verdict, on_unknown: str) -> None:
     warn_caller(f"{what}; {verdict.reason}; {done}", UnknownTaskWarning)
 
 
-class _Stored(BaseModel):
+class _StoredGate(Stored):
     """A gate in generator.json, as `Gate` describes it; `size` and `deviation` are those of its reference (m,)."""
 
-    features: tuple[str, ...]
-    novelty: dict[str, Any]
-    refuse_above: _Number
-    gap_closed: dict[str, Any] | None
-    gap_range: tuple[_Number, _Number]
-    offsets: tuple[_Number, _Number]
-    same_above: _Number | None
-    fuse_above: _Number | None
-    size: tuple[_Number, ...]
-    deviation: tuple[Annotated[_Number, Field(gt=0)], ...]
+    features: Texts
+    novelty: Logistic
+    refuse_above: Number
+    gap_closed: Logistic | None
+    gap_range: tuple[Number, Number]
+    offsets: tuple[Number, Number]
+    same_above: Number | None
+    fuse_above: Number | None
+    size: Numbers
+    deviation: PositiveNumbers
     fitted: dict[str, Any]
 
 
@@ -270,26 +268,27 @@ class Gate:
         Raises:
             GeneratorError: If they do not make a gate for a generator of so many modules and experts.
         """
+        what = "a stored gate cannot be read"
+        stored = _StoredGate.read({_RENAMED.get(name, name): one for name, one in value.items()}, what, GeneratorError)
+        models = [stored.novelty] if stored.gap_closed is None else [stored.novelty, stored.gap_closed]
         try:
-            stored = _Stored.model_validate({_RENAMED.get(name, name): one for name, one in value.items()})
             if stored.features != FEATURES:
                 raise ValueError("it goes by other evidence; fit it again with lorag gate fit")
+            if not all(model.counts(len(FEATURES)) for model in models):
+                raise ValueError("its calibration is of other features")
             if len(stored.size) != modules or len(stored.deviation) != modules:
                 raise ValueError("its numbers do not fit the generator's modules")
             if wordings.dtype != torch.int64 or wordings.dim() != 1 or wordings.shape != owners.shape:
                 raise ValueError("its wordings have no owners")
             if len(owners) and not (0 <= int(owners.min()) and int(owners.max()) < experts):
                 raise ValueError("its wordings belong to experts that there are not")
-        except ValidationError as error:
-            got, expected = first_fault(error)
-            raise GeneratorError("a stored gate cannot be read", got=got, expected=expected) from error
         except ValueError as error:
-            raise GeneratorError("a stored gate cannot be read", got=str(error)) from error
+            raise GeneratorError(what, got=str(error)) from error
         return cls(
             reference=Reference(stored.size, stored.deviation),
-            novelty=Logistic.from_dict(stored.novelty, len(FEATURES)),
+            novelty=stored.novelty,
             refuse_above=stored.refuse_above,
-            gap_closed=None if stored.gap_closed is None else Logistic.from_dict(stored.gap_closed, len(FEATURES)),
+            gap_closed=stored.gap_closed,
             gap_range=stored.gap_range,
             offsets=stored.offsets,
             same_above=stored.same_above,

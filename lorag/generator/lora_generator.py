@@ -357,7 +357,7 @@ class LoraGenerator:
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes a generator folder, as `generator_files` does, and takes over the rounding of what is stored."""
+        """Writes a generator folder, as `generator.files` does, and takes over the rounding of what is stored."""
         folder = Path(folder)
         self.revision = write_generator(self, folder)
         return folder

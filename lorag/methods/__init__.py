@@ -21,7 +21,7 @@ __all__ = ["METHODS", "Method", "TrainingSet", "method_type"]
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(RandomExpert, Mean, Multitask, Nearest, TopK, SgMixture, Ridge),
+        *(RandomExpert, Mean, Multitask, Nearest, TopK, Ridge, SgMixture),
         *(Mlp, Kernel, Attention, IcmLora, SgLora, Hypernet, IcmFusion, House, Aligned),
     )
 }

@@ -29,6 +29,7 @@ _START = 0.1  # of codes that are trained without an expert to start from
 class _Stored(Method):
     """A method that keeps the experts' codes."""
 
+    baseline = True
     codes: Tensor
     deviations: Tensor
 
@@ -50,6 +51,7 @@ class Mean(Method):
     """The mean of all experts, in ΔW: what a bank gives to every description alike."""
 
     name = "mean"
+    baseline = True
     code: Tensor
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:

@@ -32,6 +32,8 @@ _DECODERS = ("auto", "flat", "shared")
 _LONG = 2**16  # elements of a code beyond which "auto" shares one decoder: 64 modules of k = 32
 _MOST_BLOCKS, _MOST_NUMBERS, _MOST_MEMBERS = 64, 8, 32
 _GROUP = 32  # features that make a group of the kernel's, if so many divide `hidden`
+# Settings of the kernel that have other names here.
+_KERNEL = {"features": "hidden", "batch": "kernel_batch", "asked": "kernel_asked", "steps": "kernel_steps"}
 
 
 @dataclass
@@ -101,6 +103,7 @@ class House(NetworkMethod):
             )
         if not 0 <= s.ensemble.count < _MOST_MEMBERS:
             raise ConfigError("settings.ensemble.count cannot be used", got=str(s.ensemble.count), expected=f"0 to {_MOST_MEMBERS - 1}")
+        self._kernel_settings().check(lambda name: f"settings.{_KERNEL.get(name, name)}")
 
     @property
     def learns_from_tasks(self) -> bool:
@@ -197,18 +200,8 @@ class House(NetworkMethod):
             return self.network.head(self.network.pairs([condition.pairs])).cpu().expand(count, -1).clone()
 
     def _kernel_settings(self) -> KernelSettings:
-        s = self.settings
-        return KernelSettings(
-            **{field.name: getattr(s, field.name) for field in fields(ReaderSettings)},
-            width=s.width,
-            features=s.hidden,
-            groups=self._groups,
-            experts=s.experts,
-            batch=s.kernel_batch,
-            asked=s.kernel_asked,
-            steps=s.kernel_steps,
-            learning_rate=s.learning_rate,
-        )
+        names = [field.name for field in fields(KernelSettings) if field.name != "groups"]
+        return KernelSettings(**{name: getattr(self.settings, _KERNEL.get(name, name)) for name in names}, groups=self._groups)
 
     def shares_decoder(self, data: TrainingSet) -> bool:
         """Whether the code is made by one decoder for all modules.

@@ -90,6 +90,7 @@ class IcmLora(VaeMethod[ConditionalVae | ConvVae]):
         for key, value, choices in (("stack", s.stack, ("codes", "conv")), ("condition", s.condition, ("description", "examples", "both"))):
             if value not in choices:
                 raise ConfigError(f"settings.{key} is unknown", got=repr(value), expected=" or ".join(choices))
+        s.kernel.check("settings.kernel.{}".format)
         conv = s.stack == "conv"
         self.latent, self.batch, self.learning_rate = (256, 2, 2e-4) if conv else (64, 64, 1e-3)
         self.latent = self.latent if s.latent is None else s.latent

@@ -7,7 +7,7 @@ no expert itself. (Learning through a solved regression: Bertinetto et al., arXi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.method import Method, ReaderSettings, State, collate, draw, part, whole
+from lorag.methods.method import Method, ReaderSettings, Settings, State, check_layers, collate, draw, part, whole
 from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 from lorag.networks.experts import ExpertKernel
 from lorag.spaces.principal_codes import PrincipalCodes
@@ -58,17 +58,27 @@ class KernelSettings(ReaderSettings):
     steps: int = 1000
     learning_rate: float = 1e-3
 
-    def kernel(self, embedding: int) -> ExpertKernel:
-        """The untrained kernel for vectors of length e.
+    def check(self, key: Callable[[str], str] = "settings.{}".format) -> None:
+        """Refuses values from which no kernel can be made or learned.
+
+        Args:
+            key: From the name of a setting here to the key under which a user writes it.
 
         Raises:
-            ConfigError: If a setting cannot be used.
+            ConfigError: Naming that key.
         """
-        if self.groups < 1 or self.features < 1 or self.features % self.groups:
-            raise ConfigError("groups must divide features", got=f"{self.features} features in {self.groups} groups")
-        if not 0 <= self.asked < 1 or self.experts < 2 or self.batch < 2:
-            got = f"{self.asked}, {self.experts} and {self.batch}"
-            raise ConfigError("asked must be a share below 1, experts and batch at least 2", got=got)
+        check_layers(key("layers"), self.layers)
+        for name, least in (("features", 1), ("experts", 2), ("batch", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{key(name)} cannot be used", got=getattr(self, name), expected=f"at least {least}")
+        if self.groups < 1 or self.features % self.groups:
+            got = f"{self.features} features in {self.groups} groups"
+            raise ConfigError(f"{key('groups')} must divide {key('features')}", got=got)
+        if not 0 <= self.asked < 1:
+            raise ConfigError(f"{key('asked')} cannot be used", got=self.asked, expected="a share from 0 to below 1")
+
+    def kernel(self, embedding: int) -> ExpertKernel:
+        """The untrained kernel for vectors of length e."""
         return ExpertKernel(self.reader(embedding, 0, width=self.width, features=self.features), embedding, self.groups)
 
 
@@ -241,6 +251,10 @@ class Kernel(Method):
     settings: KernelSettings
     regression: ExpertRegression | None = None
     mean: Tensor
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(settings)
+        self.settings.check()
 
     def fit(self, data: TrainingSet, loop: TrainingLoop, runner: Runner | None = None) -> None:
         """Learns the kernel on the training experts; at use all experts count."""

@@ -46,14 +46,14 @@ class Settings:
     """Settings of a method; subclasses add fields."""
 
 
-def check_layers(name: str, count: int) -> None:
+def check_layers(key: str, count: int) -> None:
     """Refuses more layers than can be meant: what is built takes time for each, even of a file that is refused then.
 
     Raises:
         ConfigError: Naming the setting.
     """
     if not 0 <= count <= _MOST_LAYERS:
-        raise ConfigError(f"settings.{name} cannot be used", got=count, expected=f"0 to {_MOST_LAYERS}")
+        raise ConfigError(f"{key} cannot be used", got=count, expected=f"0 to {_MOST_LAYERS}")
 
 
 class State(NamedTuple):
@@ -66,12 +66,19 @@ class State(NamedTuple):
 class Method(abc.ABC):
     """Turns conditions into codes.
 
+    Attributes:
+        name: Its key in `METHODS`.
+        settings_type: Of its settings.
+        baseline: Whether it is a baseline that learned methods must beat. It owes no controls with other descriptions itself, and if
+            it takes a bank alone, `lorag evaluate` fits it and scores it in every ladder.
+
     Args:
         settings: An instance of the class's own `settings_type`.
     """
 
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
+    baseline: ClassVar[bool] = False
     settings: Settings
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -90,7 +97,7 @@ class Method(abc.ABC):
             raise ConfigError(f"settings.{min(unknown)} is not a setting of {cls.name}", expected=", ".join(sorted(names)) or "no setting")
         settings = from_plain(cls.settings_type, values, "settings.")
         for name in ("layers", "depth"):
-            check_layers(name, getattr(settings, name, 0))
+            check_layers(f"settings.{name}", getattr(settings, name, 0))
         return cls(settings)
 
     def go_on_from(self, other: Method) -> None:
@@ -271,12 +278,7 @@ class ReaderSettings(Settings):
     noise: float = 0.2
 
     def reader(self, embedding: int, vector: int, *, width: int, features: int) -> ConditionReader:
-        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none.
-
-        Raises:
-            ConfigError: If there are more layers than can be meant; these settings may stand inside others.
-        """
-        check_layers("layers", self.layers)
+        """An untrained reader of descriptions (length e of their vectors) and task vectors (length v), 0 where there is none."""
         return ConditionReader(
             embedding,
             vector,

@@ -27,6 +27,7 @@ class Ridge(Method):
     """Linear map from the pooled embedding. Its penalty is chosen on held-out training tasks, or by leaving experts out."""
 
     name = "ridge"
+    baseline = True
     weight: Tensor
     bias: Tensor
     centre: Tensor

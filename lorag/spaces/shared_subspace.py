@@ -157,7 +157,7 @@ class SharedSubspace(WeightSpace):
         self.check_codes(codes)
         if not 1 <= rank <= self.k:
             raise GeneratorError("the weight space has no adapters of this rank", got=rank, expected=f"1 to {self.k}")
-        # One decomposition and one product a code: a batched one may round differently with the batch, and each adapter's
+        # One decomposition and one product per code: a batched one may round differently with the batch, and each adapter's
         # bytes must not. What a batch shares is the reading of the bases.
         halves = []
         for code in codes.detach():
@@ -219,6 +219,14 @@ class SharedSubspace(WeightSpace):
             return tuple(basis if basis.dtype == torch.bfloat16 else basis.float() for basis in loaded)
 
         return cls(layout, bases("bases_in"), bases("bases_out"), tensors["mean"].float(), tensors["scale"].float())
+
+    @classmethod
+    def describe(cls, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """How many directions a module's sides have, and how long a code is."""
+        if "mean" not in shapes:
+            return cls.kind
+        modules, k, _ = shapes["mean"]
+        return f"{cls.kind}: {k} directions on each side of {modules} modules, codes of {modules * k * k:,} values"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Two bases of k columns a module, a mean core and one scale."""

@@ -142,6 +142,11 @@ class WeightSpace(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the tensors of `stored` must have, given the layout and the JSON values."""
 
+    @classmethod
+    def describe(cls, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """One line on a stored space of this kind for a person, by the shapes of the tensors that `stored` gave."""
+        return cls.kind
+
     # --- what all have in common ---------------------------------------------------------------------------------
 
     @property

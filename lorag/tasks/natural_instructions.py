@@ -49,7 +49,7 @@ def import_instructions(
     and text alone. Tasks that share a source data set fall on the same side of the split of tasks.
 
     Args:
-        source: Folder with one JSON file a task.
+        source: Folder with one JSON file per task.
         out: Folder of the new suite.
         limits: What is taken of each task.
         held_out: Share of the tasks held out, about.

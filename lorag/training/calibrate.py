@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorag.methods import Method, TrainingSet
     from lorag.tasks.suite import Task
 
-__all__ = ["gap_closed", "gap_closed_by", "score_codes", "tune_strength"]
+__all__ = ["gap_closed", "gap_closed_by", "scores_in_parts", "tune_strength"]
 
 _ASKED = 64  # tasks, counted as often as they are asked, on which the strength is chosen
 _STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
@@ -58,21 +58,6 @@ def tune_strength(
     return min(losses, key=lambda strength: losses[strength])
 
 
-def score_codes(generator: LoraGenerator, codes: Tensor | None, tasks: Sequence[Task], limit: int, strengths: Sequence[float]) -> Tensor:
-    """Scores (n,) of codes (n, c), each on its task and with its factor on ΔW; without codes, those of the bare base model."""
-    runner = generator.runner()
-    scores: list[float] = []
-    for start in range(0, len(tasks), _CHUNK):
-        part, stacked = tasks[start : start + _CHUNK], None
-        if codes is not None:
-            part_strengths = strengths[start : start + _CHUNK]
-            decoded = generator.space.decode(codes[start : start + _CHUNK], generator.rank)
-            scaled = [factors.scaled(strength) for factors, strength in zip(decoded, part_strengths, strict=True)]
-            stacked = Factors.stack(scaled, runner.device)
-        scores += [score[runner.objective.metric] for score in runner.scores(stacked, part, limit=limit)]
-    return torch.tensor(scores, dtype=torch.float64)
-
-
 def gap_closed_by(
     generator: LoraGenerator,
     codes: Tensor,
@@ -96,14 +81,27 @@ def gap_closed_by(
     runner = generator.runner()
     distinct = list(dict.fromkeys(names))
     mine = [tasks[name] for name in distinct]
-    floor = score_codes(generator, None, mine, limit, ())
-    ceiling: list[float] = []
-    for start in range(0, len(distinct), _CHUNK):
-        experts = Factors.stack([bank.adapter(name).factors for name in distinct[start : start + _CHUNK]], runner.device)
-        ceiling += [s[runner.objective.metric] for s in runner.scores(experts, mine[start : start + _CHUNK], limit=limit)]
+    factor = strengths or [generator.strength] * len(names)
+
+    def generated(some: slice) -> list[Factors]:
+        decoded = generator.space.decode(codes[some], generator.rank)
+        return [factors.scaled(one) for factors, one in zip(decoded, factor[some], strict=True)]
+
+    floor = scores_in_parts(runner, None, mine, limit)
+    ceiling = scores_in_parts(runner, lambda some: [bank.adapter(name).factors for name in distinct[some]], mine, limit)
+    reached = scores_in_parts(runner, generated, [tasks[name] for name in names], limit)
     place = torch.tensor([distinct.index(name) for name in names])
-    reached = score_codes(generator, codes, [tasks[name] for name in names], limit, strengths or [generator.strength] * len(names))
-    return gap_closed(reached, floor[place], torch.tensor(ceiling, dtype=torch.float64)[place])
+    return gap_closed(reached, floor[place], ceiling[place])
+
+
+def scores_in_parts(runner: Runner, adapters: Callable[[slice], list[Factors]] | None, tasks: Sequence[Task], limit: int) -> Tensor:
+    """Scores (n,) of adapters, each on its task; some are made at a time, since all together may not fit into memory."""
+    scores: list[float] = []
+    for start in range(0, len(tasks), _CHUNK):
+        some = slice(start, start + _CHUNK)
+        stacked = None if adapters is None else Factors.stack(adapters(some), runner.device)
+        scores += [score[runner.objective.metric] for score in runner.scores(stacked, tasks[some], limit=limit)]
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def gap_closed(scores: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class TrainConfig:
         start: Trained generator to go on from (method aligned): folder, hub id or name of a shipped one. Its network goes on learning,
             with the settings of its own run where these are left at their defaults. It ends as a generator for the tasks of this run.
         out: Folder of the trained generator.
-        method: A registered generator.
+        method: A registered method.
         settings: The method's own settings.
         tasks: Suite with the experts' examples, for functional training and for choosing the strength; "sandbox" is the
             embedded one, null leaves both out.

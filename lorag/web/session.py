@@ -16,6 +16,7 @@ import torch
 
 from lorag.adapters.factors import Factors
 from lorag.bank.bank import find_bank
+from lorag.base.objectives import OBJECTIVES, objective_type
 from lorag.errors import ConfigError, TaskError
 from lorag.generator.files import DEFAULT
 from lorag.generator.lora_generator import LoraGenerator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-_TEXT_KINDS = ("causal_lm", "seq2seq_lm", "encoder")
 _REMEMBERED = 16  # adapters; of a large base model each has some 100 MB
 
 Progress = Callable[[float, str], object]
@@ -58,11 +58,11 @@ class Session:
         self.generators = dict(generators)
         self.sources: dict[str, str | None] = dict.fromkeys(generators) | dict(sources or {})
         self.first = next(iter(generators.values()))
-        if self.first.base.model.kind not in _TEXT_KINDS:
+        if not objective_type(self.first.base.objective).reads_texts:
             raise ConfigError(
                 "the page works with base models of text",
                 got=f"{self.first.base.model.name}, {self.first.base.model.kind}",
-                expected=", ".join(_TEXT_KINDS),
+                expected=", ".join(dict.fromkeys(one.kind for one in OBJECTIVES.values() if one.reads_texts)),
                 remedy="Use lorag generate.",
             )
         for label, generator in generators.items():
@@ -104,7 +104,7 @@ class Session:
     @property
     def writes(self) -> bool:
         """Whether the base model writes answers; a sentence encoder chooses among candidates instead."""
-        return self.first.base.model.kind != "encoder"
+        return objective_type(self.first.base.objective).generates
 
     @property
     def can_refuse(self) -> bool:

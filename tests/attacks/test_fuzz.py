@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_ten_thousand_cases_end_in_a_named_error():
-    """Two processes with 512 MiB each beyond their start; no other exception, no value that is no number, nothing endless."""
+    """Two processes with 512 MiB each beyond their start; no other exception, no value that is not a number, nothing endless."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fuzz", "--quiet", "--cases", "5000", "--memory", "512"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = [
@@ -61,7 +61,7 @@ def test_valid_folders_are_accepted(tmp_path):
     for name, target in TARGETS.items():
         for number, files in enumerate(seeds[target.kind]):
             if target.kind == "config" and b"experts:" in files["config.yaml"]:
-                continue  # a bank's config, which is no training run's
+                continue  # a bank's config, which is not a training run's
             folder = tmp_path / f"{name}-{number}"
             folder.mkdir()
             fuzz._write(folder, files, random.Random(1))

@@ -46,7 +46,7 @@ def test_bombs_are_refused(suite, refused, chunk, count):
 
 
 def test_rows_without_end_are_refused(suite, refused):
-    """Each of them sound, and all of them the same: what unfolds a hundredfold is no text."""
+    """Each of them sound, and all of them the same: what unfolds a hundredfold is not text."""
     _bomb(suite / "examples.jsonl.gz", json.dumps({**ROW, "input": "x" * 100_000}).encode() + b"\n", 300)
     refused(lambda: TaskSuite.from_folder(suite), TaskError, "too large")
 

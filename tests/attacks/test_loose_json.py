@@ -75,6 +75,20 @@ def test_a_manifest_of_other_things_is_refused(bank, refused):
     AdapterBank.from_pretrained(bank.folder)
 
 
+def test_a_million_wrong_values_are_refused_at_the_first(bank, refused):
+    """Of names, descriptions or modules: what checks them does not collect what it finds."""
+    sound = read_json(bank.folder / "bank.json")
+    wrong = [0] * 100_000
+    base, first = sound["base"], sound["experts"][0]
+    for changed in (
+        {"experts": [{**first, "descriptions": wrong}]},
+        {"base": {**base, "layout": {**base["layout"], "modules": wrong}}},
+        {"base": {**base, "layout": {**base["layout"], "target_modules": wrong}}},
+    ):
+        write_json(bank.folder / "bank.json", {**sound, **changed})
+        refused(lambda: AdapterBank.from_pretrained(bank.folder), match=r"\.0: 0")
+
+
 def _no_expert(folder):
     """A bank without experts is sound; it is what an empty list of them says."""
     assert json.loads((folder / "bank.json").read_text())["experts"] in ([], {}, "")

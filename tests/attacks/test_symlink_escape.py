@@ -1,4 +1,4 @@
-"""Links and things that are no files, where files belong: refused, other than the hub client's own links into its cache."""
+"""Links and things that are not files, where files belong: refused, other than the hub client's own links into its cache."""
 
 import os
 

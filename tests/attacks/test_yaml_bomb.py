@@ -58,7 +58,7 @@ def test_all_but_values_is_refused(tmp_path, refused, text, named):
 
 
 def test_files_that_are_no_yaml_are_refused(tmp_path, refused):
-    """A pickle and a picture renamed, text that is no UTF-8, a file of megabytes, a folder."""
+    """A pickle and a picture renamed, text that is not UTF-8, a file of megabytes, a folder."""
     for name, raw in {"pickle": b"\x80\x04\x95abc", "png": b"\x89PNG\r\n", "latin": b"k: \xe9", "large": b"k: " + b"x" * 10**6}.items():
         path = tmp_path / f"{name}.yaml"
         path.write_bytes(raw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from lorag.files.tensors import save_tensors
 
 __all__ = ["FORMATS", "Base", "adapter_files", "format_of", "hub_name", "named_base", "peft_folder"]
 
-FORMATS: Mapping[str, AdapterFormat] = {one.name: one for one in (Gguf(), Mlx(), Diffusion())}
+FORMATS: dict[str, AdapterFormat] = {one.name: one for one in (Gguf(), Mlx(), Diffusion())}
 
 _SIDES = ("description.txt", "README.md", "LICENSE", PROVENANCE)  # that belong to the one adapter beside which they lie
 _LARGEST_SIDE = 64 * 2**20
@@ -49,10 +49,10 @@ def format_of(file: Path) -> AdapterFormat | None:
 def adapter_files(folder: Path) -> list[Path]:
     """Files of a folder that hold an adapter each, in a format other than PEFT's; of a PEFT folder none."""
     if (folder / CONFIG).is_file():
-        return [] if (folder / WEIGHTS).is_file() else FORMATS[Mlx.name].weights(folder)
-    if (folder / WEIGHTS).is_file():
-        return []
-    return sorted({path for one in FORMATS.values() for path in one.weights(folder)})
+        formats = [one for one in FORMATS.values() if one.config == CONFIG]  # whose config has PEFT's name
+    else:
+        formats = list(FORMATS.values())
+    return [] if (folder / WEIGHTS).is_file() else sorted({path for one in formats for path in one.weights(folder)})
 
 
 def peft_folder(
@@ -165,8 +165,8 @@ def _converted(file: Path, source_format: AdapterFormat, base: Base, more: Seque
     """The folder that a file was converted to; `whole`: texts beside it are about all adapters there, as those of a repository are."""
     sides = dict(_beside(file, more)) if whole or len(adapter_files(file.parent)) < 2 else {}
     digest = hashlib.sha256(repr([source_format, sha256(file), sorted(sides.items()), *_stated(base, source_format)]).encode())
-    if (file.parent / CONFIG).is_file():
-        digest.update(sha256(file.parent / CONFIG).encode())
+    if source_format.config is not None and (file.parent / source_format.config).is_file():
+        digest.update(sha256(file.parent / source_format.config).encode())
     name = f"adapters/{source_format.name}-{digest.hexdigest()[:24]}"
     folder = cache_folder() / name
     if folder.is_dir():

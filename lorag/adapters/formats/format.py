@@ -85,15 +85,19 @@ class AdapterFormat(ABC):
     """A format of adapters beside PEFT's. Each one is a file here and an entry of FORMATS.
 
     Attributes:
-        name: Its name in the registry, which is also the option of `lorag export` that writes it.
+        name: Its name in the registry, by which `lorag export --format` writes it.
         title: How messages call it.
         writes: What `write` makes: "file", "folder", or None where the format is only read.
+        config: Name of a file beside the weights that `read` needs as well, if there is one.
+        next_step: The command for what was written, in which `{out}` stands for its path.
         version: Of the way that files are read; raised when the same file is read differently.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     writes: ClassVar[str | None] = None
+    config: ClassVar[str | None] = None
+    next_step: ClassVar[str] = "lorag info {out}"
     version: ClassVar[int] = 1
 
     def __repr__(self) -> str:

@@ -52,6 +52,7 @@ class Gguf(AdapterFormat):
     name = "gguf"
     title = "GGUF"
     writes = "file"
+    next_step = "llama-cli -m BASE.gguf --lora {out}"
     version = 2
     start = 2**16  # bytes of a file in which an adapter says that it is one
 

@@ -34,6 +34,8 @@ class Mlx(AdapterFormat):
     name = "mlx"
     title = "MLX"
     writes = "folder"
+    config = _CONFIG
+    next_step = "mlx_lm.generate --model BASE --adapter-path {out}"
 
     def weights(self, folder: Path) -> list[Path]:
         """adapters.safetensors; what mlx-lm saved on the way, such as 0000100_adapters.safetensors, is an earlier state of it."""

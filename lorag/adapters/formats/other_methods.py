@@ -52,6 +52,7 @@ class OtherMethods(AdapterFormat):
 
     name = "peft"
     title = "another of PEFT's methods"
+    config = CONFIG
 
     def __init__(self, keep: float) -> None:
         if not 0 < keep <= 1:

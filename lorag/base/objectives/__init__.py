@@ -13,11 +13,27 @@ from lorag.base.objectives.sentence_encoder import LabelMatching, Prototypes
 from lorag.base.objectives.seq2seq_lm import Seq2SeqLM
 from lorag.errors import ConfigError
 
-__all__ = ["OBJECTIVES", "Objective", "make_objective", "take"]
+__all__ = ["OBJECTIVES", "Objective", "make_objective", "objective_type", "objectives_of", "take"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     objective.name: objective for objective in (CausalLM, Seq2SeqLM, LabelMatching, Prototypes, ImageText, ImageSeq2Seq)
 }
+
+
+def objective_type(name: str) -> type[Objective]:
+    """The class of an objective's name.
+
+    Raises:
+        ConfigError: If none is registered under it.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError("objective is unknown", got=repr(name), expected=" or ".join(OBJECTIVES))
+    return OBJECTIVES[name]
+
+
+def objectives_of(kind: str) -> list[str]:
+    """Names of the objectives of a kind of base models, of which the first is what is meant where nobody says."""
+    return [name for name, objective in OBJECTIVES.items() if objective.kind == kind]
 
 
 def make_objective(name: str, tokenizer: Any, settings: Mapping[str, Any] | None = None) -> Objective:  # noqa: ANN401 - see below
@@ -31,11 +47,10 @@ def make_objective(name: str, tokenizer: Any, settings: Mapping[str, Any] | None
     Raises:
         ConfigError: If the name or a setting is unknown, or if an objective of images gets no processor.
     """
-    if name not in OBJECTIVES:
-        raise ConfigError("objective is unknown", got=repr(name), expected=" or ".join(OBJECTIVES))
-    if OBJECTIVES[name] in (ImageText, ImageSeq2Seq) and not hasattr(tokenizer, "image_processor"):
+    chosen = objective_type(name)
+    if chosen.needs_processor and not hasattr(tokenizer, "image_processor"):
         raise ConfigError(f"objective {name} needs a base model that sees images", got=type(tokenizer).__name__)
     try:
-        return OBJECTIVES[name](tokenizer, **(settings or {}))
+        return chosen(tokenizer, **(settings or {}))
     except TypeError as error:
         raise ConfigError(f"a setting of objective {name} is unknown", got=str(error)[:120]) from error

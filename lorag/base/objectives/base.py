@@ -59,6 +59,7 @@ class Objective(abc.ABC):
         tokenizer: The base model's.
         generates: Whether it writes answers (`generate`); what does not chooses among candidates by `hidden`.
         reads_texts: Whether inputs are texts, which a user can type.
+        needs_processor: Whether it takes a processor, which reads images, instead of a tokenizer.
         closed_labels: Whether a task's outputs are a closed set of labels.
         draws_when_scoring: Whether the scores of one adapter depend on the seed.
         word_for_word: Whether `metric` is exact match, so that an adapter that scores 1 on its training examples has learned them.
@@ -69,6 +70,7 @@ class Objective(abc.ABC):
     metric: str
     generates = False
     reads_texts = True
+    needs_processor = False
     closed_labels = False
     draws_when_scoring = False
     word_for_word = False

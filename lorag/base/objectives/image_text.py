@@ -50,6 +50,7 @@ class ImageText(Objective):
 
     name, kind, metric = "image_text", "two_towers", "recall_at_1"
     reads_texts = False
+    needs_processor = True
     rows_at_once = 64
 
     def __init__(self, tokenizer: Any, max_length: int = 77, k: Sequence[int] = (1, 5)) -> None:  # noqa: ANN401 - a processor

@@ -47,6 +47,7 @@ class ImageSeq2Seq(Seq2SeqLM):
 
     name, kind = "image_seq2seq", "image_seq2seq"
     reads_texts = False
+    needs_processor = True
 
     def __init__(self, tokenizer: Any, prompt: str = "<OD>", max_length: int = 256, boxes: bool = False) -> None:  # noqa: ANN401 - a processor
         super().__init__(tokenizer.tokenizer, max_length=max_length)

@@ -91,7 +91,7 @@ def draw_pairs(theme: Theme, title: str, pairs: Sequence[Pairs], metric: str, no
     between = "\n" if len(shown) > 1 else " "  # half as wide
     for axes, one in zip(panels, shown, strict=True):
         axes.plot([low, high], [low, high], "--", color=theme.grey, linewidth=1.2, zorder=1)
-        # One colour and shape a side of the line, so that the two are told apart without measuring.
+        # One colour and shape per side of the line, so that the two are told apart without measuring.
         for better, role, label in ((True, "generator", "own is better"), (False, "control", "not better")):
             counts = Counter((m, s) for m, s in zip(one.matched, one.shuffled, strict=True) if (m > s) == better)
             if counts:

@@ -12,7 +12,7 @@ from torch import Tensor
 import lorag
 from lorag.adapters.provenance import public_name
 from lorag.errors import LoragError
-from lorag.evaluation.ladder import CONTROLS, is_learned, shown_descriptions
+from lorag.evaluation.ladder import CONTROLS, baseline_rows, learned_rows, shown_descriptions
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
 from lorag.evaluation.statistics import bootstrap
 from lorag.files.metrics import METRICS, read_metrics
@@ -45,7 +45,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         report: What `Ladder.evaluate` said of it.
         quiet: No progress bar.
     """
-    subject = next((name for name in ladder.generators if is_learned(name)), next(iter(ladder.generators)))
+    subject = next(iter(learned_rows(ladder.generators) or ladder.generators))
     generator = ladder.generators[subject][0]
     tasks, seeds = list(ladder.suite), int(report["seeds"])
     shown = [list(texts) for texts in zip(*(shown_descriptions(tasks, seed) for seed in range(seeds)), strict=True)]
@@ -67,7 +67,7 @@ def gather_findings(ladder: Ladder, report: Mapping[str, Any], *, quiet: bool = 
         tasks=len(tasks),
         examples=int(report["examples"]),
         seeds=seeds,
-        ladder=_method_scores(report),
+        ladder=_method_scores(report, baseline_rows(ladder.generators)),
         pairs=_pairs(report),
         distances=_distances(names, distances, shares),
         map=_map(generator, names, torch.stack(places), shares),
@@ -98,18 +98,18 @@ def _seeds(report: Mapping[str, Any]) -> str:
     return "1 seed" if report["seeds"] == 1 else f"{report['seeds']} seeds"
 
 
-def _method_scores(report: Mapping[str, Any]) -> tuple[MethodScore, ...]:
+def _method_scores(report: Mapping[str, Any], baselines: Sequence[str]) -> tuple[MethodScore, ...]:
     scores = []
     for name, row in report["methods"].items():
         low, high = row["ci95"]
-        scores.append(MethodScore(name, _role(name), row["score"], low, high, row["gap_closed"]))
+        scores.append(MethodScore(name, _role(name, baselines), row["score"], low, high, row["gap_closed"]))
     return tuple(scores)
 
 
-def _role(name: str) -> str:
+def _role(name: str, baselines: Sequence[str]) -> str:
     if name in ("base", "oracle"):
         return "bound"
-    if name in CONTROLS or not is_learned(name) or name.startswith(("few_shot_", "fresh_")):
+    if name in CONTROLS or name in baselines or name.startswith(("few_shot_", "fresh_")):
         return "baseline"
     return "control" if name.endswith(("_shuffled", "_junk", "_prompted")) else "generator"
 
