@@ -33,11 +33,9 @@ def your_adapters(folder: Path) -> None:
     Of a hub model's adapters the model card or lorag.json may say that instead of description.txt.
     """
     bank = find_bank("sandbox")
-    for name in bank.names:
-        if name.endswith("json"):
-            expert = bank.adapter(name)
-            replace(expert, info={}).save_pretrained(folder / name)
-            (folder / name / "description.txt").write_text("\n".join(bank[name].descriptions[:2]), encoding="utf-8")
+    for name in [name for name in bank.names if name.endswith("json")][::2]:
+        replace(bank.adapter(name), info={}).save_pretrained(folder / name)
+        (folder / name / "description.txt").write_text("\n".join(bank[name].descriptions[:2]), encoding="utf-8")
 
 
 def main(out: Path) -> None:
@@ -64,7 +62,7 @@ def main(out: Path) -> None:
     print(f"3. {out / 'new'}: rank {adapter.rank}, for {DESCRIPTION!r}")
     print(f"   nearest: {', '.join(f'{name} {cosine:.2f}' for name, cosine in adapter.info['neighbours'][:3])}")
 
-    # 4. Does it work? The embedded world has right answers for that task. From 66 experts and no example of their tasks the model
+    # 4. Does it work? The embedded world has right answers for that task. From 33 experts and no example of their tasks the model
     # moves towards them, and no further: docs/results-history.md says what more experts, and their tasks' examples, make of it.
     for name, score in scores(generator, adapter).items():
         print(f"   {name:<10} exact match {score['exact_match']:.2f}, log-likelihood of a right token {score['log_likelihood']:.2f}")

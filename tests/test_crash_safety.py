@@ -16,9 +16,9 @@ COMMANDS = ("build", "add", "train", "generate")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """One run of the killing bench: a dozen random kills, one kill at every single call, three writers at once, a full disk."""
+    """One run of the killing bench: eight random kills, one kill at every single call, three writers at once, a full disk."""
     path = tmp_path_factory.mktemp("kills") / "found.json"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kills", "--kills", "12", "--json", str(path)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kills", "--kills", "8", "--json", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert path.exists(), done.stderr[-3000:]
@@ -29,7 +29,7 @@ def found(tmp_path_factory):
 def test_a_kill_loses_nothing_that_was_finished(found, command):
     """kill -9 at random times and calls: each expert, state and adapter that was reported is there, and the end is the same bytes."""
     assert found[command]["wrong"] == []
-    assert found[command]["kills"] == 3
+    assert found[command]["kills"] == 2
 
 
 def test_a_kill_at_any_call_leaves_old_or_new(found):

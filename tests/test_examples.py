@@ -41,9 +41,9 @@ def numbers(text, after):
 
 
 def test_own_adapters(run):
-    """66 plain PEFT folders become a bank, a generator and an adapter that suits the unseen task better than the base model does."""
+    """33 plain PEFT folders become a bank, a generator and an adapter that suits the unseen task better than the base model does."""
     text = run("own_adapters")
-    assert "66 adapters, 0 refused" in text and "ridge from 66 experts" in text
+    assert "33 adapters, 0 refused" in text and "ridge from 33 experts" in text
     adapter = LoraAdapter.from_pretrained(Path("runs/examples/own_adapters/new"))
     assert adapter.info["description"] and adapter.rank == 16
     (base,), (generated,) = (numbers(text, rf"{name} .*token") for name in ("base", "generated"))

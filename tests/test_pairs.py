@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lorag.cli.main import app
 from lorag.errors import ConfigError, DescriptionError, GeneratorError, TaskError
+from lorag.files.artifacts import embedded
 from lorag.generator.generate import generate_lora
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
@@ -99,6 +100,12 @@ def test_a_reader_of_pairs_changes_nothing_else(generator, without):
     assert not without.method.reads_pairs and generator.method.reads_pairs
     with pytest.raises(GeneratorError, match="examples alone"):
         without.read_examples(_examples(HELD_OUT[0], 1))
+
+
+def test_a_method_that_does_not_learn_it_is_refused_at_once():
+    """Before anything of its suite is embedded, which for SmolLM2's takes minutes."""
+    with pytest.raises(GeneratorError, match="aligned does not learn to read examples"):
+        add_pairs(embedded("checkpoints/smollm2"), device="cpu")
 
 
 def test_a_trained_generator_learns_it_later(without, tmp_path, monkeypatch):

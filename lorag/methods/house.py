@@ -87,6 +87,7 @@ class House(NetworkMethod):
 
     name = "house"
     settings_type = HouseSettings
+    learns_pairs = True
     settings: HouseSettings
     network: DescriptionNetwork | None = None
 

@@ -71,6 +71,7 @@ class Method(abc.ABC):
         settings_type: Of its settings.
         baseline: Whether it is a baseline that learned methods must beat. It owes no controls with other descriptions itself, and if
             it takes a bank alone, `lorag evaluate` fits it and scores it in every ladder.
+        learns_pairs: Whether it has `learn_pairs`.
 
     Args:
         settings: An instance of the class's own `settings_type`.
@@ -79,6 +80,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
     baseline: ClassVar[bool] = False
+    learns_pairs: ClassVar[bool] = False
     settings: Settings
 
     def __init__(self, settings: Settings | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import ArtifactError, ConfigError, DescriptionError, TaskError
-from lorag.files.artifacts import read_json, safe_name
+from lorag.files.artifacts import read_json, safe_name, write_json
 from lorag.files.atomic import write_bytes
 from lorag.files.images import ImageFile, copy_images
 from lorag.files.json_lines import read_json_lines
@@ -162,7 +162,7 @@ class TaskSuite:
         return cls((task for child in suites for task in _read_suite(child)), _read_splits(folder))
 
     def save(self, folder: str | Path) -> Path:
-        """Writes tasks.jsonl and examples.jsonl.gz, and copies images; the same suite gives the same bytes."""
+        """Writes tasks.jsonl, examples.jsonl.gz, images and, if it has splits, splits.json; the same suite gives the same bytes."""
         folder = Path(folder)
         copy_images((example.input for task in self for example in task.examples), folder)
         lines = "".join(
@@ -191,6 +191,8 @@ class TaskSuite:
                     file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         write_bytes(folder / "examples.jsonl.gz", raw.getvalue())
         write_bytes(folder / "tasks.jsonl", lines.encode())
+        if self.splits:
+            write_json(folder / "splits.json", {name: list(names) for name, names in self.splits.items()})
         return folder
 
     def fingerprint(self) -> str:

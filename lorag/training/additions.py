@@ -9,7 +9,7 @@ import torch
 
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.base.runner import Runner
-from lorag.errors import ConfigError
+from lorag.errors import ConfigError, GeneratorError
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import TrainingSet
 from lorag.methods.training_loop import TrainingLoop
@@ -114,7 +114,10 @@ def add_pairs(
         GeneratorError: If the generator is of another method.
     """
     run = _FinishedRun(folder, bank, tasks, device)
-    generator, experts = run.generator, run.bank()
+    generator = run.generator
+    if not generator.method.learns_pairs:  # said before minutes of preparation
+        raise GeneratorError(f"{generator.method.name} does not learn to read examples", expected="method house")
+    experts = run.bank()
     if run.tasks_name is None:
         raise ConfigError(
             "no examples that the generator learned from", got=f"bank {run.bank_name}, no tasks", remedy="Give --bank and --tasks."

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorag.files.artifacts import write_json
 from lorag.files.atomic import write_bytes
 from lorag.tasks.suite import Task, TaskSuite
 from lorag.worlds.smollm2.drafts import Draft, Limits, draft_detectors, draft_sources, draft_subsets
@@ -66,8 +65,7 @@ def build_tasks(sources: Path, out: Path) -> Mapping[str, int]:
     for draft, form, split in _grid(drafts):
         tasks.append(_task(draft, form, split))
         splits[split].append(tasks[-1].name)
-    TaskSuite(tasks).save(out)
-    write_json(out / "splits.json", splits)
+    TaskSuite(tasks, splits).save(out)
     write_bytes(out / "NOTICE", notice(rows).encode())
     return {name: len(names) for name, names in splits.items()}
 
