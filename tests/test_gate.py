@@ -20,6 +20,7 @@ from toy_world import (
     prepare_toy,
     quiet_loop,
     save_base,
+    use_words,
 )
 from typer.testing import CliRunner
 
@@ -39,7 +40,6 @@ from lorag.generator.generate import generate_lora, open_generator
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
 from lorag.tasks.unknown import read_unknown, unknown_tasks
-from lorag.text import vectors
 from lorag.text.conditioning import mixture_weights
 from lorag.training.additions import add_gate
 from lorag.training.calibrate import gap_closed_by
@@ -437,7 +437,7 @@ def test_the_command_line_takes_a_rank(gated, tmp_path, monkeypatch):
 
 def test_a_generator_is_opened_once_for_its_content(gated, tmp_path, monkeypatch):
     """By path: the same object for the same files, wherever they lie, and another one when they have changed."""
-    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
+    use_words(monkeypatch)
     gated.save_pretrained(tmp_path / "a")
     gated.save_pretrained(tmp_path / "b")
     first = open_generator(str(tmp_path / "a"))
@@ -642,7 +642,7 @@ def test_wordings_of_experts_that_there_are_not_are_refused(gate):
 @pytest.mark.slow
 def test_training_ends_with_a_gate_and_a_gate_can_be_fitted_later(bank, tmp_path, monkeypatch):
     """`train` writes one; taken away and fitted again on the finished folder it is the same, and the weights stay as they were."""
-    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: EMBEDDER)
+    use_words(monkeypatch)
     monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: UNKNOWN)
     out = tmp_path / "g"
     config = TrainConfig(bank=str(bank.folder), out=str(out), method="ridge", tasks=None, k=16, rank=8, validation=0.3, device="cpu")

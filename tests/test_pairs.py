@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import WORDS
-from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, prepare_toy, quiet_loop, save_base
+from toy_world import HELD_OUT, TRAINING, WordEmbedder, describe, make_bank, make_suite, prepare_toy, quiet_loop, save_base, use_words
 from typer.testing import CliRunner
 
 from lorag.cli.main import app
@@ -14,7 +14,6 @@ from lorag.files.artifacts import embedded
 from lorag.generator.generate import generate_lora
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.methods import method_type
-from lorag.text import vectors
 from lorag.training.additions import add_pairs
 from lorag.training.split import RunTasks, SplitRule
 from lorag.training.train import fit_generator
@@ -110,7 +109,7 @@ def test_a_method_that_does_not_learn_it_is_refused_at_once():
 
 def test_a_trained_generator_learns_it_later(without, tmp_path, monkeypatch):
     """`lorag pairs`: what it makes of descriptions keeps its bytes; no other method learns it, and it takes examples."""
-    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
+    use_words(monkeypatch)
     without.save_pretrained(tmp_path)
     before = LoraGenerator.from_pretrained(tmp_path).gather(describe(*HELD_OUT[0])[0]).code
     result = CliRunner().invoke(app, ["pairs", str(tmp_path), "--steps", "2", "--device", "cpu", "--quiet"])

@@ -12,7 +12,7 @@ import yaml
 from conftest import WORDS
 from huggingface_hub.utils import validate_repo_id
 from tiny_bases import picture, save_tiny, words_tokenizer
-from toy_world import WordEmbedder
+from toy_world import WordEmbedder, use_words
 from transformers import CLIPConfig, CLIPModel, Florence2Config, Florence2ForConditionalGeneration
 
 from lorag.adapters.adapter import LoraAdapter
@@ -31,7 +31,6 @@ from lorag.generator.lora_generator import LoraGenerator
 from lorag.tasks.coco import import_coco
 from lorag.tasks.natural_instructions import Limits, import_instructions
 from lorag.tasks.suite import Example, Task, TaskSuite
-from lorag.text.embedding import SentenceEmbedder
 from lorag.training.train import TrainConfig
 
 RECIPES = {  # name -> architecture
@@ -64,7 +63,7 @@ def bases(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
     """Descriptions are embedded word by word: the tests' embedder takes no time to load."""
-    monkeypatch.setattr(SentenceEmbedder, "from_pretrained", classmethod(lambda cls, *_, **__: WordEmbedder()))
+    use_words(monkeypatch)
 
 
 @pytest.fixture

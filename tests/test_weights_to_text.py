@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import gauge
 from test_import import BASE, LAYOUT, run, write
-from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, name_of, true_adapter
+from toy_world import ANIMALS, COLOURS, WordEmbedder, describe, name_of, true_adapter, use_words
 
 from lorag.adapters.sources import find_sources
 from lorag.bank.bank import AdapterBank
@@ -128,7 +128,7 @@ def test_adapters_are_found_by_text(bank, folders, monkeypatch, capsys):
     for number, (colour, animal) in enumerate(HELD_OUT):
         first = describe_adapters(bank, sources, WordEmbedder(), find=f"{colour} {animal}")[0]
         assert first.source.endswith(f"a{number}") and first.match > 0.5 and len(first.near) == 5
-    monkeypatch.setattr("lorag.text.embedding.SentenceEmbedder.from_pretrained", lambda *_: WordEmbedder())
+    use_words(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         main(["bank", "describe", str(folders), "--bank", str(bank.folder), "--find", "gold fish"])
     lines = capsys.readouterr().out.splitlines()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import stack_adapters
-from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base
+from toy_world import TRAINING, WordEmbedder, make_bank, make_suite, prepare_toy, quiet_loop, save_base, use_words
 
 from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
@@ -23,7 +23,6 @@ from lorag.methods.functional import FunctionalSettings, train_functionally
 from lorag.networks.smoothing import FeatureSmoothing
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.tasks.suite import TaskSuite
-from lorag.text import vectors
 from lorag.training import calibrate_gate
 from lorag.training.additions import add_gate
 from lorag.training.preparation import SpaceChoice
@@ -245,7 +244,7 @@ def test_it_says_what_it_needs(base, tmp_path):
 
 def _config(base, tmp_path, monkeypatch):
     """A run of two steps on a suite in a folder, with words instead of an embedder and two invented tasks as the unknown."""
-    monkeypatch.setattr(vectors.SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
+    use_words(monkeypatch)
     unknown = {"robots": ["weld the left arm", "calibrate the gripper motor"], "gibberish": ["zzq wrt plm", "kkk lll mmm nnn"]}
     monkeypatch.setattr(calibrate_gate, "unknown_tasks", lambda part: unknown)
     keys = [task.key for task in make_suite(TRAINING)]

@@ -17,7 +17,7 @@ from lorag.base.runner import Runner
 from lorag.methods.baselines import Nearest
 from lorag.methods.training_loop import TrainingLoop
 from lorag.tasks.suite import Example, Task, TaskSuite
-from lorag.text.embedding import Embedding
+from lorag.text.embedding import Embedding, SentenceEmbedder
 from lorag.training.preparation import Prepared, SpaceChoice, prepare
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
@@ -42,6 +42,11 @@ class WordEmbedder:
     def _word(self, word):
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4])
         return torch.nn.functional.normalize(torch.randn(self.size, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+
+def use_words(monkeypatch):
+    """Whatever opens a sentence embedder by its name gets one of this world's words, which takes no time to load."""
+    monkeypatch.setattr(SentenceEmbedder, "from_pretrained", lambda *_, **__: WordEmbedder())
 
 
 def name_of(colour, animal):
