@@ -31,6 +31,8 @@ They take long or need arguments, and print their own tables; figures: [results]
 | `python -m benchmarks.fusion` | fusing experts, against every closed-form merge |
 | `python -m benchmarks.sg_controls` | what SG-LoRA's merge gives without its VAE |
 | `python -m benchmarks.gate` | how well refusals and the expected gap closed hold |
+| `python -m benchmarks.oracles` | what adapters trained on SmolLM2's held-out tasks score, the upper end of its ladder |
+| `python -m benchmarks.choice` | SmolLM2's detectors where the answer must be one of the labels |
 | `python -m benchmarks.fuzz` | spoiled files of every kind |
 | `python -m benchmarks.kills` | `kill -9` at random moments |
 | `python -m benchmarks.page_pictures` | waiting times of the web page, and its pictures |

@@ -1,6 +1,7 @@
 """The pages: commands parse, settings exist, code compiles, links lead somewhere, nothing is fetched from elsewhere."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -273,3 +274,20 @@ def test_examples_are_on_the_page_about_them():
     """docs/examples.md lists each script of examples/, and no other."""
     named = set(re.findall(r"python examples/(\w+\.py)", (DOCS / "examples.md").read_text(encoding="utf-8")))
     assert named == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_the_language_model_s_rows_are_what_ships():
+    """Score and interval of each row and split of data/smollm2/ladder.json stand in that row of docs/results.md."""
+    stored = json.loads((ROOT / "data/smollm2/ladder.json").read_text(encoding="utf-8"))["splits"]
+    text = (DOCS / "results.md").read_text(encoding="utf-8").split("## The embedded world")[0]
+    lines = {row: line for line in text.splitlines() for row in re.findall(r"^\| \**(\w+)\**(?:,|:| \|)", line)}
+
+    def shown(value):
+        return f"{value:.3f}".removeprefix("0")
+
+    assert set(stored) == {"unseen_label", "unseen_format", "unseen_task"}
+    for split, report in stored.items():
+        for row in ("few_shot", "aligned_shuffled", "aligned", "oracle"):
+            found, line = report["methods"][row], lines[row].replace("*", "")
+            assert f"{shown(found['score'])} ({shown(found['ci95'][0])} to {shown(found['ci95'][1])})" in line, f"{row}, {split}"
+        assert report["methods"]["base"]["score"] == report["methods"]["base_prompted"]["score"] == 0
