@@ -4,6 +4,9 @@ import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Beside another busy process a second thread makes torch slower, also in processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from dataclasses import dataclass
