@@ -4,7 +4,7 @@ Each is the median over fresh processes with warm file caches, start of the inte
 Importing the package loads neither torch nor transformers, and the command line imports them inside commands alone: both are
 bounded by the interpreter and by typer. The first adapter is bounded by importing torch and transformers and by
 loading the text embedder; "the next adapter" is a later description in the same process. SmolLM2's adapters change 36 modules
-(rank 5, 2 MB); most of their time is the gate, which reads the description in other words too.
+(rank 5, .9 MB a folder); most of the time is the gate, which reads the description in other words too.
 """
 
 from __future__ import annotations
