@@ -15,6 +15,7 @@ import torch
 
 from lorag.adapters.factors import Factors
 from lorag.base.objectives.prompts import with_description
+from lorag.base.objectives.text_metrics import balanced_accuracy
 from lorag.base.runner import Runner
 from lorag.evaluation.ladder import shown_descriptions
 from lorag.evaluation.scoring import longer_prompts
@@ -23,19 +24,19 @@ from lorag.generator.generate import open_generator
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task
 
-__all__ = ["balanced_accuracy", "measure"]
+__all__ = ["by_likelihood", "measure"]
 
 
 @torch.inference_mode()
-def balanced_accuracy(runner: Runner, adapter: Factors, task: Task, limit: int) -> float:
-    """Mean recall over the labels, each test example being given its likelier label."""
+def by_likelihood(runner: Runner, adapter: Factors, task: Task, limit: int) -> float:
+    """Balanced accuracy, each test example being given its likelier label."""
     examples = task.split("test")[:limit]
     labels = sorted({example.output for example in task.examples})
     with runner.use(Factors.stack([adapter])) as model:
         judged = [runner.objective.judge(model, [(example.input, label) for example in examples]) for label in labels]
     best = torch.stack([torch.stack([tokens.sum() for _, tokens in one]) for one in judged]).argmax(0).tolist()
-    right = {label: [labels[i] == label for i, example in zip(best, examples, strict=True) if example.output == label] for label in labels}
-    return sum(sum(of) / len(of) for of in right.values() if of) / sum(map(bool, right.values()))
+    outputs = [example.output for example in examples]
+    return balanced_accuracy([labels[i] == output for i, output in zip(best, outputs, strict=True)], outputs)
 
 
 def measure(seeds: Sequence[int], limit: int) -> dict[str, torch.Tensor]:
@@ -48,10 +49,10 @@ def measure(seeds: Sequence[int], limit: int) -> dict[str, torch.Tensor]:
         shown = shown_descriptions(tasks, seed)
         made = [generator.generate(text, seed=seed, on_unknown="ignore").factors for text in shown]
         others = [*made[1:], made[0]]
-        rows["aligned"].append([balanced_accuracy(runner, one, task, limit) for one, task in zip(made, tasks, strict=True)])
-        rows["aligned_shuffled"].append([balanced_accuracy(runner, one, task, limit) for one, task in zip(others, tasks, strict=True)])
+        rows["aligned"].append([by_likelihood(runner, one, task, limit) for one, task in zip(made, tasks, strict=True)])
+        rows["aligned_shuffled"].append([by_likelihood(runner, one, task, limit) for one, task in zip(others, tasks, strict=True)])
         asked = [with_description(task, [text]) for task, text in zip(tasks, shown, strict=True)]
-        rows["base_prompted"].append([balanced_accuracy(prompted, nothing, task, limit) for task in asked])
+        rows["base_prompted"].append([by_likelihood(prompted, nothing, task, limit) for task in asked])
         print(f"seed {seed}: " + ", ".join(f"{name} {sum(row[-1]) / len(tasks):.3f}" for name, row in rows.items()), flush=True)
     return {name: torch.tensor(row) for name, row in rows.items()}
 

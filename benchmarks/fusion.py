@@ -26,7 +26,7 @@ from lorag.adapters.adapter import LoraAdapter
 from lorag.adapters.factors import Factors
 from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank, find_bank
-from lorag.bank.experts import ExpertConfig, train_group
+from lorag.bank.experts import train_group
 from lorag.base.runner import Runner
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
@@ -34,6 +34,7 @@ from lorag.generator.refine import refine
 from lorag.methods.support_examples import few_examples, learn_weights
 from lorag.tasks.finding import find_tasks
 from lorag.tasks.suite import Task, TaskSuite
+from lorag.training.controls import train_together
 from lorag.training.fuse import fuse_experts
 from lorag.training.regmean import regmean
 from lorag.training.split import RunTasks, SplitRule
@@ -113,14 +114,6 @@ def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     return train_group(world.runner, [mixed], world.rank, config)[0][-1]
 
 
-def fresh(world: World, tasks: Sequence[Task], seed: int) -> LoraAdapter:
-    """One adapter trained from nothing on the examples that `learned_weights` and `cat` see, for as many steps: what merging is worth."""
-    support = [few_examples(task, EXAMPLES, seed) for task in tasks]
-    mixed = replace(support[0], name="fresh", examples=tuple(example for task in support for example in task.examples))
-    config = ExpertConfig(steps=world.steps, batch=min(32, len(mixed.examples)), checkpoints=1, seed=seed)
-    return train_group(world.runner, [mixed], world.rank, config)[0][-1]
-
-
 def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
     """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
     support = [few_examples(task, EXAMPLES, seed) for task in tasks]
@@ -131,10 +124,10 @@ def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int
 def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int) -> dict[str, Callable[[], LoraAdapter]]:
     """Every way to one adapter, in rising cost."""
     experts = list(world.bank.adapters(names))
+    support = [few_examples(task, EXAMPLES, seed) for task in tasks]
 
     @functools.cache
     def learned(per_module: bool) -> LoraAdapter:
-        support = [few_examples(task, EXAMPLES, seed) for task in tasks]
         weights = learn_weights(world.runner, experts, support, per_module=per_module, steps=world.steps, seed=seed)
         return world.bank.fuse(names, "cat", weights=weights)
 
@@ -152,7 +145,7 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
         "regmean": lambda: regmean(world.runner, experts, tasks, seed=seed),
         "learned_weights": lambda: learned(False),
         "cat": lambda: learned(True),
-        "fresh": lambda: fresh(world, tasks, seed),
+        "fresh": lambda: train_together(world.runner, support, rank=world.rank, steps=world.steps, seed=seed),
     }
     if world.generator is not None:
         latent = world.generator

@@ -24,7 +24,7 @@ from lorag.adapters.publishing import CARD, adapter_card, own_card, push_files, 
 from lorag.adapters.reading import AdapterParts, own_layout, read_facts, read_folder, weight_digest
 from lorag.adapters.tensor_names import KEY, WHOLE
 from lorag.base.base_model import BaseModel, is_trusted, kind_of
-from lorag.base.kinds import KINDS
+from lorag.base.kinds import kind_named
 from lorag.base.layout import LoraLayout, ModuleShape
 from lorag.base.renaming import fused_experts, renamed_modules
 from lorag.errors import AdapterError, BaseModelError, LayoutError
@@ -95,10 +95,9 @@ class LoraAdapter:
         if named is None:
             raise BaseModelError("the adapter names no base model", remedy="Give it: --base-model, or apply_to(model).")
         stated = self.info.get("base_model")
-        stated_kind = stated.get("kind") if isinstance(stated, Mapping) else None
-        known = isinstance(stated_kind, str) and stated_kind in KINDS
-        chosen = kind or (stated_kind if known else kind_of(named, revision, self.task_type))
-        return BaseModel(named, str(chosen), revision, is_trusted(named))
+        known = kind_named(stated.get("kind")) if isinstance(stated, Mapping) else None
+        chosen = kind or (known.name if known is not None else kind_of(named, revision, self.task_type))
+        return BaseModel(named, chosen, revision, is_trusted(named))
 
     def delta(self, module: str) -> Tensor:
         """ΔW (o, i) of one module, in fp32."""

@@ -161,7 +161,7 @@ def _look(sources: Sequence[Source], revision: str | None, quiet: bool, base: Ba
             facts = read_facts(folder, values=False)
             check_config(facts.config, folder / CONFIG)
             named, at, task = (facts.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))
-            kind = kind_of_task(task) if isinstance(task, str) else None
+            kind = kind_of_task(task)
             seen.append(
                 _Seen(
                     named if isinstance(named, str) and named else None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lorag.base.kinds import KINDS, kind_of_config, kind_of_task
+from lorag.base.kinds import KINDS, kind_named, kind_of_config, kind_of_task
 from lorag.base.names import canonical_name, locate, packaged
 from lorag.base.weights import same_weights, weights_identity
 from lorag.errors import BaseModelError, ConfigError, LoragError, MissingDependencyError, warn_caller
@@ -151,7 +151,7 @@ class BaseModel:
         if not self.name or self.name.startswith(("\\\\", "//")):  # opening a share sends the user's credentials to its host
             raise ConfigError("base model's name cannot be used", got=repr(self.name)[:80], expected="a hub id or a local folder")
         object.__setattr__(self, "name", canonical_name(self.name))
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
+        if kind_named(self.kind) is None:
             raise ConfigError("base model kind is unknown", got=repr(self.kind), expected=" or ".join(KINDS))
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["KINDS", "Kind", "kind_of_config", "kind_of_task"]
+__all__ = ["KINDS", "Kind", "kind_named", "kind_of_config", "kind_of_task"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,12 @@ class Kind:
     reads_images: bool = False
 
 
-def kind_of_task(task_type: str | None) -> Kind | None:
+def kind_named(name: object) -> Kind | None:
+    """The kind of a name, which may come from a file; None if there is none, or it is not a name at all."""
+    return KINDS.get(name) if isinstance(name, str) else None
+
+
+def kind_of_task(task_type: object) -> Kind | None:
     """The kind that has a task type of PEFT's; None if no kind has it."""
     return next((kind for kind in KINDS.values() if kind.task_type is not None and kind.task_type == task_type), None)
 

@@ -37,7 +37,7 @@ MULTITASK = "multitask"
 _SANDBOX, _ALL = "sandbox", "all"
 _REAL = "smollm2"
 _SUITES = {SANDBOX_LM: _SANDBOX, SMOLLM2: _REAL}  # base model -> embedded suite
-_SPLITS = {"smollm2": ("unseen_format", "unseen_label", "unseen_task")}
+_SPLITS = {_REAL: ("unseen_format", "unseen_label", "unseen_task")}
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def find_oracles(oracles: str | None, tasks: str) -> Oracles | None:
     if oracles is not None:
         return OracleScores.read(Path(oracles)) if oracles.endswith(".json") else find_bank(oracles)
     if tasks == _REAL:
-        return OracleScores.read(embedded("data/smollm2/oracles.json"))
+        return OracleScores.read(embedded(f"data/{_REAL}/oracles.json"))
     return AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == _SANDBOX else None
 
 

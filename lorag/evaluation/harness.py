@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.adapters.reading import own_chat_template
-from lorag.base.kinds import KINDS, kind_of_task
+from lorag.base.kinds import kind_named, kind_of_task
 from lorag.base.names import locate
 from lorag.errors import LoragError
 
@@ -34,9 +34,7 @@ def lm_eval_command(folder: Path, config: Mapping[str, Any], info: Mapping[str, 
     """
     base, named = info.get("base_model"), config.get("base_model_name_or_path")
     stated: Mapping[str, Any] = base if isinstance(base, Mapping) else {}
-    stated_kind = stated.get("kind")
-    kind = KINDS.get(stated_kind) if isinstance(stated_kind, str) else None
-    kind = kind or kind_of_task(str(config.get("task_type")))
+    kind = kind_named(stated.get("kind")) or kind_of_task(config.get("task_type"))
     if kind is None or kind.loader not in _LOADERS or not isinstance(named, str) or not named:
         return None
     revision = config.get("revision") if isinstance(config.get("revision"), str) else stated.get("revision")

@@ -7,7 +7,6 @@ description, whatever it gains over `base`.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from lorag.base.runner import Runner
 from lorag.errors import BankError, ConfigError
 from lorag.evaluation.oracles import OracleScores
 from lorag.evaluation.reproduction import Reproduction
-from lorag.evaluation.rivals import random_like, train_fresh
+from lorag.evaluation.rivals import WITH_EXAMPLES, random_like, train_fresh
 from lorag.evaluation.scoring import Scorer, longer_prompts
 from lorag.evaluation.statistics import Scores, differences, summarise
 from lorag.progress import progress_bar
@@ -42,7 +41,6 @@ JUNK = (
 )
 CONTROLS = ("base", "base_prompted", "few_shot", "random_init", "oracle")
 _SHOTS = 4
-_WITH_EXAMPLES = re.compile(r"(few_shot|fresh)_(\d{1,3})")  # rows that take a number of training examples
 _EVERY = 10.0  # seconds between signs of life
 
 
@@ -164,7 +162,7 @@ def _check_oracles(oracles: Oracles, base: BankBase, tasks: TaskSuite) -> None:
 
 def _known(methods: Sequence[str], names: Sequence[str]) -> list[str]:
     """The methods, each of which is a row that takes no training, or one that takes a number of examples."""
-    unknown = [name for name in methods if name not in names and not (_WITH_EXAMPLES.fullmatch(name) and "few_shot" in names)]
+    unknown = [name for name in methods if name not in names and not (WITH_EXAMPLES.fullmatch(name) and "few_shot" in names)]
     if unknown:
         raise ConfigError("methods: cannot be scored here", got=", ".join(unknown), expected=", ".join([*names, "few_shot_K", "fresh_K"]))
     return list(methods)
@@ -189,7 +187,7 @@ def _names(tasks: TaskSuite, generators: Mapping[str, Sequence[LoraGenerator]], 
 def _rivals(name: str, baselines: Sequence[str], scores: Scores) -> list[str]:
     """What the score of a generator is compared with: its controls, what takes no generator, all baselines, and the oracle."""
     controls = [f"{name}_shuffled", f"{name}_junk", f"{name}_prompted"]
-    numbered = [other for other in scores.rows if other == "few_shot" or _WITH_EXAMPLES.fullmatch(other)]
+    numbered = [other for other in scores.rows if other == "few_shot" or WITH_EXAMPLES.fullmatch(other)]
     rivals = (*controls, "base_prompted", *numbered, "random_init", *baselines, "oracle")
     return [other for other in rivals if other in scores.rows]
 
@@ -231,7 +229,7 @@ class _Rows:
 
     def _requests(self, name: str) -> tuple[Sequence[Task], list[LoraAdapter] | None, bool]:
         """Tasks of a row, its adapters, and whether the tasks' inputs are prompts."""
-        examples = _WITH_EXAMPLES.fullmatch(name)
+        examples = WITH_EXAMPLES.fullmatch(name)
         if name == "base":
             return self.tasks, None, False
         if name == "oracle" and isinstance(self.oracles, AdapterBank):

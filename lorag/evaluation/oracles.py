@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorag.bank.bank import AdapterBank
 from lorag.errors import ArtifactError
+from lorag.evaluation.rivals import WITH_EXAMPLES
 from lorag.files.artifacts import read_json
 from lorag.files.stored import Number, Stored, Text
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lorag.tasks.suite import TaskSuite
 
 __all__ = ["OracleScores", "Oracles"]
-
-_TRAINED = re.compile(r"fresh_(\d{1,3})")
 
 
 @dataclass(frozen=True)
@@ -71,5 +69,6 @@ class _Report(Stored):
     @property
     def upper_end(self) -> str | None:
         """The row that stands for oracles."""
-        trained = {name: int(match[1]) for name in self.methods if (match := _TRAINED.fullmatch(name))}
+        matches = {name: WITH_EXAMPLES.fullmatch(name) for name in self.methods}
+        trained = {name: int(match[2]) for name, match in matches.items() if match is not None and match[1] == "fresh"}
         return "oracle" if "oracle" in self.methods else max(trained, key=lambda name: trained[name], default=None)

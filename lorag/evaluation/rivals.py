@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from lorag.progress import Bar
     from lorag.tasks.suite import Task
 
-__all__ = ["random_like", "train_fresh"]
+__all__ = ["WITH_EXAMPLES", "random_like", "train_fresh"]
+
+WITH_EXAMPLES = re.compile(r"(few_shot|fresh)_(\d{1,3})")  # rows that take a number of training examples
 
 _STEPS, _RATE = 60, 5e-3
 _TOGETHER = 8  # adapters that are trained at once

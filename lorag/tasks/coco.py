@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import TaskError
-from lorag.files.artifacts import parse_json, read_bounded, write_json
+from lorag.files.artifacts import parse_json, read_bounded
 from lorag.files.images import ImageFile, copy_images
 from lorag.tasks.suite import Example, Task, TaskSuite
 
@@ -89,8 +89,7 @@ def import_coco(
     copy_images((ImageFile(name, images) for name in sorted(used)), out / "images")
     held = set(random.Random(seed).sample([task.name for task in tasks], int(held_out * len(tasks))))
     splits = {"train": [t.name for t in tasks if t.name not in held], "test": [t.name for t in tasks if t.name in held]}
-    TaskSuite(tasks).save(out)
-    write_json(out / "splits.json", splits)
+    TaskSuite(tasks, splits).save(out)
     return {key: len(value) for key, value in splits.items()} | {"skipped": len(names) - len(tasks)}
 
 

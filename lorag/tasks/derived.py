@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorag.errors import ConfigError, TaskError
-from lorag.files.artifacts import slug, write_json
+from lorag.files.artifacts import slug
 from lorag.tasks.suite import Task, TaskSuite, connected
 
 __all__ = ["derive", "hold_out_groups"]
@@ -79,8 +79,7 @@ def derive(
             more[subset.name] = subset
     if more:
         splits["without_expert"] = sorted(more)
-    TaskSuite([*tasks, *more.values()]).save(out)
-    write_json(out / "splits.json", splits)
+    TaskSuite([*tasks, *more.values()], splits).save(out)
     return {name: len(members) for name, members in splits.items()}
 
 

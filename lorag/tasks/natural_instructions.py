@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorag.errors import DescriptionError, TaskError
-from lorag.files.artifacts import read_bounded, read_json, write_json
+from lorag.files.artifacts import read_bounded, read_json
 from lorag.tasks.derived import hold_out_groups
 from lorag.tasks.descriptions import check_description
 from lorag.tasks.suite import Example, Task, TaskSuite
@@ -81,8 +81,7 @@ def import_instructions(
     splits = {"train": [t.name for t in tasks if t.name not in test], "test": [t.name for t in tasks if t.name in test]}
     if not splits["train"]:
         raise TaskError(f"{source} leaves no task to train on", got=f"{len(files)} files, {len(tasks)} usable tasks")
-    TaskSuite(tasks).save(out)
-    write_json(out / "splits.json", splits)
+    TaskSuite(tasks, splits).save(out)
     return {name: len(names) for name, names in splits.items()} | {"skipped": len(files) - len(tasks)}
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorag.base.runner import Runner
     from lorag.tasks.suite import Task
 
-__all__ = ["compare_with_fresh"]
+__all__ = ["compare_with_fresh", "train_together"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ def compare_with_fresh(
         others.append(replace(task, examples=tuple(example for example in training_examples(task) if example.input not in seen)))
     if not all(task.examples for task in others):
         return None
-    mixed = replace(support[0], name="mixed", examples=tuple(example for task in support for example in task.examples))
-    config = ExpertConfig(steps=steps, batch=min(_BATCH, len(mixed.examples)), checkpoints=1, seed=seed)
-    fresh = train_group(runner, [mixed], rank, config)[0][-1]
+    fresh = train_together(runner, support, rank=rank, steps=steps, seed=seed)
     losses = {}
     with torch.no_grad():
         for name, one in (("merged", merged), ("fresh", fresh)):
@@ -66,8 +64,15 @@ def compare_with_fresh(
             "an adapter of rank %d trained from nothing on the same %d examples does better than the merge: "
             "loss %.3f against %.3f on others; train one, or merge with --method regmean, which learns nothing by steps",
             rank,
-            len(mixed.examples),
+            sum(len(task.examples) for task in support),
             losses["fresh"],
             losses["merged"],
         )
     return losses
+
+
+def train_together(runner: Runner, support: Sequence[Task], *, rank: int, steps: int, seed: int) -> LoraAdapter:
+    """One adapter trained from nothing on all examples of several tasks together."""
+    mixed = replace(support[0], name="mixed", examples=tuple(example for task in support for example in task.examples))
+    config = ExpertConfig(steps=steps, batch=min(_BATCH, len(mixed.examples)), checkpoints=1, seed=seed)
+    return train_group(runner, [mixed], rank, config)[0][-1]

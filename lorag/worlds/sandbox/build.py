@@ -14,7 +14,6 @@ from lorag.bank.build import build_bank
 from lorag.bank.experts import ExpertConfig
 from lorag.base.base_model import BaseModel
 from lorag.base.names import SANDBOX_LM
-from lorag.files.artifacts import write_json
 from lorag.tasks.suite import TaskSuite
 from lorag.training.train import TrainConfig, train
 from lorag.worlds.sandbox.base_lm import TEMPLATE, PretrainConfig, pretrain
@@ -102,8 +101,7 @@ def _write_tasks(folder: Path, config: SandboxConfig) -> None:
     taught = splits()["train"] + splits()["without_expert"]
     taught_tasks = build_suite(taught, train=config.examples, test=16, descriptions=config.descriptions, wording="train", seed=config.seed)
     unseen = build_suite(held, train=0, test=config.test_examples, descriptions=config.eval_descriptions, wording="eval", seed=config.seed)
-    TaskSuite([*taught_tasks, *unseen]).save(folder)
-    write_json(folder / "splits.json", {name: [cell.name for cell in splits()[name]] for name in splits()})
+    TaskSuite([*taught_tasks, *unseen], {name: [cell.name for cell in cells] for name, cells in splits().items()}).save(folder)
 
 
 def _build_experts(folder: Path, config: SandboxConfig, quiet: bool) -> AdapterBank:
