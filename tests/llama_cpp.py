@@ -54,13 +54,14 @@ class LlamaCpp:
         """Stops the server."""
         self._server = None
 
-    def answers(self, prompts, scales=None, most=12):
-        """Greedy answers to prompts of token ids; `scales` gives the scale of adapters by number, 0 for all others."""
+    def answers(self, prompts, scales=None, most=12, grammar=""):
+        """Greedy answers to prompts of token ids, held to a grammar; `scales` gives the scale of adapters by number, 0 for all others."""
         lora = [{"id": number, "scale": (scales or {}).get(number, 0.0)} for number in range(self._adapters)]
 
         def ask(ids):
             # Prompt states are kept across adapters otherwise, and answer for the wrong one.
             body = {"prompt": ids, "n_predict": most, "temperature": 0, "n_probs": 1, "cache_prompt": False, "lora": lora}
+            body |= {"grammar": grammar} if grammar else {}
             request = urllib.request.Request(
                 f"{self._server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )

@@ -33,6 +33,7 @@ CONFIGS = {
     },
     "q": {"r": 8, "lora_alpha": 24, "target_modules": ["q_proj"]},
 }
+YES_OR_NO = 'root ::= "yes" | "no"'
 CLOSE = 0.02  # of log-probabilities: both compute in fp32, in another order and with another exponential
 BEGINNINGS = (
     "The capital of France is",
@@ -106,8 +107,8 @@ def llama(tmp_path_factory, files):
     base = widened(packed.file(), tmp_path_factory.mktemp("base") / "base.gguf")
     server, numbers = LlamaCpp(base, files.values()), {name: number for number, name in enumerate(files)}
 
-    def ask(prompts, name=None, scale=1.0):
-        return server.answers(prompts, {} if name is None else {numbers[name]: scale})
+    def ask(prompts, name=None, scale=1.0, grammar=""):
+        return server.answers(prompts, {} if name is None else {numbers[name]: scale}, grammar=grammar)
 
     yield ask
     server.close()
@@ -203,3 +204,7 @@ def test_a_generated_adapter_does_its_task_in_llama_cpp(model, llama, generated,
     for told, said in ((answers, llama(asked)), (packed_file.answers(asked, {0: 1.0}), packed_file.answers(asked))):
         assert all(one.text.strip().lower() in ("yes", "no") for one in told)
         assert not any(one.text.strip().lower() in ("yes", "no") for one in said)
+    # docs/smollm2.md: a grammar holds even the bare base model to the labels, and takes nothing from an adapter that gives them anyway.
+    held = llama(asked, "generated", grammar=YES_OR_NO)
+    assert [one.text for one in held] == [one.text for one in answers]
+    assert all(one.text in ("yes", "no") for one in llama(asked, grammar=YES_OR_NO))
