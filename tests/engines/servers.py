@@ -82,9 +82,9 @@ class Server:
         status, found = self._post("completions", model, tokens, prompt=prompt)
         return status, found, time.monotonic() - began
 
-    def chat(self, model, text, tokens=48):
-        """Status, and token ids or message, of one user's turn."""
-        return self._post("chat/completions", model, tokens, messages=[{"role": "user", "content": text}])
+    def chat(self, model, text, tokens=48, **asked):
+        """Status, and token ids or message, of one user's turn; `asked` goes into the request."""
+        return self._post("chat/completions", model, tokens, messages=[{"role": "user", "content": text}], **asked)
 
     def _post(self, path, model, tokens, **asked):
         body = {"model": model, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, **asked}

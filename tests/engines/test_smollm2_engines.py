@@ -185,6 +185,22 @@ def test_chats_take_the_template_that_the_generator_was_trained_with(server, pro
 
 
 @needs_vllm
+def test_answers_held_to_their_labels(server, base, tokenizer):
+    """With structured outputs even the base model answers yes or no; an adapter that does so by itself answers as before."""
+    held = {"structured_outputs": {"choice": ["yes", "no"]}}
+    texts = ("Where is the nearest pharmacy?", "Count from one to five.", "How do I get to Rome?")
+
+    def told(name, text, **asked):
+        status, ids = server.chat(name, text, TOKENS, **asked)
+        assert status == 200
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    assert all(told(base, text, **held) in ("yes", "no") and told(base, text) not in ("yes", "no") for text in texts)
+    free = [told(f"lorag:{DESCRIPTIONS[0]}", text) for text in texts]
+    assert [told(f"lorag:{DESCRIPTIONS[0]}", text, **held) for text in texts] == free and set(free) <= {"yes", "no"}
+
+
+@needs_vllm
 def test_refused_and_hostile_names(server, prompts):
     """400 with the reason and the nearest tasks, or with what is wrong with the name; nothing is made, and the server lives."""
     before = sorted(server.store.parent.rglob("*"))
