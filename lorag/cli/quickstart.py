@@ -12,7 +12,7 @@ from lorag.base.runner import Runner
 from lorag.config import load_config
 from lorag.evaluation.folders import open_ladder
 from lorag.evaluation.side_by_side import side_by_side
-from lorag.evaluation.tables import format_table
+from lorag.evaluation.tables import format_table, interval
 from lorag.files.artifacts import embedded, read_json
 from lorag.generator.generate import generate_loras, open_generator
 from lorag.tables import Table, render
@@ -100,7 +100,7 @@ def shipped_ladder() -> str:
 
     def shown(row: dict[str, Any], *, labels: bool) -> str:
         of = row["measures"]["balanced_accuracy"] if labels and "measures" in row else row
-        return f"{of['score']:.3f}  {of['ci95'][0]:.3f} to {of['ci95'][1]:.3f}"
+        return f"{of['score']:.3f}  {interval(of)}"
 
     cells = [[name, *(shown(report["methods"][name], labels=split == _LABELS) for split, report in stored.items())] for name in rows]
     header = [_REAL, *(f"{split}, {len(report['tasks'])} tasks" for split, report in stored.items())]

@@ -7,9 +7,15 @@ from typing import Any
 
 from lorag.tables import Table, print_tables, render
 
-__all__ = ["format_table", "print_report"]
+__all__ = ["format_table", "interval", "print_report"]
 
 _SHORT = {"balanced_accuracy": "balanced", "lenient_match": "lenient", "rouge_l": "ROUGE-L", "macro_f1": "macro-F1"}
+
+
+def interval(row: Mapping[str, Any], sign: str = "") -> str:
+    """The 95 % interval of a report's row; `sign` is "+" where a difference is meant."""
+    low, high = row["ci95"]
+    return f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def format_table(report: Mapping[str, Any]) -> str:
@@ -32,10 +38,10 @@ def _parts(report: Mapping[str, Any]) -> list[Table]:
         header += [_SHORT[measure], "95 % interval"]
     rows = []
     for name, row in methods.items():
-        cells = [name, f"{row['score']:.3f}", _interval(row), *([_number(row["gap_closed"])] if gaps else [])]
+        cells = [name, f"{row['score']:.3f}", interval(row), *([_number(row["gap_closed"])] if gaps else [])]
         for measure in measures:
             one = row.get("measures", {}).get(measure)
-            cells += ["", ""] if one is None else [f"{one['score']:.3f}", _interval(one)]
+            cells += ["", ""] if one is None else [f"{one['score']:.3f}", interval(one)]
         rows.append([*cells, *([_number(row.get("prompt_tokens"), ".0f")] if tokens else [])])
     title = f"{report['suite']}: {len(report['tasks'])} tasks, {seen}"
     generators = {name.partition(" - ")[0] for name in report["differences"]}
@@ -46,10 +52,10 @@ def _parts(report: Mapping[str, Any]) -> list[Table]:
             header += [_SHORT[measure], "95 % interval"]
         rows = []
         for name, row in report["differences"].items():
-            cells = [name, f"{row['difference']:+.3f}", _interval(row, "+")]
+            cells = [name, f"{row['difference']:+.3f}", interval(row, "+")]
             for measure in measures:
                 one = row.get("measures", {}).get(measure)
-                cells += ["", ""] if one is None else [f"{one['difference']:+.3f}", _interval(one, "+")]
+                cells += ["", ""] if one is None else [f"{one['difference']:+.3f}", interval(one, "+")]
             rows.append(cells)
         parts.append(Table(header, rows))
     if "reproduction" in report:
@@ -59,11 +65,6 @@ def _parts(report: Mapping[str, Any]) -> list[Table]:
             rows.append([name, _number(row["score_kept"]), f"{row['delta_error']:.3f}", *sizes])
         parts.append(Table(["given back", "score kept", "ΔW error", "generator", "bank"], rows))
     return parts
-
-
-def _interval(row: Mapping[str, Any], sign: str = "") -> str:
-    low, high = row["ci95"]
-    return f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
