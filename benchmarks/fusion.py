@@ -28,6 +28,8 @@ from lorag.adapters.merging import merge
 from lorag.bank.bank import AdapterBank, find_bank
 from lorag.bank.experts import train_group
 from lorag.base.runner import Runner
+from lorag.evaluation.statistics import bootstrap
+from lorag.evaluation.tables import interval
 from lorag.files.artifacts import read_json, write_json
 from lorag.generator.lora_generator import LoraGenerator
 from lorag.generator.refine import refine
@@ -45,7 +47,6 @@ EXAMPLES = 8  # of each task, that refinement sees
 RARE = 8  # training examples of the rare task of a long-tailed set
 LONG_TAILED = 4  # tasks of such a set
 GOOD = 0.8  # least score of an expert on its own task, for a set of another bank than the sandbox's
-RESAMPLES = 2000
 TRAINING = replace(SandboxConfig().experts, checkpoints=1)  # as the bank's experts were trained
 
 
@@ -114,9 +115,8 @@ def joint(world: World, tasks: Sequence[Task]) -> LoraAdapter:
     return train_group(world.runner, [mixed], world.rank, config)[0][-1]
 
 
-def refined(world: World, adapter: LoraAdapter, tasks: Sequence[Task], seed: int) -> LoraAdapter:
+def refined(world: World, adapter: LoraAdapter, support: Sequence[Task], seed: int) -> LoraAdapter:
     """The steps on examples that `icm_refined` takes at its end, from another start: what the latents are worth."""
-    support = [few_examples(task, EXAMPLES, seed) for task in tasks]
     pairs = [(example.input, example.output) for task in support for example in task.examples]
     return refine(world.runner, adapter, pairs, world.steps, seed)
 
@@ -149,8 +149,8 @@ def methods(world: World, names: Sequence[str], tasks: Sequence[Task], seed: int
     }
     if world.generator is not None:
         latent = world.generator
-        made["mean_refined"] = lambda: refined(world, world.bank.fuse(names, "mean"), tasks, seed)
-        made["cat_refined"] = lambda: refined(world, learned(True), tasks, seed)
+        made["mean_refined"] = lambda: refined(world, world.bank.fuse(names, "mean"), support, seed)
+        made["cat_refined"] = lambda: refined(world, learned(True), support, seed)
         made["icm_uniform"] = lambda: fused(latent)
         made["icm_conflict"] = lambda: fused(latent, rule="conflict")
         made["icm_learned"] = lambda: fused(latent, rule="learned", suite=world.suite)
@@ -183,6 +183,7 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
     expert = train_group(world.runner, [few], 4, TRAINING)[0][-1]
     expert = replace(expert, base_model=world.bank.base.model.name)
     suite = TaskSuite([few, *tasks[1:]])
+    support = [few_examples(task, EXAMPLES, seed) for task in suite]
     others = list(world.bank.adapters(names[1:]))
 
     def fused(**more: Any) -> LoraAdapter:  # noqa: ANN401 - settings of fuse_experts
@@ -194,18 +195,11 @@ def run_long_tailed(world: World, names: Sequence[str], seed: int) -> dict[str, 
         "icm_uniform": lambda: fused(),
         "icm_learned": lambda: fused(rule="learned"),
         "icm_worst": lambda: fused(rule="learned", reduction="worst"),
-        "mean_refined": lambda: refined(world, merge([expert, *others]), [few, *tasks[1:]], seed),
+        "mean_refined": lambda: refined(world, merge([expert, *others]), support, seed),
         "icm_refined": lambda: fused(rule="learned", refine_steps=world.steps),
     }
     found = {"base": world.scores(None, tasks), "single": world.scores([expert, *others], tasks)}
     return found | {name: world.scores([make()], tasks) for name, make in made.items()}
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """95 % percentile bootstrap of the mean over sets."""
-    tensor, rng = torch.tensor(values), torch.Generator().manual_seed(0)
-    means = tensor[torch.randint(len(values), (RESAMPLES, len(values)), generator=rng)].mean(1).sort().values
-    return [round(means[int(RESAMPLES * q)].item(), 4) for q in (0.025, 0.975)]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -219,7 +213,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             single = [sum(scores["single"]) / len(scores["single"]) for scores in mine]
             table[name] = {
                 "mean": round(sum(means) / len(means), 4),
-                "ci95": interval(means),
+                "ci95": bootstrap(torch.tensor(means)),
                 "worst_task": round(sum(min(scores[name]) for scores in mine) / len(mine), 4),
                 "kept": round(sum(means) / max(sum(single), 1e-9), 4),
             }
@@ -281,9 +275,8 @@ def main() -> None:
     for kind, part in summarise(rows).items():
         print(f"\n{kind} tasks, {part['sets']} sets\n{'method':<20}{'mean':>7}{'95 % interval':>18}{'worst':>8}{'kept':>7}")
         for name, row in part["methods"].items():
-            low, high = row["ci95"]
             rare = f"   rare {row['rare_task']:.3f}" if "rare_task" in row else ""
-            print(f"{name:<20}{row['mean']:>7.3f}{f'{low:.3f} to {high:.3f}':>18}{row['worst_task']:>8.3f}{row['kept']:>7.3f}{rare}")
+            print(f"{name:<20}{row['mean']:>7.3f}{interval(row):>18}{row['worst_task']:>8.3f}{row['kept']:>7.3f}{rare}")
 
 
 if __name__ == "__main__":

@@ -55,13 +55,13 @@ class LlamaCpp:
         self._server = None
 
     def answers(self, prompts, scales=None, most=12, grammar=""):
-        """Greedy answers to prompts of token ids, held to a grammar; `scales` gives the scale of adapters by number, 0 for all others."""
+        """Greedy answers to prompts of token ids, held to any grammar; `scales` gives the scale of adapters by number, 0 for others."""
         lora = [{"id": number, "scale": (scales or {}).get(number, 0.0)} for number in range(self._adapters)]
 
         def ask(ids):
             # Prompt states are kept across adapters otherwise, and answer for the wrong one.
-            body = {"prompt": ids, "n_predict": most, "temperature": 0, "n_probs": 1, "cache_prompt": False, "lora": lora}
-            body |= {"grammar": grammar} if grammar else {}
+            body = {"prompt": ids, "n_predict": most, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+            body |= {"lora": lora, "grammar": grammar}
             request = urllib.request.Request(
                 f"{self._server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )

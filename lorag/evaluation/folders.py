@@ -170,7 +170,7 @@ def find_oracles(oracles: str | None, tasks: str) -> Oracles | None:
         return OracleScores.read(Path(oracles)) if oracles.endswith(".json") else find_bank(oracles)
     if tasks == _REAL:
         return OracleScores.read(embedded(f"data/{_REAL}/oracles.json"))
-    return AdapterBank.from_pretrained(embedded("data/sandbox/oracles")) if tasks == _SANDBOX else None
+    return AdapterBank.from_pretrained(embedded(f"data/{_SANDBOX}/oracles")) if tasks == _SANDBOX else None
 
 
 def bank_baselines() -> list[Method]:

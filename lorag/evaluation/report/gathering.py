@@ -14,6 +14,7 @@ from lorag.adapters.provenance import public_name
 from lorag.errors import LoragError
 from lorag.evaluation.ladder import CONTROLS, baseline_rows, learned_rows, shown_descriptions
 from lorag.evaluation.report.findings import Absent, Curves, Distances, Findings, MethodScore, Norms, Pairs, Selective, Stage, Tasks
+from lorag.evaluation.rivals import WITH_EXAMPLES
 from lorag.evaluation.statistics import bootstrap
 from lorag.files.metrics import METRICS, read_metrics
 from lorag.generator.calibration import risk_coverage
@@ -109,7 +110,7 @@ def _method_scores(report: Mapping[str, Any], baselines: Sequence[str]) -> tuple
 def _role(name: str, baselines: Sequence[str]) -> str:
     if name in ("base", "oracle"):
         return "bound"
-    if name in CONTROLS or name in baselines or name.startswith(("few_shot_", "fresh_")):
+    if name in CONTROLS or name in baselines or WITH_EXAMPLES.fullmatch(name):
         return "baseline"
     return "control" if name.endswith(("_shuffled", "_junk", "_prompted")) else "generator"
 
