@@ -17,6 +17,7 @@ from lorag.worlds.smollm2.files import read, read_glosses
 from lorag.worlds.smollm2.formats import CASES, WRAPS, Format
 from lorag.worlds.smollm2.label_pools import Label
 from lorag.worlds.smollm2.made import ANSWERS, mentions
+from lorag.worlds.smollm2.passages import OPERATIONS
 from lorag.worlds.smollm2.sources import sample, size
 from lorag.worlds.smollm2.wordings import Phrases, describe
 
@@ -93,7 +94,7 @@ def test_summarising_legal_text_is_held_out(suite, splits):
 def test_it_is_small(suite):
     """A few MB, and rows that a small model reads at once."""
     assert (FOLDER / "examples.jsonl.gz").stat().st_size <= 6e6
-    assert (FOLDER / "tasks.jsonl").stat().st_size <= 6e6
+    assert (FOLDER / "tasks.jsonl").stat().st_size <= 10e6
     for task in suite:
         for example in task.examples:
             assert size(example.input) <= 200 and size(example.output) <= 52, task.name
@@ -222,6 +223,7 @@ def _words_of_tasks():
     for group in read("wordings/made").values():
         yield from group.items()
     yield from read("wordings/topics").items()
+    yield from read("wordings/passages")["operations"].items()
 
 
 @pytest.mark.slow
@@ -259,7 +261,7 @@ def test_descriptions_say_the_form(suite):
                 assert not plain & set(task.descriptions)
     for task in suite:
         if task.name.endswith("+json"):
-            assert all(re.search(r"json|\{", text, re.I) for text in (*task.descriptions, *task.eval_descriptions)), task.name
+            assert all(re.search(r"json|\{|brace|jq", text, re.I) for text in (*task.descriptions, *task.eval_descriptions)), task.name
 
 
 # --- detectors, formats, answers that code gives ------------------------------------------------------------------------
@@ -345,6 +347,48 @@ def test_every_form_has_words():
 def test_code_answers_rightly(kind, name, text, expected):
     """Expected values are written out by hand; None where there is no clear answer."""
     assert ANSWERS[kind][name](text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("summary", "It was cold. The parser of the archive reads the archive twice (see above). Nobody knew.", "The parser of the archive reads the archive twice."),
+        ("summary", "We may end this agreement at any time, for any reason, without notice to you or anybody else in the world, whatever the law of your land says.", "We may end this agreement at any time, for any reason."),
+        ("summary", "There is nothing to leave out here.", None),
+        ("plain", "Prior to this we shall commence.", "Before this we must start."),
+        ("plain", "Easy words alone.", None),
+        ("opening", "a b c d e f g h i j", "a b c d e f g h"),
+        ("ending", "a b c d e f g h", "c d e f g h"),
+        ("names", "Yesterday the Bank of England met Ada Lovelace.", "Bank of England, Ada Lovelace"),
+        ("numbers", "From 1,000 to 2.5 in 2020.", "1,000, 2.5, 2020"),
+        ("key_words", "short responsibility agreement notwithstanding of it", "notwithstanding, responsibility, agreement"),
+        ("to_comma", "If you like it, keep it.", "If you like it"),
+        ("to_comma", "Well, keep it.", None),
+        ("no_brackets", "The card (black) is lost.", "The card is lost."),
+        ("question", "I lost it. What now?", "What now?"),
+        ("question", "What now?", None),
+        ("last_sentence", "One thing. Another thing.", "Another thing."),
+    ],
+)  # fmt: skip
+def test_operations_on_longer_texts(name, text, expected):
+    """Expected values are written out by hand; None where there is no clear answer."""
+    assert OPERATIONS[name](text) == expected
+
+
+@pytest.mark.slow
+def test_operations_meet_every_kind_of_text_but_those_held_out(splits):
+    """So that "summarise" and "legal text" are known each by itself, and only together new."""
+    words = read("wordings/passages")
+    trained = {task.name: task for task in splits["train"]}
+    for operation in words["operations"]:
+        assert sum(f"{kind}_{operation}" in trained for kind in words["kinds"]) >= 2, operation
+    for kind, about in words["kinds"].items():
+        made = [trained[f"{kind}_{operation}"] for operation in words["operations"] if f"{kind}_{operation}" in trained]
+        assert len(made) >= 6 and all(task.free_text for task in made)
+        if kind in words["held"]:
+            assert not {task.name for task in made} & {f"{kind}_{operation}" for operation in words["held"][kind]}
+            held = re.compile(r"summar|tl;dr|gist|simplif|plain|simpler|easy", re.I)
+            assert not [text for task in made for text in task.descriptions if held.search(text)]
 
 
 def test_words_are_whole_words():

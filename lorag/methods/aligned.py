@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.contrast import ContrastSettings, train_reader
+from lorag.methods.distillation import DistillationSettings, distil_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
@@ -42,6 +43,7 @@ class AlignedSettings(ReaderSettings):
         memory: Directions of a description's vector by which known tasks are recalled; 0 leaves the memory out.
         probing: How the probes learn which texts a description is about; then they stay as they are.
         contrast: How the reader learns to tell tasks apart by their wordings; then it stays as it is.
+        distillation: How the reader of a network that goes on from another run learns the wordings at hand.
         functional: Steps through the frozen base model.
         smoothing: How features are drawn towards those of tasks with the same answers, after that.
     """
@@ -53,6 +55,7 @@ class AlignedSettings(ReaderSettings):
     memory: int = 96
     probing: ProbeSettings = field(default_factory=ProbeSettings)
     contrast: ContrastSettings = field(default_factory=ContrastSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     functional: FunctionalSettings = field(
         default_factory=lambda: FunctionalSettings(steps=1000, learning_rate=2e-3, tasks=16, examples=6, focus=0.0, validate_every=100)
     )
@@ -140,7 +143,11 @@ class Aligned(NetworkMethod):
         Last, features are smoothed where that lowers the loss on held-out tasks.
         """
         runner = require_runner(self.name, data, runner)
-        network = self._begun(data, loop) if self.network is None else self.network
+        if self.network is None:
+            network = self._begun(data, loop)
+        else:
+            network = self.network.to(loop.accelerator.device)
+            distil_reader(self.name, network, data, loop, self.settings.distillation)
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
         predict = self._as_if_unseen(network, data, loop)

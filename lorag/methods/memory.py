@@ -43,7 +43,8 @@ class Remembered:
             data: The tasks.
             features: Length of a value.
             directions: Length of a key.
-            before: Names and memory to go on with, which may be empty; its projection stays as it is.
+            before: Names and memory to go on with, which may be empty. If one of its tasks is not at hand any more, its projection and the
+                keys that it has stay as they are.
         """
         vectors = {i: _unit(data, i) for i in data.training}
         every, members = {task.name for task in data.tasks}, dict[str, list[int]]()
@@ -53,7 +54,7 @@ class Remembered:
         earlier, old = before
         names = [*earlier, *(name for name in members if name not in set(earlier))]
         memory = TaskMemory(data.embedding_size, features, len(names), directions)
-        if old.count:
+        if stays := not set(earlier) <= set(members):
             centre, projection = old.centre, old.projection
         else:
             centre, projection = _directions([[vectors[i] for i in some] for some in members.values()], directions)
@@ -71,7 +72,8 @@ class Remembered:
         if old.count:
             with torch.no_grad():
                 memory.values[: old.count].copy_(old.values)
-                memory.keys[: old.count].copy_(old.keys)
+                if stays:
+                    memory.keys[: old.count].copy_(old.keys)
                 memory.nothing.copy_(old.nothing)
         return memory, cls(names, places, keys)
 

@@ -141,7 +141,11 @@ class FactorNetwork(nn.Module):
 
     def features(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Features (b, f), whitened, not smoothed, and without augmentation, of a description's vectors."""
-        return (self.reading(pooled, tokens, mask) - self.middle) @ self.spread
+        return self.whitened(self.reading(pooled, tokens, mask))
+
+    def whitened(self, features: Tensor) -> Tensor:
+        """What `read` gives (b, f), under the map that `whiten` set."""
+        return (features - self.middle) @ self.spread
 
     def _augmented(self, pooled: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A description as it is read in training; where all of its tokens would be masked, none is."""

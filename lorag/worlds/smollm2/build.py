@@ -16,13 +16,14 @@ from lorag.worlds.smollm2.files import read
 from lorag.worlds.smollm2.formats import CASES, PLAIN, WRAPS, Format, answers
 from lorag.worlds.smollm2.label_pools import pool_labels
 from lorag.worlds.smollm2.made_inputs import draft_made
+from lorag.worlds.smollm2.passages import draft_passages
 from lorag.worlds.smollm2.sources import notice, read_sources, size
 from lorag.worlds.smollm2.wordings import describe
 
 __all__ = ["SPLITS", "build_tasks"]
 
 SPLITS = ("train", "validation", "unseen_format", "unseen_label", "unseen_task")
-_WORDINGS = {"train": 14, "validation": 6, "eval": 8}
+_WORDINGS = {"train": 28, "validation": 6, "eval": 8}
 _KEPT = 4  # wordings of a training task that are kept for evaluation
 _FORMATTED = {"text": 4, "labels": 3, "yes_no": 1}  # training tasks in other forms, of each draft
 _HELD_FORMATS = {"validation": 8, "unseen_format": 20}  # of each kind
@@ -62,7 +63,8 @@ def build_tasks(sources: Path, out: Path) -> Mapping[str, int]:
     ]
     tasks: list[Task] = []
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
-    for draft, form, split in _grid(drafts):
+    passages = [(draft, PLAIN, draft.side) for draft in draft_passages(rows, held, limits)]  # in no other form
+    for draft, form, split in [*_grid(drafts), *passages]:
         tasks.append(_task(draft, form, split))
         splits[split].append(tasks[-1].name)
     TaskSuite(tasks, splits).save(out)
