@@ -15,7 +15,11 @@ from lorag.networks.factor_network import FactorNetwork
 EMBEDDER = WordEmbedder()
 COLOURS, ANIMALS = (tuple(f"{kind}{number}" for number in range(8)) for kind in ("colour", "animal"))
 PLAIN = ("paint the {}", "{} please", "show me some {}", "i need {} now", "{} it is")
-ODD = ("whatever hues a {} might have had once upon a time", "were there a zoo with such {} i would go", "think of {} and nothing else at all")
+ODD = (
+    "whatever hues a {} might have had once upon a time",
+    "were there a zoo with such {} i would go",
+    "think of {} and nothing else at all",
+)
 UNSEEN = "were i asked for {} at all i would think of a zoo"
 
 

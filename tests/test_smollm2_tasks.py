@@ -352,8 +352,8 @@ def test_code_answers_rightly(kind, name, text, expected):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("summary", "It was cold. The parser of the archive reads the archive twice (see above). Nobody knew.", "The parser of the archive reads the archive twice."),
-        ("summary", "We may end this agreement at any time, for any reason, without notice to you or anybody else in the world, whatever the law of your land says.", "We may end this agreement at any time, for any reason."),
+        ("summary", "It was cold. The parser of it reads the parser twice (or so). Nobody knew.", "The parser of it reads the parser twice."),
+        ("summary", f"We may end this at any time, for any reason, {'without notice ' * 9}to you.", "We may end this at any time, for any reason."),
         ("summary", "There is nothing to leave out here.", None),
         ("plain", "Prior to this we shall commence.", "Before this we must start."),
         ("plain", "Easy words alone.", None),
@@ -382,7 +382,7 @@ def test_operations_meet_every_kind_of_text_but_those_held_out(splits):
     trained = {task.name: task for task in splits["train"]}
     for operation in words["operations"]:
         assert sum(f"{kind}_{operation}" in trained for kind in words["kinds"]) >= 2, operation
-    for kind, about in words["kinds"].items():
+    for kind in words["kinds"]:
         made = [trained[f"{kind}_{operation}"] for operation in words["operations"] if f"{kind}_{operation}" in trained]
         assert len(made) >= 6 and all(task.free_text for task in made)
         if kind in words["held"]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -25,7 +24,9 @@ _FEWEST_TRAIN, _FEWEST_TEST = 16, 6  # examples of an operation on a kind that i
 _SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z0-9\[\"'])")
 _BRACKETS = re.compile(r"\s*\([^()]*\)")
 _ASIDE = re.compile(r",? (including|such as|for example|e\.g\.|in accordance with|provided that|without regard to|as well as)\b.*", re.I)
-_COMMON = frozenset("a an and are as at be by for from has have i in is it its of on or so that the their this to was we were will with you".split())
+_COMMON = frozenset(
+    "a an and are as at be by for from has have i in is it its of on or so that the their this to was we were will with you".split()
+)
 _OPEN = _COMMON | {"following", "had", "must", "not", "should", "who", "which"}  # no sentence ends with one of these
 _SUMMED, _STOPS = 20, 8  # most words of a summary, and fewest before a comma at which it may stop
 _PLAIN = {
