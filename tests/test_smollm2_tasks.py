@@ -353,7 +353,7 @@ def test_code_answers_rightly(kind, name, text, expected):
     ("name", "text", "expected"),
     [
         ("summary", "It was cold. The parser reads the parser twice (or so). Nobody knew.", "The parser reads the parser twice."),
-        ("summary", f"We may end this at any time, at will, {'without notice ' * 9}to you.", "We may end this at any time, at will."),
+        ("summary", f"We may end this at any time, for a fee, {'without notice ' * 9}to you.", "We may end this at any time, for a fee."),
         ("summary", "There is nothing to leave out here.", None),
         ("plain", "Prior to this we shall commence.", "Before this we must start."),
         ("plain", "Easy words alone.", None),
