@@ -6,7 +6,7 @@ target, beside the means of other tasks, which it should stay away from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,7 +96,8 @@ def distil_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: Tr
 
     steps = LoopSettings(settings.steps, settings.learning_rate, validate_every=100)
     network.reading.requires_grad_(True)
-    return loop.run(f"{name} distillation", nn.ModuleList([network.reading, network.augment]), batch, validate if kept else None, steps)
+    whole = replace(loop, shares=None)  # all losses of a step come from one reading, so that cutting it saves nothing
+    return whole.run(f"{name} distillation", nn.ModuleList([network.reading, network.augment]), batch, validate if kept else None, steps)
 
 
 def _keeps(place: int, wordings: Sequence[Embedding]) -> bool:
