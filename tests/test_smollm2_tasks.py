@@ -239,6 +239,23 @@ def test_words_of_evaluation_are_their_own():
             assert not {_plain(t) for t in words["train"]} & {_plain(t) for t in words.get("eval", ())}, name
 
 
+@pytest.mark.slow
+def test_words_of_evaluation_are_worded_anew():
+    """Hardly a phrase of training has more than three fifths of the content words of one that is kept for evaluation of its task."""
+    small = set("a an the of to is it or and in on for with by about that their they someone who".split())
+
+    def content(text):
+        return set(re.findall(r"[\w+#']+", text.lower())) - small
+
+    near = every = 0
+    for _, words in _words_of_tasks():
+        kept = [content(text) for key, texts in words.items() if key.startswith("eval_") and key != "eval_first" for text in texts]
+        trained = [text for key, texts in words.items() if not key.startswith("eval_") and key != "words" for text in texts]
+        near += sum(any(len(one & content(text)) > 0.6 * len(one) for one in kept) for text in trained)
+        every += len(trained)
+    assert every > 10_000 and near <= 0.005 * every
+
+
 def test_words_for_evaluation_are_not_used_in_training():
     """A description of a known task takes those kept for evaluation in evaluation alone; of a new task, all are new."""
     import random
