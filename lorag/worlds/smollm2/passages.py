@@ -76,14 +76,14 @@ def _plain(text: str) -> str | None:
     """Everyday words in place of formal ones; None where there are none."""
 
     def word(match: re.Match[str]) -> str:
-        found = _PLAIN[match[0].lower()]
-        return found[:1].upper() + found[1:] if match[0][:1].isupper() else found
+        easier = _PLAIN[match[0].lower()]
+        return easier[:1].upper() + easier[1:] if match[0][:1].isupper() else easier
 
     plain, count = _HARD.subn(word, text)
     return plain if count else None
 
 
-def _found(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
+def _every(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     return lambda text: ", ".join(dict.fromkeys(pattern.findall(text))) or None
 
 
@@ -107,8 +107,8 @@ OPERATIONS: Mapping[str, Callable[[str], str | None]] = {
     "plain": _plain,
     "opening": lambda text: " ".join(text.split()[:8]),
     "ending": lambda text: " ".join(text.split()[-6:]),
-    "names": _found(_NAME),
-    "numbers": _found(re.compile(r"\d+(?:[.,]\d+)*")),
+    "names": _every(_NAME),
+    "numbers": _every(re.compile(r"\d+(?:[.,]\d+)*")),
     "key_words": _key_words,
     "to_comma": lambda text: text.split(",")[0] if 3 <= len(text.split(",")[0].split()) < len(text.split()) else None,
     "no_brackets": _changed(lambda text: _BRACKETS.sub("", text)),
