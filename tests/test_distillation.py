@@ -7,8 +7,7 @@ import pytest
 import torch
 from toy_world import WordEmbedder, quiet_loop
 
-from lorag.methods.contrast import ContrastSettings, train_reader
-from lorag.methods.distillation import DistillationSettings, distil_reader
+from lorag.methods.contrast import ContrastSettings, DistillationSettings, distil_reader, train_reader
 from lorag.methods.method import collate
 from lorag.networks.factor_network import FactorNetwork
 

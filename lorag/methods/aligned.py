@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lorag.errors import ConfigError, GeneratorError
-from lorag.methods.contrast import ContrastSettings, train_reader
-from lorag.methods.distillation import DistillationSettings, distil_reader
+from lorag.methods.contrast import ContrastSettings, DistillationSettings, distil_reader, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
 from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole

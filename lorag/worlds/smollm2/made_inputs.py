@@ -111,12 +111,10 @@ def _draft(
                 distinct.setdefault(text, Example(text, output, split))
     examples = sample(distinct.values(), limits.train, limits.test, name)
     yes_no = {example.output for example in examples} == {"yes", "no"}
-    texts = {key: value for key, value in words.items() if not key.startswith("eval_")}
-    held = {key.removeprefix("eval_"): value for key, value in words.items() if key.startswith("eval_")}
     noun = _NOUNS.get(kind, kind)
     source = "made by lorag from " + (", ".join(_SENTENCES) if noun == "text" else "words")
     task = Task(name, "smollm2", (name,), ("no", "yes") if yes_no else None, _LICENSE, source, examples)
-    return Draft(task, "yes_no" if yes_no else "text", "train", Phrases(noun, texts, held))
+    return Draft(task, "yes_no" if yes_no else "text", "train", Phrases.of(noun, words))
 
 
 def _pools(sources: list[Source], held: Set[str], split: str) -> _Pools:

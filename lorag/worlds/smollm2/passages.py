@@ -10,12 +10,15 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from lorag.tasks.suite import Example, Task
 from lorag.worlds.smollm2.drafts import Draft, Limits
 from lorag.worlds.smollm2.files import read
 from lorag.worlds.smollm2.sources import Source, sample, size
 from lorag.worlds.smollm2.wordings import Phrases
+
+if TYPE_CHECKING:
+    from lorag.tasks.suite import Example, Task
 
 __all__ = ["OPERATIONS", "draft_passages"]
 
@@ -150,7 +153,8 @@ def _task(name: str, answer: Callable[[str], str | None], origins: Sequence[Task
     answered = [replace(row, output=output) for row in rows if (output := answer(row.input)) and size(output) <= _MOST_OUT]
     licenses = "; ".join(dict.fromkeys(task.license for task in origins))
     source = "made by lorag from " + ", ".join(task.name for task in origins)
-    return Task(name, "smollm2", (name,), None, licenses, source, sample(answered, limits.train, limits.test, name), free_text=True)
+    examples = sample(answered, limits.train, limits.test, name)
+    return replace(origins[0], name=name, labels=None, license=licenses, source=source, examples=examples, free_text=True)
 
 
 def _phrases(words: Mapping[str, Sequence[str]], about: Mapping[str, Sequence[str]]) -> Phrases:
@@ -161,6 +165,4 @@ def _phrases(words: Mapping[str, Sequence[str]], about: Mapping[str, Sequence[st
             return [phrase.format(one=one) for one in about["one"]]
         return [phrase.format(many=many) for many in about["many"]]
 
-    texts = {key: [text for phrase in phrases for text in filled(phrase)] for key, phrases in words.items()}
-    held = {key.removeprefix("eval_"): value for key, value in texts.items() if key.startswith("eval_")}
-    return Phrases("text", {key: value for key, value in texts.items() if not key.startswith("eval_")}, held)
+    return Phrases.of("text", {kind: [text for phrase in phrases for text in filled(phrase)] for kind, phrases in words.items()})

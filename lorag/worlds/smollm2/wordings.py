@@ -38,6 +38,12 @@ class Phrases:
     listed: bool = False
     first: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, noun: str, words: Mapping[str, Sequence[str]]) -> Phrases:
+        """Of words by kind, of which those for evaluation alone stand under `eval_` and the kind."""
+        held = {kind.removeprefix("eval_"): texts for kind, texts in words.items() if kind.startswith("eval_")}
+        return cls(noun, {kind: texts for kind, texts in words.items() if not kind.startswith("eval_")}, held)
+
 
 def describe(phrases: Phrases, form: Format, part: str, count: int, rng: random.Random, *, known: bool) -> tuple[str, ...]:
     """Writes distinct descriptions of a task.
