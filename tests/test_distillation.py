@@ -66,6 +66,25 @@ def test_wordings_that_nobody_taught_are_read_better(trained, network):
     assert math.isfinite(best) and distance(odd) < 0.7 * before[0] and distance(plain) < before[1] + 0.1 * before[0]
 
 
+@pytest.mark.slow
+def test_tasks_with_common_answers_stay_spread(trained, network):
+    """Each of their wordings keeps what was said of it, and the others still go to their means."""
+    data, pairs, half = trained[1], trained[2], 32
+    texts = [PLAIN[0].format(pair) for pair in pairs]
+    centres = torch.stack([_read(network, [text.format(pair) for text in PLAIN + ODD]).mean(0) for pair in pairs])
+    before = _read(network, texts)
+
+    def moved():
+        after = _read(network, texts)
+        own, mean = ((after - target).square().sum(-1) for target in (before, centres))
+        return [(own[part].mean().item(), mean[part].mean().item()) for part in (slice(half), slice(half, None))]
+
+    settings = DistillationSettings(steps=200, learning_rate=2e-3)
+    distil_reader("toy", network, data, quiet_loop(), settings, frozenset(range(half)))
+    (stayed, _), (left, reached) = moved()
+    assert stayed < 0.5 * left and reached < left
+
+
 def test_nothing_but_the_reader_moves(trained, network):
     """Neither what writes factors nor the whitening, which what writes them has learned with; in however many shares steps are cut."""
     fixed = {name: value.clone() for name, value in network.state_dict().items() if not name.startswith("reading")}

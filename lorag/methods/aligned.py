@@ -15,7 +15,7 @@ from lorag.methods.functional import FunctionalSettings, require_runner, train_f
 from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
-from lorag.methods.smoothing import SmoothingSettings, go_on_smoothing, smooth_features
+from lorag.methods.smoothing import SmoothingSettings, answer_sets, go_on_smoothing, smooth_features
 from lorag.networks.factor_network import FactorNetwork
 from lorag.spaces.activation_bases import ActivationBases
 
@@ -146,7 +146,8 @@ class Aligned(NetworkMethod):
             network = self._begun(data, loop)
         else:
             network = self.network.to(loop.accelerator.device)
-            distil_reader(self.name, network, data, loop, self.settings.distillation)
+            alike = {i for some in answer_sets(data, self.settings.smoothing.least) for i in some}
+            distil_reader(self.name, network, data, loop, self.settings.distillation, alike)
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
         predict = self._as_if_unseen(network, data, loop)

@@ -4,7 +4,9 @@ Two wordings of one task should give like features, those of its nearest tasks o
 the description, and what shall be linear in them then learns slowly; a task and its twin in another answer format look the same to it.
 
 What a trained reader says of a task on average is what the rest of the network has learned to use. A wording that it misreads has that
-mean as its target, beside the means of other tasks, which it should stay away from.
+mean as its target, beside the means of other tasks, which it should stay away from. Where many tasks have their answers in common, such as
+"yes" and "no", a new task will be none of them but something between: drawn to means, a reader takes its description for the nearest known
+one. Of these tasks each wording keeps what was said of it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from lorag.methods.method import collate
 from lorag.methods.training_loop import Batch, LoopSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Sequence, Set
 
     from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
@@ -109,11 +111,19 @@ def train_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: Tra
     return best
 
 
-def distil_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop, settings: DistillationSettings) -> float:
+def distil_reader(
+    name: str,
+    network: FactorNetwork,
+    data: TrainingSet,
+    loop: TrainingLoop,
+    settings: DistillationSettings,
+    spread: Set[int] = frozenset(),
+) -> float:
     """Trains a network's reader in place, with augmented wordings, towards the mean features of their tasks as it read them before.
 
     ```text
     loss = ‖f(x) − c_i‖² − .1 log softmax_j(cos(f(x), c_j) / .1)_i        c_i = mean of f over the wordings of task i
+    loss = ‖f(x) − f₀(x)‖²                                                for a task that stays spread, f₀ being the reader before
     ```
 
     Args:
@@ -122,6 +132,7 @@ def distil_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: Tr
         data: The tasks with their descriptions.
         loop: Runs the stage.
         settings: Its length.
+        spread: Tasks of which each wording keeps what was said of it.
 
     Returns:
         The best mean squared distance of wordings that were kept from it, one of every fourth task, or NaN without any.
@@ -134,25 +145,30 @@ def distil_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: Tr
     kept = [place for place, i in enumerate(training) if _keeps(place, data.embeddings[i])]
     network.eval()
     with torch.no_grad():
-        centres = torch.stack([network.features(*collate(some, device)).mean(0) for some in learned])
+        said = [network.features(*collate(data.embeddings[i], device)) for i in training]
+    centres = torch.stack([some[: len(wordings)].mean(0) for some, wordings in zip(said, learned, strict=True)])
+    stays = torch.tensor([i in spread for i in training], device=device)
+    targets = [some if own else centre.expand_as(some) for some, own, centre in zip(said, stays.tolist(), centres, strict=True)]
     directions = F.normalize(centres, dim=-1)
     nearest = _nearest_tasks(directions.cpu(), settings)
 
     def batch(_: nn.Module, step: int) -> Batch:
         places = _drawn_together(nearest, settings, loop)
         picks = torch.randint(2**31, (len(places),), generator=loop.rng).tolist()
-        drawn = [learned[place][pick % len(learned[place])] for place, pick in zip(places, picks, strict=True)]
+        picks = [pick % len(learned[place]) for place, pick in zip(places, picks, strict=True)]
+        drawn = [learned[place][pick] for place, pick in zip(places, picks, strict=True)]
+        right = torch.stack([targets[place][pick] for place, pick in zip(places, picks, strict=True)])
         features = network.whitened(network.read(*collate(drawn, device)))
-        right = torch.tensor(places, device=device)
-        losses = (features - centres[right]).square().sum(-1)
+        losses = (features - right).square().sum(-1)
         alike = F.normalize(features, dim=-1) @ directions.T / settings.temperature
-        losses = losses + _CONTRAST * F.cross_entropy(alike, right, reduction="none")
-        return Batch(len(drawn), lambda share: losses[share])
+        apart = F.cross_entropy(alike, torch.tensor(places, device=device), reduction="none")
+        losses = losses + _CONTRAST * apart.masked_fill(stays[places], 0.0)
+        return Batch(len(places), lambda share: losses[share])
 
     def validate(_: nn.Module) -> float:
         with torch.no_grad():
             features = network.features(*collate([data.embeddings[training[place]][-1] for place in kept], device))
-        return (features - centres[kept]).square().sum(-1).mean().item()
+        return (features - torch.stack([targets[place][-1] for place in kept])).square().sum(-1).mean().item()
 
     network.reading.requires_grad_(True)
     return _run_reader(f"{name} distillation", network, batch, validate if kept else None, loop, settings)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorag.methods.training_set import TrainingSet
     from lorag.networks.factor_network import FactorNetwork
 
-__all__ = ["SmoothingSettings", "go_on_smoothing", "smooth_features"]
+__all__ = ["SmoothingSettings", "answer_sets", "go_on_smoothing", "smooth_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def smooth_features(
     Returns:
         The number of tasks in each set of answers among which features are smoothed.
     """
-    sets = _answer_sets(data, settings.least)
+    sets = answer_sets(data, settings.least)
     if not (sets and settings.widths and data.validation):
         return network.smoothing.counts
     network.eval()
@@ -89,7 +89,7 @@ def smooth_features(
 
 def go_on_smoothing(network: FactorNetwork, data: TrainingSet, settings: SmoothingSettings) -> Tensor:
     """Smooths features among the tasks of another run, as much as before; returns the number of each task's own centre (t,), or −1."""
-    sets, centre_of = _answer_sets(data, settings.least), torch.full((len(data.tasks),), -1)
+    sets, centre_of = answer_sets(data, settings.least), torch.full((len(data.tasks),), -1)
     smoothing = _fitted(network, data, sets) if sets else FeatureSmoothing(len(network.middle))
     if sets:
         smoothing.width.copy_(network.smoothing.width)
@@ -99,7 +99,7 @@ def go_on_smoothing(network: FactorNetwork, data: TrainingSet, settings: Smoothi
     return centre_of
 
 
-def _answer_sets(data: TrainingSet, least: int) -> list[list[int]]:
+def answer_sets(data: TrainingSet, least: int) -> list[list[int]]:
     """The training tasks of each set of two or more answers that at least so many of them have, the largest first."""
     tasks: dict[frozenset[str], list[int]] = {}
     for i in data.training:
