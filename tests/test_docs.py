@@ -77,7 +77,8 @@ def test_a_command_of_the_pages_parses(words):
     settings = values["settings"] or []
     config = load_config(SCHEMAS[path], values.get("config"), settings, path[-1])
     if path == ("train",):
-        method_type(config.method).with_settings(config.settings)
+        method = "aligned" if config.start else config.method  # whatever goes on has the method of what it goes on from
+        method_type(method).with_settings(config.settings)
 
 
 def test_a_wrong_command_is_found_out():

@@ -147,8 +147,8 @@ def distil_reader(
     with torch.no_grad():
         said = [network.features(*collate(data.embeddings[i], device)) for i in training]
     centres = torch.stack([some[: len(wordings)].mean(0) for some, wordings in zip(said, learned, strict=True)])
+    targets = [some if i in spread else centre.expand_as(some) for i, some, centre in zip(training, said, centres, strict=True)]
     stays = torch.tensor([i in spread for i in training], device=device)
-    targets = [some if own else centre.expand_as(some) for some, own, centre in zip(said, stays.tolist(), centres, strict=True)]
     directions = F.normalize(centres, dim=-1)
     nearest = _nearest_tasks(directions.cpu(), settings)
 
