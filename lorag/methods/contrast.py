@@ -155,11 +155,9 @@ def distil_reader(
     def batch(_: nn.Module, step: int) -> Batch:
         places = _drawn_together(nearest, settings, loop)
         picks = torch.randint(2**31, (len(places),), generator=loop.rng).tolist()
-        picks = [pick % len(learned[place]) for place, pick in zip(places, picks, strict=True)]
-        drawn = [learned[place][pick] for place, pick in zip(places, picks, strict=True)]
-        right = torch.stack([targets[place][pick] for place, pick in zip(places, picks, strict=True)])
-        features = network.whitened(network.read(*collate(drawn, device)))
-        losses = (features - right).square().sum(-1)
+        drawn = [(place, pick % len(learned[place])) for place, pick in zip(places, picks, strict=True)]
+        features = network.whitened(network.read(*collate([learned[place][wording] for place, wording in drawn], device)))
+        losses = (features - torch.stack([targets[place][wording] for place, wording in drawn])).square().sum(-1)
         alike = F.normalize(features, dim=-1) @ directions.T / settings.temperature
         apart = F.cross_entropy(alike, torch.tensor(places, device=device), reduction="none")
         losses = losses + _CONTRAST * apart.masked_fill(stays[places], 0.0)
