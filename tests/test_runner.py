@@ -34,7 +34,7 @@ def test_open_loads_what_a_bank_states(world, tmp_path, tiny_models, tokenizer):
 def test_open_warns_where_bf16_is_slow(tmp_path, tiny_models, tokenizer, monkeypatch):
     """On a CPU without instructions for it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    with pytest.warns(UserWarning, match="no instructions for bfloat16"):
+    with pytest.warns(UserWarning, match="slower in bfloat16"):
         Runner.open(save_base(tmp_path, tiny_models["llama"], tokenizer), "cpu", "bfloat16")
 
 

@@ -11,7 +11,7 @@ __all__ = ["Address", "Cpus", "Device", "Dtype", "Gpus", "OnBackend", "Quiet"]
 _AFAR = "Where it runs"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Dtype = Annotated[str, typer.Option(help="Of the base model: auto, fast (bf16 where the device has it), float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Of the base model: auto, fast (bf16 where that is faster), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OnBackend = Annotated[str, typer.Option("--backend", help="local, or ray (extra `ray`).", rich_help_panel=_AFAR)]
 Address = Annotated[str | None, typer.Option(help="Of a Ray cluster, such as auto; by default one on this machine.", rich_help_panel=_AFAR)]
