@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.contrast import ContrastSettings, DistillationSettings, distil_reader, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
+from lorag.methods.keeping import KeptTasks
 from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
@@ -21,6 +23,7 @@ from lorag.spaces.activation_bases import ActivationBases
 
 if TYPE_CHECKING:
     from lorag.base.runner import Runner
+    from lorag.methods.keeping import Predict
     from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
     from lorag.text.embedding import Embedding
@@ -141,21 +144,33 @@ class Aligned(NetworkMethod):
 
         Last, features are smoothed where that lowers the loss on held-out tasks.
         """
-        runner = require_runner(self.name, data, runner)
+        runner, kept = require_runner(self.name, data, runner), None
         if self.network is None:
             network = self._begun(data, loop)
         else:
             network = self.network.to(loop.accelerator.device)
-            alike = {i for some in answer_sets(data, self.settings.smoothing.least) for i in some}
-            distil_reader(self.name, network, data, loop, self.settings.distillation, alike)
+            if self.settings.distillation.steps:
+                alike = {i for some in answer_sets(data, self.settings.smoothing.least) for i in some}
+                kept = self._kept(network, data, loop, alike)
+                distil_reader(self.name, network, data, loop, self.settings.distillation, alike)
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
         predict = self._as_if_unseen(network, data, loop)
-        train_functionally(self.name, network, predict, data, loop, self.settings.functional, runner)
+        train_functionally(self.name, network, predict, data, loop, self.settings.functional, runner, kept)
         network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
         self.shape["smoothed"] = list(smooth_features(network, data, runner, loop, self.settings.smoothing))
 
-    def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> Callable[..., Tensor]:
+    def _kept(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop, tasks: Iterable[int]) -> KeptTasks | None:
+        """Those of some tasks that a network remembers, with what it says of them now; None if there are none, or no others."""
+        remembered = set(self.shape.get("remembered", ()))
+        known = [i for i in sorted(tasks) if remembered & {data.tasks[i].name, data.tasks[i].variant_of}]
+        weight = self.settings.distillation.kept
+        if not weight or not 0 < len(known) < len(data.training):
+            return None
+        before = copy.deepcopy(network).requires_grad_(False).eval()
+        return KeptTasks.of(data, known, self._as_if_unseen(before, data, loop), weight)
+
+    def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> Predict:
         """What predicts codes of tasks: each from the others alone, where the network smooths or remembers."""
         centres = go_on_smoothing(network, data, self.settings.smoothing) if network.smoothing.counts else None
         places = keys = None
@@ -167,7 +182,9 @@ class Aligned(NetworkMethod):
         network.to(loop.accelerator.device)
 
         def predict(tasks: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
-            return self.predict(embeddings, *(None if one is None else one[list(tasks)] for one in (centres, places, keys)))
+            device = network.row_start.device
+            more = (None if one is None else one[list(tasks)].to(device) for one in (centres, places, keys))
+            return network(*collate(embeddings, device), *more)
 
         return predict
 

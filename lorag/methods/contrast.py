@@ -56,11 +56,17 @@ class ContrastSettings:
 
 @dataclass
 class DistillationSettings(ContrastSettings):
-    """How long the reader of a trained network learns the wordings at hand; 0 steps leave it as it is."""
+    """How long the reader of a trained network learns the wordings at hand; 0 steps leave it as it is.
+
+    Attributes:
+        kept: Weight, in the steps through the base model that follow, of saying what was said before of known tasks that have their
+            answers in common with many; 0 lets these learn with the others.
+    """
 
     steps: int = 0
     learning_rate: float = 5e-4
     tasks: int = 24
+    kept: float = 4.0
 
 
 def train_reader(name: str, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop, settings: ContrastSettings) -> float:

@@ -18,9 +18,9 @@ from lorag.methods.training_loop import Batch, LoopSettings, TrainingLoop
 
 if TYPE_CHECKING:
     from lorag.base.runner import Runner
+    from lorag.methods.keeping import KeptTasks, Predict
     from lorag.methods.training_set import TrainingSet
     from lorag.tasks.suite import Task
-    from lorag.text.embedding import Embedding
 
 __all__ = [
     "FunctionalSettings",
@@ -133,11 +133,12 @@ class FunctionalSettings:
 def train_functionally(
     name: str,
     network: nn.Module,
-    predict: Callable[[Sequence[int], Sequence[Embedding]], Tensor],
+    predict: Predict,
     data: TrainingSet,
     loop: TrainingLoop,
     settings: FunctionalSettings,
     runner: Runner | None,
+    kept: KeptTasks | None = None,
 ) -> float:
     """Trains a network through the base model, and leaves it in the state that was best on held-out tasks.
 
@@ -149,6 +150,7 @@ def train_functionally(
         loop: Runs the stage.
         settings: Its length.
         runner: The base model.
+        kept: Tasks of which the network says what it said before; those are not drawn.
 
     Returns:
         The best validation loss.
@@ -160,15 +162,20 @@ def train_functionally(
         return float("nan")
     runner = require_runner(name, data, runner)
     training = torch.tensor(list(data.training))
-    curriculum = _Curriculum(network, _odds([data.tasks[i].source for i in data.training], settings.balance))
+    odds = _odds([data.tasks[i].source for i in data.training], settings.balance)
+    if kept is not None:
+        odds[torch.isin(training, torch.tensor(list(kept.tasks)))] = 0.0
+    curriculum = _Curriculum(network, odds)
 
     def loss(_: nn.Module, step: int) -> Batch:
         picks = curriculum.pick(settings.tasks, settings.focus, loop.rng)
         rows = training[picks].tolist()
         drawn = draw(data, rows, loop)
+        beside = None if kept is None else kept.draw(len(rows), loop)
 
         def losses(part: slice) -> Tensor:
-            return code_losses(runner, data, predict(rows[part], drawn[part]), rows[part], settings.examples, f"{name}/{step}")
+            losses = code_losses(runner, data, predict(rows[part], drawn[part]), rows[part], settings.examples, f"{name}/{step}")
+            return losses if kept is None or beside is None else losses + kept.losses(predict, beside[part])
 
         return Batch(len(rows), losses, learned=functools.partial(curriculum.remember, picks))
 
@@ -199,9 +206,9 @@ class _Curriculum(nn.Module):
         self.register_buffer("running", torch.ones(len(odds), device=next(network.parameters()).device))
 
     def pick(self, count: int, focus: float, rng: torch.Generator) -> Tensor:
-        """Draws `count` different tasks, or all if there are fewer, by their odds and in proportion to a power of their losses."""
+        """Draws `count` different tasks, or all that have odds, by these and in proportion to a power of their losses."""
         odds = self.odds * self.running.cpu().clamp_min(_LEAST) ** focus
-        return torch.multinomial(odds, min(count, len(odds)), generator=rng)
+        return torch.multinomial(odds, min(count, int(odds.count_nonzero())), generator=rng)
 
     def remember(self, picks: Tensor, losses: Tensor) -> None:
         """Mixes new losses (b,) into the running ones."""
