@@ -1,5 +1,6 @@
 """Training without experts: packed rows, bases from the base model's activations, and the method that learns in them."""
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -18,8 +19,9 @@ from lorag.base.objectives.packing import fitting, pack, shared_start
 from lorag.base.runner import Runner
 from lorag.errors import ConfigError, GeneratorError, TaskError
 from lorag.generator.lora_generator import LoraGenerator
-from lorag.methods import method_type
+from lorag.methods import aligned, method_type
 from lorag.methods.functional import FunctionalSettings, train_functionally
+from lorag.networks.memory import TaskMemory
 from lorag.networks.smoothing import FeatureSmoothing
 from lorag.spaces import SpaceInputs, fit_space, open_space
 from lorag.tasks.suite import TaskSuite
@@ -312,3 +314,30 @@ def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
         train(replace(then, settings={"features": 12}, out=str(tmp_path / "other")), quiet=True)
     with pytest.raises(GeneratorError, match="house cannot go on from a trained generator"):
         method_type("house").with_settings({}).go_on_from(first.method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings, kept", [({"steps": 1}, [0, 1, 2]), ({"steps": 1, "kept": 0.0}, None), ({"steps": 0}, None)])
+def test_known_tasks_with_common_answers_are_kept(base, monkeypatch, settings, kept):
+    """A run that learns new wordings hands them to the steps that follow, with what was said before; a new one of them learns."""
+    prepared, generator = _fitted(base, 2)
+    before, method = (
+        copy.deepcopy(generator.method),
+        method_type("aligned").with_settings({**SMALL, "distillation": settings, "smoothing": {"least": 2}}),
+    )
+    method.go_on_from(generator.method)
+
+    def answered(task):
+        return replace(task, examples=tuple(replace(one, output=("no", "yes")[i % 2]) for i, one in enumerate(task.examples)))
+
+    tasks = [answered(task) if i < 4 else task for i, task in enumerate(prepared.data.tasks)]
+    method.shape["remembered"] = [task.name for i, task in enumerate(tasks[:14]) if i != 3]
+    method.network.memory = before.network.memory = TaskMemory(WordEmbedder().size, 24)  # nothing is recalled
+    handed = []
+    monkeypatch.setattr(aligned, "train_functionally", lambda *given: handed.append(given[-1]))
+    method.fit(replace(prepared.data, tasks=tasks), quiet_loop(), prepared.runner)
+    if kept is None:
+        assert handed == [None]
+    else:
+        texts = [prepared.data.embeddings[i][0] for i in kept]
+        assert handed[0].tasks == kept and torch.allclose(handed[0].before(kept, texts), before.predict(texts), atol=1e-5)
