@@ -21,6 +21,7 @@ __all__ = ["KeptTasks", "Predict"]
 Predict = Callable[[Sequence[int], Sequence["Embedding"]], Tensor]  # codes (b, c) of tasks (indices) that embeddings describe
 
 _BESIDE = 2  # kept tasks beside each task of a step
+_LEAST = 1e-8  # spread of tasks of which the same is said
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class KeptTasks:
     @classmethod
     def of(cls, data: TrainingSet, tasks: Sequence[int], before: Predict, weight: float) -> KeptTasks:
         """Measures the spread, on the first description of each task."""
+        total, squares = torch.zeros((), dtype=torch.float64), 0.0
         with torch.no_grad():
-            codes = torch.cat([before([i], [data.embeddings[i][0]]) for i in tasks])
-        return cls(data, tasks, before, weight, (codes - codes.mean(0)).square().sum(-1).mean().item())
+            for i in tasks:  # one at a time: many codes at once would fill memory
+                code = before([i], [data.embeddings[i][0]])[0].cpu().double()
+                total, squares = total + code, squares + code.square().sum().item()
+        spread = squares / len(tasks) - (total / len(tasks)).square().sum().item()
+        return cls(data, tasks, before, weight, max(spread, _LEAST))
 
     def draw(self, count: int, loop: TrainingLoop) -> list[list[tuple[int, Embedding]]]:
         """For each of `count` tasks of a step those beside it, each with one of its descriptions."""
