@@ -321,10 +321,8 @@ def test_a_run_goes_on_from_a_trained_generator(base, tmp_path, monkeypatch):
 def test_known_tasks_with_common_answers_are_kept(base, monkeypatch, settings, kept):
     """A run that learns new wordings hands them to the steps that follow, with what was said before; a new one of them learns."""
     prepared, generator = _fitted(base, 2)
-    before, method = (
-        copy.deepcopy(generator.method),
-        method_type("aligned").with_settings({**SMALL, "distillation": settings, "smoothing": {"least": 2}}),
-    )
+    before = copy.deepcopy(generator.method)
+    method = method_type("aligned").with_settings({**SMALL, "distillation": settings, "smoothing": {"least": 2}})
     method.go_on_from(generator.method)
 
     def answered(task):

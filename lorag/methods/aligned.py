@@ -13,7 +13,7 @@ from torch import Tensor
 from lorag.errors import ConfigError, GeneratorError
 from lorag.methods.contrast import ContrastSettings, DistillationSettings, distil_reader, train_reader
 from lorag.methods.functional import FunctionalSettings, require_runner, train_functionally
-from lorag.methods.keeping import KeptTasks
+from lorag.methods.keeping import KeptTasks, Predict
 from lorag.methods.memory import Remembered
 from lorag.methods.method import Method, NetworkMethod, ReaderSettings, collate, whole
 from lorag.methods.probing import ProbeSettings, train_probes
@@ -23,7 +23,6 @@ from lorag.spaces.activation_bases import ActivationBases
 
 if TYPE_CHECKING:
     from lorag.base.runner import Runner
-    from lorag.methods.keeping import Predict
     from lorag.methods.training_loop import TrainingLoop
     from lorag.methods.training_set import TrainingSet
     from lorag.text.embedding import Embedding
@@ -155,7 +154,9 @@ class Aligned(NetworkMethod):
                 distil_reader(self.name, network, data, loop, self.settings.distillation, alike)
         network.probes.requires_grad_(False)  # steps through the base model would undo part of what they have learned
         network.reading.requires_grad_(False)
-        predict = self._as_if_unseen(network, data, loop)
+        predict, remembered = self._as_if_unseen(network, data, loop)
+        if remembered:
+            self.shape["remembered"] = remembered
         train_functionally(self.name, network, predict, data, loop, self.settings.functional, runner, kept)
         network.eval()  # without functional steps nobody else ends the training mode, which masks words and adds noise
         self.shape["smoothed"] = list(smooth_features(network, data, runner, loop, self.settings.smoothing))
@@ -168,17 +169,16 @@ class Aligned(NetworkMethod):
         if not weight or not 0 < len(known) < len(data.training):
             return None
         before = copy.deepcopy(network).requires_grad_(False).eval()
-        return KeptTasks.of(data, known, self._as_if_unseen(before, data, loop), weight)
+        return KeptTasks.of(data, known, self._as_if_unseen(before, data, loop)[0], weight)
 
-    def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> Predict:
-        """What predicts codes of tasks: each from the others alone, where the network smooths or remembers."""
+    def _as_if_unseen(self, network: FactorNetwork, data: TrainingSet, loop: TrainingLoop) -> tuple[Predict, list[str]]:
+        """What predicts codes of tasks, each from the others alone where the network smooths or remembers; and which it remembers."""
         centres = go_on_smoothing(network, data, self.settings.smoothing) if network.smoothing.counts else None
-        places = keys = None
+        names, places, keys = list[str](), None, None
         if self.settings.memory:
             before = (self.shape.get("remembered", ()), network.memory)
             network.memory, known = Remembered.begin(data, self.settings.features, self.settings.memory, before)
-            self.shape["remembered"] = known.names
-            places, keys = known.places, known.keys
+            names, places, keys = known.names, known.places, known.keys
         network.to(loop.accelerator.device)
 
         def predict(tasks: Sequence[int], embeddings: Sequence[Embedding]) -> Tensor:
@@ -186,7 +186,7 @@ class Aligned(NetworkMethod):
             more = (None if one is None else one[list(tasks)].to(device) for one in (centres, places, keys))
             return network(*collate(embeddings, device), *more)
 
-        return predict
+        return predict, names
 
     def _begun(self, data: TrainingSet, loop: TrainingLoop) -> FactorNetwork:
         """A network along the alignment, whose probes and reader have learned from stored activations and from wordings."""

@@ -163,7 +163,7 @@ def train_functionally(
     runner = require_runner(name, data, runner)
     training = torch.tensor(list(data.training))
     odds = _odds([data.tasks[i].source for i in data.training], settings.balance)
-    if kept is not None:
+    if kept:
         odds[torch.isin(training, torch.tensor(list(kept.tasks)))] = 0.0
     curriculum = _Curriculum(network, odds)
 
@@ -171,11 +171,11 @@ def train_functionally(
         picks = curriculum.pick(settings.tasks, settings.focus, loop.rng)
         rows = training[picks].tolist()
         drawn = draw(data, rows, loop)
-        beside = None if kept is None else kept.draw(len(rows), loop)
+        beside = kept.draw(len(rows), loop) if kept else []
 
         def losses(part: slice) -> Tensor:
             losses = code_losses(runner, data, predict(rows[part], drawn[part]), rows[part], settings.examples, f"{name}/{step}")
-            return losses if kept is None or beside is None else losses + kept.losses(predict, beside[part])
+            return losses + kept.losses(predict, beside[part]) if kept else losses
 
         return Batch(len(rows), losses, learned=functools.partial(curriculum.remember, picks))
 
